@@ -1,0 +1,19 @@
+//! The boundary between the enclave and the daemon, as code.
+//!
+//! [`calls`] is generated from `postern.edl` at build time: the only list of control calls.
+//! [`port`] is the layout of the shared memory that the data path runs over.
+#![no_std]
+#![forbid(unsafe_code)]
+
+extern crate alloc;
+
+pub mod port;
+
+/// Protocol version spoken by this build, checked at attach.
+pub const VERSION: u32 = 1;
+
+/// `postern_open` flag: open for reading only.
+pub const OPEN_READ_ONLY: u32 = 1;
+
+/// `postern_file_t` flag: the host file system refused O_DIRECT and the operator allowed buffered I/O.
+pub const FILE_BUFFERED: u32 = 1;

@@ -1,0 +1,23 @@
+//! The trusted side of Postern: what runs inside the enclave.
+//!
+//! `no_std` with `alloc`: nothing here knows a libc, a clock, a socket or the daemon's code. The
+//! platform ([`platform`]) supplies time, randomness, guest memory and waiting; the daemon is
+//! reached through the port ([`port`]) only.
+//!
+//! Holds whatever the host does: no wrong byte is ever returned, no host answer panics, keys and
+//! plaintext never leave private memory.
+#![no_std]
+#![deny(unsafe_code)]
+
+extern crate alloc;
+#[cfg(test)]
+extern crate std;
+
+pub mod aio;
+pub mod disk;
+pub mod errno;
+pub mod exec;
+pub mod platform;
+pub mod port;
+pub mod sync;
+pub mod volume;

@@ -1,0 +1,62 @@
+//! What the trusted side asks of the place it runs in.
+
+/// A guest address could not be read or written. Becomes `EFAULT`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fault;
+
+/// Access to the guest's memory by guest address. Never faults, whatever the address: NULL,
+/// kernel, non-canonical, unmapped, protected and half-mapped ranges all answer [`Fault`].
+pub trait GuestMemory: Send + Sync {
+    /// Copies `out.len()` bytes from guest address `from`. On a fault `out` may be partly written.
+    ///
+    /// # Errors
+    /// [`Fault`] if any byte of the range cannot be read.
+    fn read(&self, from: u64, out: &mut [u8]) -> Result<(), Fault>;
+
+    /// Copies `data` to guest address `to`. On a fault a prefix may have been written.
+    ///
+    /// # Errors
+    /// [`Fault`] if any byte of the range cannot be written.
+    fn write(&self, to: u64, data: &[u8]) -> Result<(), Fault>;
+}
+
+/// A logical buffer of a request: bytes 0..len, wherever they lie (guest iovecs, or plain memory
+/// in tools and tests).
+pub trait Buffer: Send + Sync {
+    /// Length in bytes.
+    fn len(&self) -> usize;
+
+    /// Whether it has no bytes.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Copies bytes `at..at + out.len()` of the buffer into `out`.
+    ///
+    /// # Errors
+    /// [`Fault`] if any byte cannot be read.
+    fn copy_in(&self, at: usize, out: &mut [u8]) -> Result<(), Fault>;
+
+    /// Copies `data` over bytes `at..at + data.len()` of the buffer.
+    ///
+    /// # Errors
+    /// [`Fault`] if any byte cannot be written.
+    fn copy_out(&self, at: usize, data: &[u8]) -> Result<(), Fault>;
+}
+
+/// The platform has no randomness to give: nothing may be sealed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NoEntropy;
+
+/// Time and randomness.
+pub trait Platform: Send + Sync {
+    /// Monotonic nanoseconds. In SGX it comes from the host: it drives timers and statistics,
+    /// never a decision about correctness.
+    fn now_ns(&self) -> u64;
+
+    /// Fills `out` with randomness of cryptographic quality (RDRAND, getrandom(2)).
+    ///
+    /// # Errors
+    /// [`NoEntropy`]: the caller must refuse to seal.
+    fn random(&self, out: &mut [u8]) -> Result<(), NoEntropy>;
+}
