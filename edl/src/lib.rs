@@ -8,6 +8,13 @@
 extern crate alloc;
 
 pub mod port;
+pub mod wire;
+
+/// The control calls: types, the host's trait and dispatch, the enclave's calls. Generated from
+/// `postern.edl`; how the messages look is in [`crate::wire`].
+pub mod calls {
+    include!(concat!(env!("OUT_DIR"), "/calls.rs"));
+}
 
 /// Protocol version spoken by this build, checked at attach.
 pub const VERSION: u32 = 1;

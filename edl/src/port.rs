@@ -223,8 +223,9 @@ impl Geometry {
         self.cq_offset / 8 + (n as usize & (self.entries - 1)) * CQE_WORDS
     }
 
-    /// Word index of the delivered stamp of request index `index`: the enclave's claim of when the
-    /// last request with this index reached the guest.
+    /// Word index of the delivered stamp of request index `index`: the enclave's claim of when it
+    /// took the completion of the last request with this index. Final for the daemon once it has
+    /// seen `CQ_TAKEN` pass that completion; overwritten by the next use of the index.
     #[must_use]
     pub const fn stamp_word(&self, index: usize) -> usize {
         self.stamps_offset / 8 + (index & (self.entries - 1))

@@ -1,0 +1,83 @@
+//! A change in an EDL file or in the generator shows as a change in a file of this repository.
+//!
+//! `POSTERN_UPDATE_GOLDEN=1 cargo test -p postern-edl-gen --test golden` writes the file anew. The
+//! boundary crate's tests compile it and run it.
+#![allow(clippy::unwrap_used)]
+
+use postern_edl_gen::{fingerprint, generate, parse};
+
+const SMALL: &str = include_str!("golden/small.edl");
+const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/small.rs");
+
+#[test]
+fn generated_code_changes_only_with_the_golden_file() {
+    let code = generate("small.edl", SMALL).unwrap_or_else(|error| panic!("{error}"));
+    if std::env::var_os("POSTERN_UPDATE_GOLDEN").is_some() {
+        std::fs::write(GOLDEN, &code).unwrap();
+        println!("wrote {GOLDEN}");
+    }
+    let golden = std::fs::read_to_string(GOLDEN).unwrap();
+    for (n, (is, was)) in code.lines().zip(golden.lines()).enumerate() {
+        assert_eq!(is, was, "line {}; POSTERN_UPDATE_GOLDEN=1 writes the file anew", n + 1);
+    }
+    assert_eq!(code.len(), golden.len(), "POSTERN_UPDATE_GOLDEN=1 writes the file anew");
+}
+
+#[test]
+fn one_more_member_changes_the_code_and_the_fingerprint() {
+    let more = SMALL.replace("size_t total;", "size_t total; uint32_t tax;");
+    assert_ne!(more, SMALL);
+    assert_ne!(generate("small.edl", &more).unwrap(), generate("small.edl", SMALL).unwrap());
+    let (more, less) = (parse("a", &more).unwrap(), parse("a", SMALL).unwrap());
+    assert_ne!(fingerprint(&more), fingerprint(&less));
+}
+
+#[test]
+fn comments_blanks_and_spellings_of_a_type_do_not_change_the_fingerprint() {
+    let one = "enclave { struct s { long long int a; uint8_t b[2]; }; untrusted { \
+               uint32_t f([in] const struct s* p, unsigned q); }; };";
+    let other = "/* x */ enclave {\n struct s {\n long long a; // a\n uint8_t b [ 2 ]; };\n\
+                 untrusted { /* f */ uint32_t f([in] const s *p, unsigned int q); };\n};\n";
+    let (one, other) = (parse("a", one).unwrap(), parse("a", other).unwrap());
+    assert_eq!(one.to_string(), other.to_string());
+    assert_eq!(fingerprint(&one), fingerprint(&other));
+}
+
+#[test]
+fn normal_form_is_itself_accepted_and_its_own_normal_form() {
+    for source in [SMALL, include_str!("../../postern.edl")] {
+        let interface = parse("a", source).unwrap();
+        let normal = interface.to_string();
+        assert_eq!(parse("normal", &normal).unwrap().to_string(), normal);
+    }
+}
+
+#[test]
+fn comments_of_the_edl_stand_in_the_code() {
+    let code = generate("small.edl", SMALL).unwrap();
+    for line in [
+        "/// How urgent an order is.\n",
+        "    /// It can wait.\n    #[default]\n    Calm = 0,",
+        "    /// Below zero in the cellar.\n    pub row: i16,",
+        "/// A list \\<with\\> \\[brackets\\] and \\*stars\\*.\n/// Ordered by row.\n",
+        "    /// Nothing in, nothing out.\n    fn ping(",
+    ] {
+        assert!(code.contains(line), "{line:?} is not in\n{code}");
+    }
+    assert!(!code.contains("uses everything"), "the file's header belongs to no item");
+}
+
+/// The 64-bit FNV-1a test vectors of its authors' reference.
+#[test]
+fn fingerprint_is_the_published_fnv_1a_of_the_normal_form() {
+    fn fnv(text: &str) -> u64 {
+        let mut hash = 14_695_981_039_346_656_037_u64;
+        for byte in text.bytes() {
+            hash = (hash ^ u64::from(byte)).wrapping_mul(1_099_511_628_211);
+        }
+        hash
+    }
+    assert_eq!(fnv("foobar"), 0x8594_4171_f739_67e8);
+    let interface = parse("a", SMALL).unwrap();
+    assert_eq!(fingerprint(&interface), fnv(&interface.to_string()));
+}
