@@ -1,15 +1,96 @@
-//! The sealed volume.
+//! The sealed volume: one guest file in one host file that the host can neither read nor change
+//! unnoticed.
+//!
+//! Copy-on-write blocks of 4 KiB under one radix tree that is map and Merkle tree at once, a
+//! chained journal, two superblocks. docs/FORMAT.md has the bytes; the modules have the order of
+//! things and why: [`checkpoint`] (the map becomes durable), [`sync`] (what one flush can do),
+//! [`recovery`] (what is believed at open).
+//!
+//! Holds whatever the host does: no wrong byte is returned (`EIO` instead), except that a
+//! consistent older state of the whole volume, or of its journal's tail, cannot be told from a
+//! power cut; no host answer panics.
+//! Holds with an honest host, whatever crashes: each block reads as a version that is not older
+//! than its last acknowledged sync, and what a recovery has answered stays.
 
-use alloc::string::String;
+#[cfg(test)]
+macro_rules! canary {
+    ($name:ident) => {
+        $crate::volume::tests::Canary::$name
+    };
+}
+#[cfg(not(test))]
+macro_rules! canary {
+    ($name:ident) => {
+        ()
+    };
+}
 
-use crate::{
-    disk::Disk,
-    errno::Errno,
-    platform::Buffer,
+mod cache;
+mod checkpoint;
+mod chores;
+mod core;
+mod crypto;
+mod delta;
+mod epochs;
+mod error;
+mod format;
+mod header;
+mod jblock;
+mod journal;
+mod layout;
+mod merge;
+mod ranges;
+mod read;
+mod recovery;
+mod resize;
+mod ring_scan;
+mod space;
+mod spacemap;
+mod superblock;
+mod sync;
+#[cfg(test)]
+mod tests;
+mod tree;
+mod verify;
+mod write;
+
+use alloc::{collections::BTreeMap, sync::Arc};
+use ::core::fmt;
+
+use zeroize::{Zeroize, ZeroizeOnDrop};
+
+use crate::sync::Lock;
+use self::{
+    core::Core,
+    crypto::{EpochKey, VolumeKey},
+    layout::Geometry,
 };
 
-/// What a user who holds a key presents to open a slot.
-pub struct SlotKey(/* zeroized 32 bytes */ pub(crate) [u8; 32]);
+pub use self::{
+    chores::Info,
+    core::Counters,
+    error::{Misuse, VolumeError},
+    verify::{Damage, VerifyReport},
+};
+
+/// What a user who holds a key presents to open a slot: the 32 bytes of a key file. Wiped when
+/// dropped.
+#[derive(Zeroize, ZeroizeOnDrop)]
+pub struct SlotKey(pub(crate) [u8; 32]);
+
+impl SlotKey {
+    /// A key from its 32 bytes.
+    #[must_use]
+    pub const fn new(bytes: [u8; 32]) -> Self {
+        Self(bytes)
+    }
+}
+
+impl fmt::Debug for SlotKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("SlotKey(..)")
+    }
+}
 
 /// How a volume is made.
 #[derive(Clone, Debug)]
@@ -40,13 +121,6 @@ pub struct OpenReport {
     pub records_skipped: u64,
 }
 
-/// Why the volume refused. Grouped by who has to act.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum VolumeError {
-    /// placeholder
-    Placeholder(String),
-}
-
 /// Background work that is due.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Chore {
@@ -59,26 +133,9 @@ pub enum Chore {
 }
 
 /// An open volume, shared by all processes and threads of one enclave.
-pub struct Volume {}
-
-#[allow(unused_variables, clippy::todo, clippy::unused_async, missing_docs, clippy::missing_errors_doc)]
-impl Volume {
-    /// Blocks the host file must have for a volume of `size` bytes.
-    pub fn host_blocks(size: u64) -> u64 { todo!() }
-    pub async fn format<D: Disk>(disk: &D, key: &SlotKey, options: &FormatOptions) -> Result<(), VolumeError> { todo!() }
-    pub async fn open<D: Disk>(disk: &D, key: &SlotKey, options: &OpenOptions) -> Result<(Self, OpenReport), VolumeError> { todo!() }
-    /// Reads up to `buffer.len()` bytes at `offset`; short at the end of the file.
-    pub async fn read<D: Disk>(&self, disk: &D, offset: u64, buffer: &impl Buffer) -> Result<usize, Errno> { todo!() }
-    pub async fn write<D: Disk>(&self, disk: &D, offset: u64, buffer: &impl Buffer) -> Result<usize, Errno> { todo!() }
-    pub async fn append<D: Disk>(&self, disk: &D, buffer: &impl Buffer) -> Result<usize, Errno> { todo!() }
-    /// fsync/fdatasync: everything completed before the call is durable when it returns Ok.
-    pub async fn sync<D: Disk>(&self, disk: &D) -> Result<(), Errno> { todo!() }
-    pub async fn truncate<D: Disk>(&self, disk: &D, size: u64) -> Result<(), Errno> { todo!() }
-    pub async fn punch<D: Disk>(&self, disk: &D, offset: u64, length: u64) -> Result<(), Errno> { todo!() }
-    pub async fn close<D: Disk>(&self, disk: &D) -> Result<(), Errno> { todo!() }
-    pub fn due(&self, now_ns: u64) -> Option<Chore> { todo!() }
-    pub async fn run_chore<D: Disk>(&self, disk: &D, chore: Chore) -> Result<(), Errno> { todo!() }
-    pub fn size(&self) -> u64 { todo!() }
-    pub fn capacity(&self) -> u64 { todo!() }
-    pub fn is_hole(&self, offset: u64, length: u64) -> bool { todo!() }
+pub struct Volume {
+    geometry: Geometry,
+    key: VolumeKey,
+    keys: Lock<BTreeMap<u32, Arc<EpochKey>>>,
+    core: Lock<Core>,
 }

@@ -1,0 +1,68 @@
+//! Nodes of the map (and inner nodes of the space map) that were read and authenticated.
+//!
+//! Holds: an entry is found only under the whole pointer it was read through (place, order), so a
+//! place that was given to another block never answers for its old node. Nodes never change. At
+//! most [`SETS`] × [`WAYS`] nodes are kept: 24 MiB.
+
+use alloc::{sync::Arc, vec::Vec};
+
+use super::layout::{Order, Ptr};
+use crate::disk::Block;
+
+const WAYS: usize = 8;
+const SETS: usize = 768;
+
+/// A node in private memory.
+pub(crate) type Node = Arc<Block>;
+
+struct Entry {
+    place: u64,
+    order: Order,
+    level: u8,
+    used: u32,
+    node: Node,
+}
+
+/// A set-associative cache; upper levels are kept longer.
+pub(crate) struct NodeCache {
+    sets: Vec<Vec<Entry>>,
+    clock: u32,
+}
+
+impl NodeCache {
+    pub(crate) fn new() -> Self {
+        Self { sets: (0..SETS).map(|_| Vec::new()).collect(), clock: 0 }
+    }
+
+    fn set(place: u64, order: Order) -> usize {
+        let mixed = (place ^ order.0.rotate_left(32)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        (mixed >> 32) as usize % SETS
+    }
+
+    pub(crate) fn get(&mut self, ptr: &Ptr) -> Option<&Node> {
+        let place = ptr.place();
+        self.clock = self.clock.wrapping_add(1);
+        let clock = self.clock;
+        let set = &mut self.sets[Self::set(place, ptr.order)];
+        let entry = set.iter_mut().find(|e| e.place == place && e.order == ptr.order)?;
+        entry.used = clock;
+        Some(&entry.node)
+    }
+
+    pub(crate) fn insert(&mut self, ptr: &Ptr, level: u32, node: Node) {
+        let place = ptr.place();
+        let clock = self.clock;
+        let set = &mut self.sets[Self::set(place, ptr.order)];
+        set.retain(|e| !(e.place == place && e.order == ptr.order));
+        if set.len() == WAYS {
+            // Of the lowest level present, the one not used for longest.
+            let victim = (0..set.len())
+                .max_by_key(|&i| (u8::MAX - set[i].level, clock.wrapping_sub(set[i].used)));
+            if let Some(victim) = victim {
+                set.swap_remove(victim);
+            }
+        }
+        let level = level.min(255) as u8;
+        set.push(Entry { place, order: ptr.order, level, used: clock, node });
+    }
+}

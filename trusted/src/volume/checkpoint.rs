@@ -1,0 +1,369 @@
+//! Checkpoints: one interval's changes become the durable map.
+//!
+//! The order of things, and why (each step waits for the one before):
+//! 1. *Cut.* Under the lock all lists are swapped at once, so the checkpoint holds no write
+//!    without every write that had completed before it was submitted.
+//! 2. *Merge.* New nodes, table nodes and space pages go to places that no durable state names.
+//! 3. *Carry.* Eager writes that were on their way at the cut have their records before the new
+//!    replay start; they are published again behind it. The superblock waits for that.
+//! 4. *Flush.* Everything the superblock will name is durable.
+//! 5. *Superblock*, to the slot that does not hold the last one; *flush*.
+//! 6. *Release.* Only now may the interval's released places be given out again.
+//!
+//! A checkpoint needs no journal space beyond the reserve and no place beyond what writers left
+//! to it, so it can always finish.
+
+use alloc::{boxed::Box, sync::Arc, vec::Vec};
+use core::{future::poll_fn, task::Poll};
+use futures_util::future;
+
+use super::{
+    Volume,
+    core::{Eager, Health, Map, Pending, wake},
+    crypto::{Salt, Tag},
+    delta::{Delta, Zero},
+    epochs::TableUpdate,
+    jblock::Record,
+    journal::Stopped,
+    layout::{Order, Ptr, SUPERBLOCKS, nodes_worst},
+    spacemap::SpaceUpdate,
+    superblock::{Epoch, RECENT, Superblock},
+};
+use crate::{disk::Disk, errno::Errno};
+
+/// What the cut took out of the core.
+struct Cut {
+    frozen: Arc<Delta>,
+    interval: u64,
+    start: u64,
+    prev: Tag,
+    order: Order,
+    size: u64,
+    size_order: Order,
+    map: Map,
+    epochs: Vec<Epoch>,
+}
+
+/// What the merge made.
+pub(crate) struct Merged {
+    pub(crate) root: Ptr,
+    pub(crate) allocs: Vec<u64>,
+    pub(crate) frees: Vec<u64>,
+    /// Changes whose leaf could not be read: they stay in the delta.
+    pub(crate) carried: Vec<Record>,
+}
+
+impl Volume {
+    /// Runs a checkpoint, or waits for the one that is running. For writers that need room.
+    pub(crate) async fn make_room<D: Disk>(&self, disk: &D) -> Result<(), Errno> {
+        self.checkpoint(disk, false, true).await
+    }
+
+    /// Runs a checkpoint. `clean`: nothing will be written after it. `join`: be content with one
+    /// that is already running.
+    pub(crate) async fn checkpoint<D: Disk>(
+        &self,
+        disk: &D,
+        clean: bool,
+        join: bool,
+    ) -> Result<(), Errno> {
+        let mut waited = None;
+        let mine = poll_fn(|cx| {
+            let mut core = self.core.lock();
+            if let Some(ended) = waited
+                && core.checkpoints.ended > ended
+                && join
+            {
+                return Poll::Ready(core.checkpoints.outcome.map_or(Ok(false), Err));
+            }
+            if core.health != Health::Good || core.checkpoints.wedged {
+                return Poll::Ready(Err(Errno::EIO));
+            }
+            if core.checkpoints.running {
+                waited = waited.or(Some(core.checkpoints.ended));
+                core.checkpoints.waiters.add(cx.waker());
+                return Poll::Pending;
+            }
+            core.checkpoints.running = true;
+            Poll::Ready(Ok(true))
+        })
+        .await?;
+        if !mine {
+            return Ok(());
+        }
+        let result = self.run_checkpoint(disk, clean).await;
+        let wakers = {
+            let mut core = self.core.lock();
+            core.checkpoints.running = false;
+            core.checkpoints.ended += 1;
+            core.checkpoints.outcome = result.err();
+            let mut wakers = core.checkpoints.waiters.take();
+            wakers.extend(core.journal.waiters.take());
+            wakers
+        };
+        wake(wakers);
+        result
+    }
+
+    async fn run_checkpoint<D: Disk>(&self, disk: &D, clean: bool) -> Result<(), Errno> {
+        let cut = self.cut().await?;
+        let done = self.write_checkpoint(disk, &cut, clean).await;
+        if done.is_err() {
+            self.abort(&cut);
+        }
+        done
+    }
+
+    /// Step 1. Needs no journal space: records that were not published yet need not be.
+    async fn cut(&self) -> Result<Cut, Errno> {
+        poll_fn(|cx| {
+            let mut guard = self.core.lock();
+            let core = &mut *guard;
+            if core.health == Health::Failed {
+                return Poll::Ready(Err(Errno::EIO));
+            }
+            if core.journal.sealing {
+                // The tag of the last block is not known yet.
+                core.journal.waiters.add(cx.waker());
+                return Poll::Pending;
+            }
+            let frozen = Arc::new(core::mem::take(&mut core.active));
+            core.frozen = Some(frozen.clone());
+            core.space.cut(core.in_flight.iter().flatten().map(|write| write.run));
+            let mut queued = Vec::new();
+            for (id, slot) in core.in_flight.iter_mut().enumerate() {
+                let Some(write) = slot else { continue };
+                match write.eager {
+                    Eager::Published(seq) => {
+                        write.eager = Eager::Carried(seq);
+                        core.checkpoints.carried += 1;
+                    }
+                    Eager::Queued => {
+                        write.eager = Eager::No;
+                        queued.push((id, write.serial));
+                    }
+                    Eager::No | Eager::Carried(_) => {}
+                }
+            }
+            if !queued.is_empty() {
+                core.journal.drop_pending(|p| p.eager.is_some_and(|e| queued.contains(&e)));
+            }
+            core.journal.interval += 1;
+            core.checkpoints.owed = nodes_worst(core.geometry.capacity, frozen.weight()) + 8;
+            Poll::Ready(Ok(Cut {
+                frozen,
+                interval: core.journal.interval,
+                start: core.journal.next,
+                prev: core.journal.prev,
+                order: Order::new(core.key.id, core.counter),
+                size: core.size,
+                size_order: core.size_order,
+                map: core.map,
+                epochs: core.epochs.clone(),
+            }))
+        })
+        .await
+    }
+
+    /// Steps 2 to 6.
+    async fn write_checkpoint<D: Disk>(
+        &self,
+        disk: &D,
+        cut: &Cut,
+        clean: bool,
+    ) -> Result<(), Errno> {
+        let merged = self.merge(disk, &cut.map, &cut.frozen).await?;
+        let Merged { root, mut allocs, mut frees, carried } = merged;
+        let new: Vec<_> = cut.epochs.iter().filter(|epoch| !epoch.tabled).cloned().collect();
+        let table = self.update_table(disk, &new, &mut allocs, &mut frees).await?;
+        let space = self.update_space(disk, allocs, frees).await?;
+        self.carry(disk, carried).await?;
+        let (stamp, seq, skip) = {
+            let mut core = self.core.lock();
+            core.stamp += 1;
+            (core.stamp, core.journal.complete(), core.is(canary!(NoNodeFlush)))
+        };
+        if !skip {
+            self.flush(disk, stamp, seq).await?;
+        }
+        let rotated = self.rotation(disk)?;
+        let mut superblock = self.superblock(cut, root, &table, &space, clean);
+        superblock.epochs.extend(rotated.clone());
+        let slot = self.commit(disk, &superblock).await?;
+        self.release(cut, superblock, slot, &table, space, rotated, clean);
+        Ok(())
+    }
+
+    /// Step 3.
+    async fn carry<D: Disk>(&self, disk: &D, carried: Vec<Record>) -> Result<(), Errno> {
+        {
+            let mut core = self.core.lock();
+            for record in carried {
+                match record {
+                    Record::Map { block, ptr } => {
+                        core.active.insert(block, ptr);
+                        core.space.keep(ptr.place());
+                    }
+                    Record::Zero { first, count, order } => {
+                        core.active.zeroes.push(Zero { first, end: first + count, order });
+                    }
+                    Record::Size { .. } | Record::Void { .. } => {}
+                }
+                core.journal.carry.push_back(Pending::new(record));
+            }
+        }
+        poll_fn(|cx| {
+            let mut core = self.core.lock();
+            if core.health == Health::Failed {
+                return Poll::Ready(Err(Errno::EIO));
+            }
+            if core.checkpoints.carried == 0 || core.is(canary!(NoCarryWait)) {
+                return Poll::Ready(Ok(()));
+            }
+            core.checkpoints.waiters.add(cx.waker());
+            Poll::Pending
+        })
+        .await?;
+        match self.publish_now(disk, 0, 0).await {
+            Ok(()) => {}
+            Err(Stopped::Full) => return Err(Errno::ENOSPC),
+            Err(Stopped::Errno(errno)) => return Err(errno),
+        }
+        let last = self.last_sealed().await;
+        self.written(last).await
+    }
+
+    /// A new epoch, when this one has sealed enough.
+    fn rotation<D: Disk>(&self, disk: &D) -> Result<Option<Epoch>, Errno> {
+        let core = self.core.lock();
+        if core.counter < core.rotate_at || core.key.id >= Order::MAX_EPOCH {
+            return Ok(None);
+        }
+        let mut salt: Salt = [0; 24];
+        disk.random(&mut salt).map_err(|_| Errno::EIO)?;
+        let key_version = core.epochs.last().map_or(1, |epoch| epoch.key_version);
+        Ok(Some(Epoch { id: core.key.id + 1, salt, key_version, tabled: false }))
+    }
+
+    fn superblock(
+        &self,
+        cut: &Cut,
+        root: Ptr,
+        table: &TableUpdate,
+        space: &SpaceUpdate,
+        clean: bool,
+    ) -> Superblock {
+        let core = self.core.lock();
+        let keep = cut.epochs.len().saturating_sub(RECENT / 2);
+        Superblock {
+            generation: core.generation + 1,
+            clean: clean && core.journal.next == cut.start,
+            session: core.session,
+            size: cut.size,
+            size_order: cut.size_order,
+            geometry: core.geometry,
+            map_root: root,
+            map_levels: cut.map.levels,
+            cut: cut.order,
+            space_root: space.root,
+            table_root: table.root,
+            table_levels: table.levels,
+            replay_seq: cut.start,
+            replay_prev: cut.prev,
+            durable: core.journal.durable,
+            birth: core.birth,
+            epochs: cut.epochs[keep..]
+                .iter()
+                .map(|epoch| Epoch { tabled: true, ..epoch.clone() })
+                .collect(),
+        }
+    }
+
+    /// Step 5. Writes a superblock to the slot that does not hold the last one, and flushes.
+    /// Returns the slot.
+    pub(crate) async fn commit<D: Disk>(
+        &self,
+        disk: &D,
+        superblock: &Superblock,
+    ) -> Result<usize, Errno> {
+        let slot = {
+            let core = self.core.lock();
+            if core.is(canary!(SameSlot)) { core.slot } else { 1 - core.slot }
+        };
+        let mut salt: Salt = [0; 24];
+        disk.random(&mut salt).map_err(|_| Errno::EIO)?;
+        let sealed = Box::new(superblock.seal(&self.key, &salt, slot));
+        let [a, b] = SUPERBLOCKS[slot];
+        let (a, b) =
+            future::join(self.put_block(disk, a, &sealed), self.put_block(disk, b, &sealed)).await;
+        if let Err(errno) = a.and(b) {
+            // It may be there or not. Both states can be recovered from as long as no other
+            // superblock is written: the journal goes on from the old replay start.
+            self.core.lock().checkpoints.wedged = true;
+            return Err(errno);
+        }
+        let stamp = {
+            let mut core = self.core.lock();
+            core.stamp += 1;
+            core.stamp
+        };
+        self.flush(disk, stamp, 0).await?;
+        Ok(slot)
+    }
+
+    /// Step 6.
+    #[allow(clippy::too_many_arguments)]
+    fn release(
+        &self,
+        cut: &Cut,
+        superblock: Superblock,
+        slot: usize,
+        table: &TableUpdate,
+        space: SpaceUpdate,
+        rotated: Option<Epoch>,
+        clean: bool,
+    ) {
+        let key = rotated.map(|epoch| {
+            let key = Arc::new(self.key.epoch(epoch.id, &epoch.salt));
+            self.remember(key.clone());
+            (key, epoch.salt)
+        });
+        let mut guard = self.core.lock();
+        let core = &mut *guard;
+        let frozen = core.frozen.take();
+        core.map = Map { root: superblock.map_root, levels: superblock.map_levels, cut: cut.order };
+        core.space.complete(space.changed, space.root, space.free);
+        core.journal.start = cut.start;
+        core.journal.drop_pending(|pending| pending.interval < cut.interval);
+        core.journal.unresolved.retain(|seq, _| *seq >= cut.start);
+        core.generation = superblock.generation;
+        core.durable_generation = superblock.generation;
+        core.slot = slot;
+        core.epochs = superblock.epochs;
+        core.table_root = table.root;
+        core.table_levels = table.levels;
+        core.checkpoints.owed = 0;
+        core.counters.checkpoints += 1;
+        if let Some((key, salt)) = key {
+            core.key = key;
+            core.salt = salt;
+            core.counter = 1;
+        }
+        if clean {
+            core.health = Health::ReadOnly;
+        }
+        drop(guard);
+        // A large map is freed here, outside the lock.
+        drop(frozen);
+    }
+
+    /// The checkpoint was given up: its interval goes on, nothing it released is free.
+    fn abort(&self, cut: &Cut) {
+        let mut guard = self.core.lock();
+        let core = &mut *guard;
+        core.active.absorb(&cut.frozen);
+        core.frozen = None;
+        core.space.abort();
+        core.checkpoints.owed = 0;
+    }
+}

@@ -1,0 +1,302 @@
+//! What is due in the background, and what an open volume tells about itself.
+
+use alloc::{collections::BTreeMap, sync::Arc};
+use core::fmt;
+
+use super::{
+    Chore, Counters, Volume,
+    cache::NodeCache,
+    core::{
+        Checkpoints, Core, Expect, Flushes, Health, Journal, Map, Timers, Waiters, wake,
+    },
+    crypto::{EpochKey, Salt, VolumeKey},
+    delta::Delta,
+    layout::{BLOCK_BYTES, RING_RESERVE},
+    ranges::{EOF, RangeLocks},
+    space::Space,
+    spacemap,
+    superblock::Superblock,
+};
+use crate::{disk::Disk, errno::Errno, sync::Lock};
+
+/// Records wait at most this long before they are published, and an idle durable mark before it
+/// is written; in nanoseconds. The embedder's tick comes on top.
+const PUBLISH_NS: u64 = 25_000_000;
+/// Longest time between a write and the flush that covers it, in nanoseconds.
+const FLUSH_NS: u64 = 1_000_000_000;
+/// Idle time before a checkpoint, in nanoseconds.
+const IDLE_NS: u64 = 30_000_000_000;
+/// Published records after which a flush is due: what recovery has to verify.
+const UNSETTLED: u64 = 32_768;
+/// Records that are worth publishing at once.
+const MANY: usize = 16 * 96;
+/// Seals after which a new epoch begins: far below what one key can bear.
+const ROTATE_AT: u64 = 1 << 32;
+
+/// What an open volume is, for operators.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Info {
+    /// Identity of the volume.
+    pub uuid: [u8; 16],
+    /// Bytes the guest may store.
+    pub capacity: u64,
+    /// Bytes of the guest's file.
+    pub size: u64,
+    /// Blocks of the host file.
+    pub host_blocks: u64,
+    /// Blocks of the journal ring.
+    pub journal_blocks: u64,
+    /// Journal blocks since the last checkpoint.
+    pub journal_used: u64,
+    /// Levels of the map.
+    pub map_levels: u32,
+    /// Blocks in use on the host.
+    pub used_blocks: u64,
+    /// Blocks free for new writes.
+    pub free_blocks: u64,
+    /// Blocks changed since the last checkpoint.
+    pub delta_records: u64,
+    /// Number of the last superblock.
+    pub generation: u64,
+    /// Openings for writing so far.
+    pub session: u64,
+    /// Epoch of this opening.
+    pub epoch: u32,
+}
+
+impl Core {
+    /// The state of a volume whose superblock has been read and whose journal is empty.
+    pub(crate) fn new(
+        superblock: &Superblock,
+        map: Map,
+        key: Arc<EpochKey>,
+        salt: Salt,
+    ) -> Self {
+        let geometry = superblock.geometry;
+        let free = spacemap::total_free(&geometry, &superblock.space_root);
+        Self {
+            geometry,
+            health: Health::Good,
+            key,
+            salt,
+            counter: 1,
+            rotate_at: ROTATE_AT,
+            size: superblock.size,
+            size_order: superblock.size_order,
+            birth: superblock.birth,
+            session: superblock.session,
+            generation: superblock.generation,
+            durable_generation: superblock.generation,
+            slot: 0,
+            epochs: superblock.epochs.clone(),
+            table_root: superblock.table_root,
+            table_levels: superblock.table_levels,
+            active: Delta::default(),
+            frozen: None,
+            map,
+            cache: NodeCache::new(),
+            space: Space::new(geometry, superblock.space_root, free),
+            journal: Journal {
+                next: superblock.replay_seq,
+                prev: superblock.replay_prev,
+                start: superblock.replay_seq,
+                sealing: false,
+                writing: Default::default(),
+                durable: superblock.durable,
+                marked: superblock.durable,
+                unresolved: BTreeMap::new(),
+                pending: Default::default(),
+                carry: Default::default(),
+                queued: 0,
+                taken: 0,
+                interval: 0,
+                last: superblock.replay_seq - 1,
+                unsettled: 0,
+                waiters: Waiters::default(),
+            },
+            flushes: Flushes::default(),
+            checkpoints: Checkpoints::default(),
+            ranges: RangeLocks::default(),
+            in_flight: Default::default(),
+            launched: 0,
+            stamp: 0,
+            timers: Timers::default(),
+            expect: Expect::default(),
+            counters: Counters::default(),
+            #[cfg(test)]
+            canary: super::tests::canary(),
+        }
+    }
+
+    fn due(&mut self, now: u64) -> Option<Chore> {
+        if self.health != Health::Good {
+            return None;
+        }
+        let waiting = self.journal.pending.len() + self.journal.carry.len();
+        // A mark is worth a block only if it says something about records.
+        let unmarked = self.journal.durable > self.journal.marked
+            && self.journal.last > self.journal.marked;
+        let timers = &mut self.timers;
+        if !timers.checkpoint_claimed && !self.checkpoints.running && !self.checkpoints.wedged {
+            let changed = !self.active.is_empty();
+            if timers.idle_stamp != self.stamp || timers.idle_since.is_none() {
+                (timers.idle_stamp, timers.idle_since) = (self.stamp, Some(now));
+            }
+            let idle = timers.idle_since.is_some_and(|since| now.saturating_sub(since) >= IDLE_NS);
+            if changed && idle || self.wants_checkpoint() {
+                self.timers.checkpoint_claimed = true;
+                return Some(Chore::Checkpoint);
+            }
+        }
+        let timers = &mut self.timers;
+        let dirty = self.stamp > self.flushes.stamp || self.journal.last > self.flushes.seq;
+        match (dirty, timers.dirty_since) {
+            (false, _) => timers.dirty_since = None,
+            (true, None) => timers.dirty_since = Some(now),
+            (true, Some(since)) => {
+                let late = now.saturating_sub(since) >= FLUSH_NS;
+                if !timers.flush_claimed && (late || self.journal.unsettled > UNSETTLED) {
+                    timers.flush_claimed = true;
+                    return Some(Chore::Flush);
+                }
+            }
+        }
+        if waiting == 0 && !unmarked {
+            timers.pending_since = None;
+            return None;
+        }
+        let since = *timers.pending_since.get_or_insert(now);
+        let late = now.saturating_sub(since) >= PUBLISH_NS;
+        if timers.publish_claimed || !(late || waiting >= MANY) {
+            return None;
+        }
+        timers.publish_claimed = true;
+        Some(Chore::Publish)
+    }
+}
+
+impl Volume {
+    pub(crate) fn new(key: VolumeKey, core: Core) -> Self {
+        Self {
+            geometry: core.geometry,
+            key,
+            keys: Lock::new(BTreeMap::new()),
+            core: Lock::new(core),
+        }
+    }
+
+    /// The chore that is due now, if any; it is the caller's then, to run with
+    /// [`Self::run_chore`]. To be asked after completions and every few milliseconds while
+    /// something is unwritten; `now_ns` is the platform's clock.
+    ///
+    /// Nothing depends on it being called but how much a crash can take, and the time of opening.
+    pub fn due(&self, now_ns: u64) -> Option<Chore> {
+        self.core.lock().due(now_ns)
+    }
+
+    /// Runs a chore that [`Self::due`] gave.
+    ///
+    /// # Errors
+    /// `EIO` when the volume has failed; nothing is lost that was durable.
+    pub async fn run_chore<D: Disk>(&self, disk: &D, chore: Chore) -> Result<(), Errno> {
+        let (stamp, queued, waiting) = {
+            let core = self.core.lock();
+            let waiting = core.journal.pending.len() + core.journal.carry.len();
+            (core.stamp, core.journal.queued, waiting)
+        };
+        let result = match chore {
+            Chore::Publish if waiting > 0 => self.publish(disk, queued).await,
+            Chore::Publish => self.mark(disk).await,
+            Chore::Flush => self.sync_to(disk, stamp, queued).await,
+            Chore::Checkpoint => self.checkpoint(disk, false, true).await,
+        };
+        let timers = &mut self.core.lock().timers;
+        match chore {
+            Chore::Publish => (timers.publish_claimed, timers.pending_since) = (false, None),
+            Chore::Flush => (timers.flush_claimed, timers.dirty_since) = (false, None),
+            Chore::Checkpoint => (timers.checkpoint_claimed, timers.idle_since) = (false, None),
+        }
+        result
+    }
+
+    /// Waits for all writes, writes everything down, and marks the volume as cleanly closed.
+    /// Afterwards it can be read, not written.
+    ///
+    /// # Errors
+    /// `EIO` when something could not be written: the next opening recovers.
+    pub async fn close<D: Disk>(&self, disk: &D) -> Result<(), Errno> {
+        match self.core.lock().health {
+            Health::Good => {}
+            Health::ReadOnly => return Ok(()),
+            Health::Failed => return Err(Errno::EIO),
+        }
+        let ticket = self.enter(0, EOF, true).await;
+        let mut result = self.checkpoint(disk, true, false).await;
+        if result.is_ok() && self.core.lock().health == Health::Good {
+            // Changes that could not be merged stay in the journal: closed, but not cleanly.
+            let (stamp, queued) = {
+                let core = self.core.lock();
+                (core.stamp, core.journal.queued)
+            };
+            result = self.sync_to(disk, stamp, queued).await;
+        }
+        let wakers = {
+            let mut core = self.core.lock();
+            if core.health == Health::Good {
+                core.health = Health::ReadOnly;
+            }
+            core.ranges.leave(ticket)
+        };
+        wake(wakers);
+        result
+    }
+
+    /// Bytes of the guest's file.
+    pub fn size(&self) -> u64 {
+        self.core.lock().size
+    }
+
+    /// Bytes the guest may store.
+    #[must_use]
+    pub const fn capacity(&self) -> u64 {
+        self.geometry.capacity * BLOCK_BYTES
+    }
+
+    /// Whether writes are refused: opened read-only, closed, or failed.
+    pub fn read_only(&self) -> bool {
+        self.core.lock().health != Health::Good
+    }
+
+    /// Counters since it was opened.
+    pub fn counters(&self) -> Counters {
+        self.core.lock().counters
+    }
+
+    /// What the volume is and how full.
+    pub fn info(&self) -> Info {
+        let core = self.core.lock();
+        let free = core.space.available();
+        Info {
+            uuid: *self.key.uuid(),
+            capacity: self.capacity(),
+            size: core.size,
+            host_blocks: self.geometry.host_blocks,
+            journal_blocks: self.geometry.ring_blocks - RING_RESERVE,
+            journal_used: core.journal.next - core.journal.start,
+            map_levels: core.map.levels,
+            used_blocks: self.geometry.general().saturating_sub(free),
+            free_blocks: free,
+            delta_records: core.active.weight(),
+            generation: core.generation,
+            session: core.session,
+            epoch: core.key.id,
+        }
+    }
+}
+
+impl fmt::Debug for Volume {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Volume").field("info", &self.info()).finish_non_exhaustive()
+    }
+}

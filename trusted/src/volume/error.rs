@@ -1,0 +1,179 @@
+//! Why a volume refused, grouped by who has to act.
+
+use core::fmt;
+
+use crate::{
+    disk::{BLOCK, HostError},
+    errno::Errno,
+    platform::NoEntropy,
+};
+
+/// Why formatting, opening or verifying a volume was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum VolumeError {
+    /// The caller asked for something a volume cannot be: choose another size.
+    Misuse(Misuse),
+    /// Neither copy of the static header is one of this format: not a volume, or its header is
+    /// destroyed. Nothing is ever formatted in its place.
+    NotAVolume,
+    /// The volume was written by another version of the format.
+    UnsupportedVersion {
+        /// The version found in the header.
+        found: u32,
+    },
+    /// The volume uses features that this build does not know.
+    UnsupportedFeatures {
+        /// The unknown incompatible feature bits.
+        bits: u64,
+    },
+    /// No key slot opens with the key that was given.
+    WrongKey,
+    /// The header opens with the key, but a part of it was altered.
+    DamagedHeader,
+    /// Neither superblock is authentic: the volume cannot be opened.
+    DamagedSuperblock,
+    /// A number in an authentic structure is outside what the format allows.
+    BadGeometry,
+    /// The host file is shorter than the volume it holds.
+    HostFileShort {
+        /// Blocks of 4096 bytes the volume needs.
+        needed: u64,
+        /// Blocks the host file has.
+        found: u64,
+    },
+    /// The journal ends before a block that was durable: it was damaged, cut off or rolled back.
+    /// Open with `accept_loss` to go on with what is left, or read-only to look first.
+    JournalLost {
+        /// Last journal block that can still be followed.
+        tip: u64,
+        /// Journal block that is known to have been durable.
+        durable: u64,
+    },
+    /// A newer superblock was durable than the one found: damage or a rollback.
+    SuperblockLost {
+        /// Generation found.
+        found: u64,
+        /// Generation known to have been durable.
+        durable: u64,
+    },
+    /// The host failed to read or write a block of 4096 bytes.
+    Host {
+        /// Place of the block in the host file.
+        place: u64,
+        /// What the host said.
+        error: HostError,
+    },
+    /// The host's flush failed: nothing written since can be trusted to be durable.
+    Flush(HostError),
+    /// The platform gave no randomness.
+    NoEntropy,
+}
+
+/// What the caller has to change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Misuse {
+    /// The size is zero or not a multiple of 4096 bytes.
+    SizeNotWholeBlocks,
+    /// The size is above what the format can address (64 TiB).
+    TooLarge,
+}
+
+impl VolumeError {
+    /// The errno a guest sees for it.
+    #[must_use]
+    pub const fn errno(&self) -> Errno {
+        match self {
+            Self::Misuse(_) => Errno::EINVAL,
+            Self::WrongKey => Errno::EKEYREJECTED,
+            Self::Host { error: HostError::Errno(number), .. }
+            | Self::Flush(HostError::Errno(number)) => Errno(*number),
+            _ => Errno::EIO,
+        }
+    }
+}
+
+impl From<NoEntropy> for VolumeError {
+    fn from(_: NoEntropy) -> Self {
+        Self::NoEntropy
+    }
+}
+
+impl fmt::Display for VolumeError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Misuse(Misuse::SizeNotWholeBlocks) => {
+                write!(f, "the volume's size must be a non-zero multiple of {BLOCK} bytes")
+            }
+            Self::Misuse(Misuse::TooLarge) => {
+                f.write_str("the volume's size is above what the format can address (64 TiB)")
+            }
+            Self::NotAVolume => f.write_str(
+                "not a Postern volume: neither copy of the header is recognised (nothing was \
+                 changed; format it explicitly if it should become one)",
+            ),
+            Self::UnsupportedVersion { found } => {
+                write!(f, "the volume has format version {found}; this build reads version 1")
+            }
+            Self::UnsupportedFeatures { bits } => write!(
+                f,
+                "the volume uses features unknown to this build (incompatible bits {bits:#x}); \
+                 use a newer build"
+            ),
+            Self::WrongKey => f.write_str("no key slot of the volume opens with this key"),
+            Self::DamagedHeader => f.write_str(
+                "the header opens with this key, but both copies were altered after they were \
+                 written",
+            ),
+            Self::DamagedSuperblock => {
+                f.write_str("no superblock is authentic: the volume's root is damaged or lost")
+            }
+            Self::BadGeometry => {
+                f.write_str("an authentic structure holds numbers outside the format's bounds")
+            }
+            Self::HostFileShort { needed, found } => write!(
+                f,
+                "the host file is too short: the volume needs {needed} blocks of {BLOCK} bytes, \
+                 the file has {found}"
+            ),
+            Self::JournalLost { tip, durable } => write!(
+                f,
+                "the journal ends at block {tip}, but block {durable} was durable: {} journal \
+                 blocks are damaged, cut off or rolled back (accept the loss explicitly, or open \
+                 read-only)",
+                durable.saturating_sub(*tip)
+            ),
+            Self::SuperblockLost { found, durable } => write!(
+                f,
+                "the superblock has generation {found}, but generation {durable} was durable: \
+                 damage or a rollback (accept the loss explicitly, or open read-only)"
+            ),
+            Self::Host { place, error } => {
+                write!(f, "the host failed on block {place} of the file: ")?;
+                host(*error, f)
+            }
+            Self::Flush(error) => {
+                f.write_str("the host failed to flush the file: ")?;
+                host(*error, f)
+            }
+            Self::NoEntropy => f.write_str("the platform gave no randomness; nothing was sealed"),
+        }
+    }
+}
+
+fn host(error: HostError, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    match error {
+        HostError::Errno(number) => write!(f, "{}", Errno(number)),
+        HostError::Gone => f.write_str("the host is gone"),
+    }
+}
+
+impl core::error::Error for VolumeError {}
+
+/// What the host's answer means to the guest.
+pub(crate) fn guest_errno(error: HostError) -> Errno {
+    match error {
+        HostError::Errno(28) => Errno::ENOSPC,
+        HostError::Errno(_) | HostError::Gone => Errno::EIO,
+    }
+}

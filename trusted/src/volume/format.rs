@@ -1,0 +1,142 @@
+//! Making a volume. The header goes last: a half-made volume is none.
+
+use alloc::boxed::Box;
+
+use super::{
+    FormatOptions, SlotKey, Volume,
+    crypto::{Secret, VolumeKey},
+    error::VolumeError,
+    header::{self, Fresh, HeaderBytes},
+    layout::{
+        BLOCK_BYTES, Geometry, HEADER_BLOCKS, HEADERS, Order, Ptr, RING_START, SUPERBLOCKS, levels,
+    },
+    superblock::Superblock,
+};
+use crate::disk::{BLOCK, Block, Disk, HostError, Transfer};
+
+/// Blocks of one host request while formatting.
+const STEP: usize = 32;
+
+/// Writes `count` blocks of zeros from `place` on.
+async fn zeroes<D: Disk>(disk: &D, place: u64, count: u64) -> Result<(), VolumeError> {
+    let step = STEP.min(D::MAX_BLOCKS);
+    let failed = |place| move |error: HostError| VolumeError::Host { place, error };
+    let mut transfer = disk.transfer(step).await.map_err(failed(place))?;
+    (0..step).for_each(|i| transfer.put(i, &[0; BLOCK]));
+    let mut done = 0;
+    while done < count {
+        let blocks = (count - done).min(step as u64);
+        let at = place + done;
+        transfer.write(at, blocks as usize).await.map_err(failed(at))?;
+        done += blocks;
+    }
+    Ok(())
+}
+
+pub(crate) async fn write_blocks<D: Disk>(
+    disk: &D,
+    place: u64,
+    blocks: &[Block],
+) -> Result<(), VolumeError> {
+    let failed = |error| VolumeError::Host { place, error };
+    let mut transfer = disk.transfer(blocks.len()).await.map_err(failed)?;
+    blocks.iter().enumerate().for_each(|(i, block)| transfer.put(i, block));
+    transfer.write(place, blocks.len()).await.map_err(failed)
+}
+
+/// Makes a volume of the given geometry.
+pub(crate) async fn format<D: Disk>(
+    disk: &D,
+    key: &SlotKey,
+    geometry: Geometry,
+    size: u64,
+) -> Result<(), VolumeError> {
+    let geometry = geometry.check()?;
+    if disk.host_blocks() < geometry.host_blocks {
+        return Err(VolumeError::HostFileShort {
+            needed: geometry.host_blocks,
+            found: disk.host_blocks(),
+        });
+    }
+    let mut fresh = Fresh {
+        uuid: [0; 16],
+        master: Secret([0; 32]),
+        key: Secret([0; 32]),
+        slot_salt: [0; 32],
+        keyring_salt: [0; 24],
+    };
+    let mut salt = [0; 24];
+    for out in [
+        &mut fresh.uuid[..],
+        &mut fresh.master.0,
+        &mut fresh.key.0,
+        &mut fresh.slot_salt,
+        &mut fresh.keyring_salt,
+        &mut salt,
+    ] {
+        disk.random(out)?;
+    }
+    let volume_key = VolumeKey::new(fresh.uuid, fresh.key.clone());
+    // An older volume's header and superblocks go first, then the ring and the reserve are
+    // written, so that they are warm and have their space on the host.
+    zeroes(disk, 0, RING_START).await?;
+    zeroes(disk, geometry.ring_start, geometry.ring_blocks + geometry.reserve_blocks).await?;
+    let superblock = Superblock {
+        generation: 1,
+        clean: true,
+        session: 0,
+        size,
+        size_order: Order(0),
+        geometry,
+        map_root: Ptr::NULL,
+        map_levels: levels(geometry.capacity),
+        cut: Order(0),
+        space_root: Ptr::NULL,
+        table_root: Ptr::NULL,
+        table_levels: 0,
+        replay_seq: 1,
+        replay_prev: [0; 16],
+        durable: 0,
+        birth: 1,
+        epochs: alloc::vec::Vec::new(),
+    };
+    let sealed = superblock.seal(&volume_key, &salt, 0);
+    for place in SUPERBLOCKS[0] {
+        write_blocks(disk, place, &[sealed]).await?;
+    }
+    disk.flush().await.map_err(VolumeError::Flush)?;
+    let mut bytes: Box<HeaderBytes> = Box::new([0; header::BYTES]);
+    header::encode(&mut bytes, &fresh, &Secret(key.0), geometry.host_blocks);
+    let (blocks, _) = bytes.as_chunks::<BLOCK>();
+    for place in HEADERS {
+        debug_assert_eq!(blocks.len(), HEADER_BLOCKS);
+        write_blocks(disk, place, blocks).await?;
+    }
+    disk.flush().await.map_err(VolumeError::Flush)
+}
+
+impl Volume {
+    /// Blocks of 4096 bytes that the host file must have for a volume of `size` bytes (a sparse
+    /// file will do); 0 for a size that no volume can have.
+    #[must_use]
+    pub fn host_blocks(size: u64) -> u64 {
+        Geometry::for_size(size).map_or(0, |geometry| geometry.host_blocks)
+    }
+
+    /// Makes a volume in the host file behind `disk`, whatever is there: everything in it is lost.
+    ///
+    /// The file must already have [`Self::host_blocks`] blocks. Writes the fixed structures only;
+    /// the time it takes does not depend on the size beyond a journal of at most 126 MiB.
+    ///
+    /// # Errors
+    /// [`VolumeError::Misuse`], [`VolumeError::HostFileShort`], [`VolumeError::Host`],
+    /// [`VolumeError::Flush`], [`VolumeError::NoEntropy`].
+    pub async fn format<D: Disk>(
+        disk: &D,
+        key: &SlotKey,
+        options: &FormatOptions,
+    ) -> Result<(), VolumeError> {
+        let geometry = Geometry::for_size(options.size)?;
+        format(disk, key, geometry, geometry.capacity * BLOCK_BYTES).await
+    }
+}

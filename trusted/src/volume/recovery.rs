@@ -1,0 +1,434 @@
+//! Opening: from bytes of any content to a consistent volume, or a typed refusal.
+//!
+//! Holds: nothing is created or reformatted; what a recovery has answered is durable before
+//! anything else is (its decisions about uncertain records are written down and flushed); a crash
+//! anywhere in between leads to a recovery that answers the same or has answered nothing yet.
+
+use alloc::{
+    boxed::Box,
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    vec::Vec,
+};
+use futures_util::{StreamExt, stream::FuturesUnordered};
+
+use super::{
+    OpenOptions, OpenReport, SlotKey, Volume,
+    core::{Core, Health, Map, Pending},
+    crypto::{EpochKey, Kind, Salt, Secret, VolumeKey},
+    delta::{Delta, Zero},
+    error::VolumeError,
+    header::{self, HeaderBytes},
+    jblock::Record,
+    layout::{HEADER_BLOCKS, HEADERS, Order, Ptr, RING_RESERVE, SUPERBLOCKS, put},
+    ring_scan::{self, Scan},
+    superblock::{Epoch, RECENT, Superblock},
+    tree::Bad,
+};
+use crate::{
+    disk::{BLOCK, Block, Disk, HostError, Transfer},
+    errno::Errno,
+};
+
+/// Data blocks verified at a time.
+const VERIFY: usize = 32;
+
+async fn read_blocks<D: Disk>(
+    disk: &D,
+    place: u64,
+    out: &mut [Block],
+) -> Result<(), VolumeError> {
+    let failed = |error| VolumeError::Host { place, error };
+    let mut transfer = disk.transfer(out.len()).await.map_err(failed)?;
+    transfer.read(place).await.map_err(failed)?;
+    out.iter_mut().enumerate().for_each(|(i, block)| transfer.get(i, block));
+    Ok(())
+}
+
+/// Step 1: the header, copy A or B.
+async fn open_header<D: Disk>(disk: &D, key: &SlotKey) -> Result<header::Opened, VolumeError> {
+    let secret = Secret(key.0);
+    let mut best: Option<header::Opened> = None;
+    let mut refusal: Option<VolumeError> = None;
+    for place in HEADERS {
+        let mut blocks = Vec::from([[0; BLOCK]; HEADER_BLOCKS]);
+        let read = read_blocks(disk, place, &mut blocks).await.and_then(|()| {
+            let mut bytes: Box<HeaderBytes> = Box::new([0; header::BYTES]);
+            blocks.iter().enumerate().for_each(|(i, block)| put(&mut bytes[..], i * BLOCK, block));
+            header::decode(&bytes, &secret)
+        });
+        match read {
+            Ok(opened) if best.as_ref().is_none_or(|b| b.generation < opened.generation) => {
+                best = Some(opened);
+            }
+            Ok(_) => {}
+            // The copy that comes furthest tells most.
+            Err(VolumeError::NotAVolume) => {
+                refusal = refusal.or(Some(VolumeError::NotAVolume));
+            }
+            Err(VolumeError::DamagedHeader)
+                if !matches!(refusal, None | Some(VolumeError::NotAVolume)) => {}
+            Err(error) => refusal = Some(error),
+        }
+    }
+    best.ok_or(refusal.unwrap_or(VolumeError::NotAVolume))
+}
+
+/// Step 2: the newest superblock and its slot.
+async fn open_superblock<D: Disk>(
+    disk: &D,
+    key: &VolumeKey,
+    read_only: bool,
+) -> Result<(Superblock, usize), VolumeError> {
+    let mut best: Option<(Superblock, usize)> = None;
+    let mut refusal = None;
+    for (slot, copies) in SUPERBLOCKS.into_iter().enumerate() {
+        let mut failure = None;
+        let mut found = None;
+        for place in copies {
+            let mut block = [[0; BLOCK]];
+            match read_blocks(disk, place, &mut block).await {
+                Ok(()) => match Superblock::open(&block[0], key, slot) {
+                    Ok(Some(superblock)) => found = found.or(Some(superblock)),
+                    Ok(None) => {}
+                    Err(error) => refusal = Some(error),
+                },
+                Err(error) => failure = Some(error),
+            }
+        }
+        match (found, failure) {
+            (Some(superblock), _) => {
+                if best.as_ref().is_none_or(|(b, _)| b.generation < superblock.generation) {
+                    best = Some((superblock, slot));
+                }
+            }
+            // An older superblock instead of one that could not be read would lose synced data.
+            (None, Some(error)) if !read_only => return Err(error),
+            (None, error) => refusal = refusal.or(error),
+        }
+    }
+    best.ok_or(refusal.unwrap_or(VolumeError::DamagedSuperblock))
+}
+
+/// What the chain makes of the blocks.
+struct Replay {
+    delta: Delta,
+    size: u64,
+    size_order: Order,
+    /// Uncertain writes whose data is not there.
+    skipped: Vec<Order>,
+}
+
+impl Volume {
+    /// Opens the volume in the host file behind `disk`, recovering what a crash left.
+    ///
+    /// Takes the same time whatever the size of the volume. Unless `options.read_only`, the
+    /// volume is marked as in use; close it with [`Self::close`].
+    ///
+    /// # Errors
+    /// Any [`VolumeError`] but misuse. The host file is unchanged then, except that a recovery
+    /// may have written down some of its decisions.
+    pub async fn open<D: Disk>(
+        disk: &D,
+        key: &SlotKey,
+        options: &OpenOptions,
+    ) -> Result<(Self, OpenReport), VolumeError> {
+        let opened = open_header(disk, key).await?;
+        let volume_key = VolumeKey::new(opened.uuid, opened.key.clone());
+        let read_only = options.read_only || opened.read_only;
+        let (superblock, slot) = open_superblock(disk, &volume_key, read_only).await?;
+        let geometry = superblock.geometry;
+        if disk.host_blocks() < geometry.host_blocks {
+            return Err(VolumeError::HostFileShort {
+                needed: geometry.host_blocks,
+                found: disk.host_blocks(),
+            });
+        }
+        let scan = ring_scan::scan(disk, &volume_key, &geometry, &superblock).await?;
+        let tip = scan.tip(&superblock);
+        if let Some((place, error)) = scan.broken
+            && !read_only
+        {
+            return Err(VolumeError::Host { place, error });
+        }
+        let lost = tip < scan.durable || scan.generation > superblock.generation;
+        if lost && !options.accept_loss && !read_only {
+            return Err(if scan.generation > superblock.generation {
+                VolumeError::SuperblockLost {
+                    found: superblock.generation,
+                    durable: scan.generation,
+                }
+            } else {
+                VolumeError::JournalLost { tip, durable: scan.durable }
+            });
+        }
+        let report = OpenReport {
+            clean: superblock.clean && scan.chain.is_empty(),
+            journal_blocks: scan.chain.len() as u64,
+            ..OpenReport::default()
+        };
+        let opening = Opening {
+            superblock,
+            slot,
+            scan,
+            read_only,
+            lost,
+            key_version: opened.key_version as u16,
+        };
+        opening.finish(disk, volume_key, report).await
+    }
+
+    /// Applies the chain. Steps 5 and 6.
+    async fn replay<D: Disk>(
+        &self,
+        disk: &D,
+        superblock: &Superblock,
+        scan: &Scan,
+        report: &mut OpenReport,
+    ) -> Result<Replay, VolumeError> {
+        let trusting = self.core.lock().is(canary!(NoVerify));
+        let certain = scan.durable;
+        let mut void: BTreeSet<Order> = BTreeSet::new();
+        let mut replay = Replay {
+            delta: Delta::default(),
+            size: superblock.size,
+            size_order: superblock.size_order,
+            skipped: Vec::new(),
+        };
+        for record in scan.chain.iter().flat_map(|found| &found.records) {
+            match *record {
+                Record::Void { order, count } => {
+                    void.extend((0..count).map(|n| order.plus(n)));
+                }
+                Record::Zero { first, count, order } => {
+                    replay.delta.zeroes.push(Zero { first, end: first + count, order });
+                }
+                Record::Size { size, order } if order >= replay.size_order => {
+                    (replay.size, replay.size_order) = (size, order);
+                }
+                Record::Size { .. } | Record::Map { .. } => {}
+            }
+        }
+        // The winner of each block; those that fail to verify give way to the next lower one.
+        let mut open: Option<BTreeSet<u64>> = None;
+        loop {
+            let mut winners: BTreeMap<u64, (Ptr, u64)> = BTreeMap::new();
+            for found in &scan.chain {
+                for record in &found.records {
+                    let Record::Map { block, ptr } = *record else { continue };
+                    if void.contains(&ptr.order)
+                        || block >= self.geometry.capacity
+                        || open.as_ref().is_some_and(|open| !open.contains(&block))
+                    {
+                        continue;
+                    }
+                    let winner = winners.entry(block).or_insert((ptr, found.header.seq));
+                    if ptr.order >= winner.0.order {
+                        *winner = (ptr, found.header.seq);
+                    }
+                }
+            }
+            let doubtful: Vec<(u64, Ptr)> = winners
+                .iter()
+                .filter(|(_, (_, seq))| *seq > certain && !trusting)
+                .filter(|(block, (ptr, _))| {
+                    replay.delta.zeroed(**block).is_none_or(|zero| zero < ptr.order)
+                })
+                .map(|(block, (ptr, _))| (*block, *ptr))
+                .collect();
+            let failed = self.verify_all(disk, &doubtful).await?;
+            for (block, (ptr, _)) in winners {
+                if !failed.contains(&block) {
+                    replay.delta.insert(block, ptr);
+                    report.records_applied += 1;
+                }
+            }
+            if failed.is_empty() {
+                break;
+            }
+            report.records_skipped += failed.len() as u64;
+            for (block, ptr) in doubtful {
+                if failed.contains(&block) {
+                    void.insert(ptr.order);
+                    replay.skipped.push(ptr.order);
+                }
+            }
+            open = Some(failed);
+        }
+        Ok(replay)
+    }
+
+    /// Reads and opens data blocks; returns those that do not authenticate.
+    async fn verify_all<D: Disk>(
+        &self,
+        disk: &D,
+        blocks: &[(u64, Ptr)],
+    ) -> Result<BTreeSet<u64>, VolumeError> {
+        let mut failed = BTreeSet::new();
+        let mut host = None;
+        let (mut next, mut going) = (blocks.iter(), FuturesUnordered::new());
+        loop {
+            while going.len() < VERIFY
+                && let Some((block, ptr)) = next.next()
+            {
+                going.push(async move {
+                    let read = self.read_sealed(disk, ptr.place(), ptr, Kind::Data, 0, *block);
+                    (*block, ptr.place(), read.await.err())
+                });
+            }
+            match going.next().await {
+                None => break,
+                Some((_, _, None)) => {}
+                Some((block, _, Some(Bad::Forged))) => drop(failed.insert(block)),
+                // Perhaps it was synced: a transient failure must not decide that it was not.
+                Some((_, place, Some(Bad::Host(error)))) => {
+                    host = Some(VolumeError::Host { place, error });
+                }
+            }
+        }
+        host.map_or(Ok(failed), Err)
+    }
+}
+
+/// An opening whose journal has been read.
+struct Opening {
+    superblock: Superblock,
+    slot: usize,
+    scan: Scan,
+    read_only: bool,
+    /// Evidence was found that something is missing, and accepted.
+    lost: bool,
+    key_version: u16,
+}
+
+impl Opening {
+    fn core(&self, key: Arc<EpochKey>, salt: Salt) -> Core {
+        let superblock = &self.superblock;
+        let tip = self.scan.tip(superblock);
+        let map =
+            Map { root: superblock.map_root, levels: superblock.map_levels, cut: superblock.cut };
+        let mut core = Core::new(superblock, map, key, salt);
+        core.health = if self.read_only { Health::ReadOnly } else { Health::Good };
+        core.slot = self.slot;
+        core.journal.next = tip + 1;
+        core.journal.prev = self.scan.tip_tag(superblock);
+        core.journal.last = tip;
+        core.journal.durable = self.scan.durable.min(tip);
+        core.generation = superblock.generation.max(self.scan.generation);
+        core
+    }
+
+    async fn finish<D: Disk>(
+        self,
+        disk: &D,
+        volume_key: VolumeKey,
+        mut report: OpenReport,
+    ) -> Result<(Volume, OpenReport), VolumeError> {
+        let newest = self.superblock.epochs.iter().map(|epoch| epoch.id).max().unwrap_or(0);
+        let id = newest.max(self.scan.epoch) + 1;
+        let mut salt = [0; 24];
+        if !self.read_only {
+            disk.random(&mut salt)?;
+        }
+        let key = Arc::new(volume_key.epoch(id, &salt));
+        let volume = Volume::new(volume_key, self.core(key.clone(), salt));
+        let replay = volume.replay(disk, &self.superblock, &self.scan, &mut report).await?;
+        {
+            let mut core = volume.core.lock();
+            for record in self.scan.chain.iter().flat_map(|found| &found.records) {
+                if let Record::Map { ptr, .. } = record {
+                    core.space.name(ptr.place());
+                }
+            }
+            core.active = replay.delta;
+            core.size = replay.size;
+            core.size_order = replay.size_order;
+        }
+        if !self.read_only {
+            volume.remember(key);
+            let epoch = Epoch { id, salt, key_version: self.key_version, tabled: false };
+            self.settle(disk, &volume, epoch, &replay.skipped).await?;
+        }
+        Ok((volume, report))
+    }
+
+    /// Steps 8 and 9: what was decided becomes durable before anything else happens.
+    async fn settle<D: Disk>(
+        &self,
+        disk: &D,
+        volume: &Volume,
+        epoch: Epoch,
+        skipped: &[Order],
+    ) -> Result<(), VolumeError> {
+        // What was read may lie in a volatile cache only.
+        disk.flush().await.map_err(VolumeError::Flush)?;
+        let crowded;
+        {
+            let mut core = volume.core.lock();
+            let needed = (skipped.len() as u64).div_ceil(64) + 2;
+            let persist = !core.is(canary!(NoPersist));
+            let room = core.journal.room(&volume.geometry, RING_RESERVE);
+            crowded = self.lost || room < needed;
+            if crowded {
+                // Past everything that any block of the ring still claims.
+                let next = core.journal.next.max(self.scan.highest + 1).max(self.scan.durable + 1);
+                core.journal.next = next;
+                core.journal.last = next - 1;
+                core.journal.start = next - 1;
+                core.journal.durable = next - 1;
+            } else if persist {
+                for order in skipped {
+                    let record = Record::Void { order: *order, count: 1 };
+                    core.journal.queue(Pending::new(record));
+                }
+            }
+            let epochs = &mut core.epochs;
+            epochs.push(epoch);
+        }
+        if crowded {
+            return volume.checkpoint(disk, false, false).await.map_err(|errno| failed(0, errno));
+        }
+        let queued = volume.core.lock().journal.queued;
+        let published = volume.publish_now(disk, queued, 0).await;
+        published.map_err(|_| failed(volume.geometry.ring_start, Errno::EIO))?;
+        let (stamp, last) = {
+            let mut core = volume.core.lock();
+            core.stamp += 1;
+            (core.stamp, core.journal.last)
+        };
+        volume.flush(disk, stamp, last).await.map_err(|errno| {
+            VolumeError::Flush(HostError::Errno(errno.0))
+        })?;
+        let superblock = {
+            let core = volume.core.lock();
+            let keep = core.epochs.len().saturating_sub(RECENT);
+            Superblock {
+                generation: core.generation + 2,
+                clean: false,
+                session: self.superblock.session + 1,
+                durable: core.journal.durable,
+                epochs: core.epochs[keep..].to_vec(),
+                ..self.superblock.clone()
+            }
+        };
+        let slot = volume.commit(disk, &superblock).await;
+        let slot = slot.map_err(|errno| failed(SUPERBLOCKS[1 - self.slot][0], errno))?;
+        let full = {
+            let mut core = volume.core.lock();
+            core.slot = slot;
+            core.session = superblock.session;
+            core.generation = superblock.generation;
+            core.durable_generation = superblock.generation;
+            core.epochs.iter().filter(|epoch| !epoch.tabled).count() >= RECENT - 8
+        };
+        if full {
+            // Before the superblock runs out of room for epochs that are in no table.
+            volume.checkpoint(disk, false, false).await.map_err(|errno| failed(0, errno))?;
+        }
+        Ok(())
+    }
+}
+
+fn failed(place: u64, errno: Errno) -> VolumeError {
+    VolumeError::Host { place, error: HostError::Errno(errno.0) }
+}

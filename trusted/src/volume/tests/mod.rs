@@ -1,0 +1,82 @@
+//! Tests of the volume against a simulated disk that reorders, tears, loses and fails.
+//!
+//! `POSTERN_SIM_SEEDS` sets how many seeds the crash simulation runs (default
+//! [`crash::DEFAULT_SEEDS`]); a failure prints the seed, `POSTERN_SIM_SEED` replays it.
+
+mod audit;
+mod canaries;
+mod crash;
+mod disk;
+mod model;
+mod run;
+mod tamper;
+mod usage;
+
+use core::cell::Cell;
+
+/// A rule that is broken on purpose, to see that the simulation notices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Canary {
+    /// Nothing is broken.
+    None,
+    /// No flush between the nodes and the superblock that names them.
+    NoNodeFlush,
+    /// A sync does not wait for earlier journal blocks.
+    EarlySync,
+    /// The durable mark runs ahead.
+    EarlyMark,
+    /// Recovery believes uncertain records.
+    NoVerify,
+    /// Recovery does not write its decisions down.
+    NoPersist,
+    /// Places are given out again before the checkpoint.
+    EarlyReuse,
+    /// The last completion wins, not the highest order.
+    LastCompletes,
+    /// A failed eager write is not taken back.
+    NoVoid,
+    /// Eager writes in flight at the cut are not published again.
+    NoCarry,
+    /// The superblock does not wait for them.
+    NoCarryWait,
+    /// The superblock overwrites the last one.
+    SameSlot,
+}
+
+std::thread_local! {
+    static CANARY: Cell<Canary> = const { Cell::new(Canary::None) };
+}
+
+/// The rule broken in volumes that this thread opens.
+pub(crate) fn canary() -> Canary {
+    CANARY.get()
+}
+
+/// The table of everything sealed by this thread: no (key, nonce) for two messages.
+pub(crate) mod nonces {
+    use std::{cell::RefCell, collections::HashMap};
+
+    use crate::volume::crypto::sha256;
+
+    type Message = ([u8; 32], [u8; 12]);
+
+    std::thread_local! {
+        static SEEN: RefCell<HashMap<Message, [u8; 32]>> = RefCell::default();
+    }
+
+    /// Forgets everything.
+    pub(crate) fn reset() {
+        SEEN.with_borrow_mut(HashMap::clear);
+    }
+
+    /// Notes that `data` is about to be sealed.
+    pub(crate) fn record(secret: &[u8; 32], nonce: [u8; 12], aad: &[u8], data: &[u8]) {
+        let mut message = std::vec::Vec::from(aad);
+        message.extend_from_slice(data);
+        let message = sha256(&message);
+        SEEN.with_borrow_mut(|seen| {
+            let before = seen.insert((*secret, nonce), message);
+            assert!(before.is_none_or(|before| before == message), "nonce {nonce:?} used twice");
+        });
+    }
+}
