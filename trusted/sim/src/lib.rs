@@ -3,4 +3,18 @@
 //! The library half: raw system calls, guest memory, the family arena, lanes to the daemon, waits,
 //! open files. `trusted/sim/preload` exports it under libc's and libaio's names.
 
+pub mod arena;
+pub mod config;
+pub mod control;
+pub mod family;
+pub mod files;
+pub mod guest;
+pub mod host;
+pub mod identity;
+pub mod link;
+pub mod message;
+pub mod process;
+pub mod runtime;
+pub mod service;
 pub mod sys;
+pub mod wait;

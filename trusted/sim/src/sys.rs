@@ -1,6 +1,9 @@
 //! Raw system calls: the simulated enclave's own way to the kernel, past every interposed symbol.
+#![allow(unsafe_code)]
 
 use core::arch::asm;
+
+use postern_trusted::errno::Errno;
 
 /// System call `number` with six arguments. Answers the kernel's value: -4095..=-1 is an error.
 ///
@@ -36,9 +39,158 @@ pub unsafe fn syscall6(
 /// # Errors
 /// The errno, if the kernel answered -4095..=-1.
 #[inline]
-pub fn check(result: isize) -> Result<usize, postern_trusted::errno::Errno> {
+pub fn check(result: isize) -> Result<usize, Errno> {
     if (-4095..0).contains(&result) {
-        return Err(postern_trusted::errno::Errno(i32::try_from(-result).unwrap_or(5)));
+        return Err(Errno(i32::try_from(-result).unwrap_or(5)));
     }
     Ok(result.cast_unsigned())
+}
+
+/// A system call whose answer is a descriptor.
+///
+/// # Safety
+/// As [`syscall6`].
+unsafe fn descriptor(number: i64, arguments: [usize; 4]) -> Result<i32, Errno> {
+    let [a, b, c, d] = arguments;
+    // SAFETY: the caller vouches for the arguments.
+    let made = check(unsafe { syscall6(number, a, b, c, d, 0, 0) })?;
+    i32::try_from(made).map_err(|_| Errno::EMFILE)
+}
+
+/// A system call that takes numbers only.
+fn numbers(number: i64, a: usize, b: usize, c: usize) -> Result<usize, Errno> {
+    // SAFETY: no pointers among the arguments of any call below.
+    check(unsafe { syscall6(number, a, b, c, 0, 0, 0) })
+}
+
+/// A descriptor as the kernel takes it; a negative one stays invalid.
+#[inline]
+fn word(value: i32) -> usize {
+    value as isize as usize
+}
+
+/// close(2).
+///
+/// # Errors
+/// `EBADF`, or what the file's last close reports; the descriptor is gone either way.
+pub fn close(fd: i32) -> Result<(), Errno> {
+    numbers(libc::SYS_close, word(fd), 0, 0).map(drop)
+}
+
+/// close_range(2).
+///
+/// # Errors
+/// `EINVAL` for an empty range or unknown flags.
+pub fn close_range(first: u32, last: u32, flags: u32) -> Result<(), Errno> {
+    let [first, last, flags] = [first, last, flags].map(|n| n as usize);
+    numbers(libc::SYS_close_range, first, last, flags).map(drop)
+}
+
+/// fcntl(2) with a numeric argument.
+///
+/// # Errors
+/// What the kernel says.
+pub fn fcntl(fd: i32, command: i32, argument: usize) -> Result<usize, Errno> {
+    numbers(libc::SYS_fcntl, word(fd), word(command), argument)
+}
+
+/// dup3(2).
+///
+/// # Errors
+/// What the kernel says; `EINVAL` if both are the same.
+pub fn dup3(old: i32, new: i32, flags: i32) -> Result<i32, Errno> {
+    numbers(libc::SYS_dup3, word(old), word(new), word(flags)).map(|_| new)
+}
+
+/// memfd_create(2), close-on-exec.
+///
+/// # Errors
+/// `EMFILE`, `ENFILE`, `ENOMEM`.
+pub fn memfd(name: &core::ffi::CStr) -> Result<i32, Errno> {
+    let flags = (libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) as usize;
+    // SAFETY: `name` is a C string that lives through the call.
+    unsafe { descriptor(libc::SYS_memfd_create, [name.as_ptr() as usize, flags, 0, 0]) }
+}
+
+/// openat(2) from the working directory.
+///
+/// # Errors
+/// What the kernel says.
+pub fn open(path: &core::ffi::CStr, flags: i32) -> Result<i32, Errno> {
+    let here = word(libc::AT_FDCWD);
+    // SAFETY: `path` is a C string that lives through the call.
+    unsafe { descriptor(libc::SYS_openat, [here, path.as_ptr() as usize, word(flags), 0]) }
+}
+
+/// readlink(2): the length of what was put into `out`.
+///
+/// # Errors
+/// What the kernel says.
+pub fn readlink(path: &core::ffi::CStr, out: &mut [u8]) -> Result<usize, Errno> {
+    let at = path.as_ptr() as usize;
+    // SAFETY: `path` is a C string; the kernel writes at most `out.len()` bytes to `out`.
+    let raw = unsafe {
+        let to = out.as_mut_ptr() as usize;
+        syscall6(libc::SYS_readlink, at, to, out.len(), 0, 0, 0)
+    };
+    check(raw)
+}
+
+/// getcwd(2): the length of the path put into `out`, without its NUL. A directory outside the
+/// root answers a path that does not begin with `/`.
+///
+/// # Errors
+/// What the kernel says.
+pub fn getcwd(out: &mut [u8]) -> Result<usize, Errno> {
+    // SAFETY: the kernel writes at most `out.len()` bytes to `out`.
+    let raw =
+        unsafe { syscall6(libc::SYS_getcwd, out.as_mut_ptr() as usize, out.len(), 0, 0, 0, 0) };
+    check(raw).map(|length| length.saturating_sub(1))
+}
+
+/// getpid(2), asked of the kernel every time.
+#[must_use]
+pub fn getpid() -> u32 {
+    let id = numbers(libc::SYS_getpid, 0, 0, 0).unwrap_or(0);
+    u32::try_from(id).unwrap_or(0)
+}
+
+/// gettid(2).
+#[must_use]
+pub fn gettid() -> u32 {
+    let id = numbers(libc::SYS_gettid, 0, 0, 0).unwrap_or(0);
+    u32::try_from(id).unwrap_or(0)
+}
+
+/// geteuid(2) and getegid(2).
+#[must_use]
+pub fn effective_ids() -> (u32, u32) {
+    let [user, group] = [libc::SYS_geteuid, libc::SYS_getegid]
+        .map(|call| u32::try_from(numbers(call, 0, 0, 0).unwrap_or(0)).unwrap_or(u32::MAX));
+    (user, group)
+}
+
+/// Soft limit of descriptors (RLIMIT_NOFILE).
+#[must_use]
+pub fn descriptor_limit() -> u64 {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    let to = (&raw mut limit) as usize;
+    let resource = libc::RLIMIT_NOFILE as usize;
+    // SAFETY: the kernel writes one rlimit64, which has this layout on x86-64, to `limit`.
+    let raw = unsafe { syscall6(libc::SYS_prlimit64, 0, resource, 0, to, 0, 0) };
+    if raw == 0 { limit.rlim_cur } else { 256 }
+}
+
+/// Lets other threads run.
+pub fn yield_now() {
+    let _ = numbers(libc::SYS_sched_yield, 0, 0, 0);
+}
+
+/// Wall-clock time (CLOCK_REALTIME) as seconds and nanoseconds.
+#[must_use]
+pub fn wall_clock() -> (i64, i64) {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `now` is writable. clock_gettime is async-signal-safe and not interposed.
+    unsafe { libc::clock_gettime(libc::CLOCK_REALTIME, &raw mut now) };
+    (now.tv_sec, now.tv_nsec)
 }

@@ -1,0 +1,69 @@
+//! Which volume a path argument names.
+
+use core::ffi::{c_char, c_int};
+
+use postern_sim::{
+    files::{self, Kind, path::Normal, placeholder},
+    guest, message, runtime, sys,
+};
+
+use crate::state;
+
+/// A path argument that names a protected file.
+#[derive(Clone, Copy, Debug)]
+pub struct Found {
+    /// The volume's index in the run file.
+    pub index: usize,
+    /// The path ended in a slash: on Linux it could only name a directory.
+    pub directory: bool,
+}
+
+/// The protected file that `path`, relative to `directory`, names. `None`: the kernel's business,
+/// also where the path cannot be read.
+pub fn find(directory: c_int, path: *const c_char) -> Option<Found> {
+    if path.is_null() || !state::active() {
+        return None;
+    }
+    let mut room = [0; guest::PATH_ROOM];
+    let path = guest::read_path(path as u64, &mut room).ok()?;
+    let mut base = [0; guest::PATH_ROOM];
+    let base = if path.first() == Some(&b'/') { &[][..] } else { base_of(directory, &mut base)? };
+    let normal = Normal::new(base, path)?;
+    let index = runtime::volume_of(normal.as_bytes())?;
+    Some(Found { index, directory: normal.directory })
+}
+
+/// As [`find`], from the working directory.
+pub fn find_here(path: *const c_char) -> Option<Found> {
+    find(libc::AT_FDCWD, path)
+}
+
+fn base_of(directory: c_int, room: &mut [u8]) -> Option<&[u8]> {
+    let length = if directory == libc::AT_FDCWD {
+        sys::getcwd(room).ok()?
+    } else {
+        if files::kind(directory) != Kind::Other {
+            return None;
+        }
+        let mut link = [0; 32];
+        let length = sys::readlink(placeholder::own_path(directory, &mut link).ok()?, room).ok()?;
+        if length == room.len() {
+            return None; // Cut off: longer than any path we protect.
+        }
+        length
+    };
+    room.get(..length)
+}
+
+/// Whether `path` is the empty string.
+pub fn is_empty(path: *const c_char) -> bool {
+    let mut room = [0; guest::PATH_ROOM];
+    guest::read_path(path as u64, &mut room) == Ok(&[])
+}
+
+/// Says on stderr that the program asked for something that a protected file does not offer.
+pub fn refuse(index: usize, what: &str) {
+    if let Some(family) = postern_sim::family::family() {
+        message::say(&format!("{}: {what}", family.guest_path(index)));
+    }
+}

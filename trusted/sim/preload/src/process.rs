@@ -1,0 +1,118 @@
+//! fork and exit.
+
+use core::{cell::Cell, ffi::c_int};
+
+use postern_sim::files::{self, Transit};
+
+use crate::{next::export, state};
+
+std::thread_local! {
+    /// What the child of the fork under way will own; null outside of one.
+    static TRANSIT: Cell<*mut Transit> = const { Cell::new(core::ptr::null_mut()) };
+    /// The exported fork() is on this thread's stack and will see whether the fork came about.
+    static WATCHED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Registers for the forks that the C library makes inside itself (forkpty, daemon) and for those
+/// of [`fork`]. Registered first, so ours is the last handler before and the first after.
+pub fn watch_forks() {
+    // SAFETY: three functions of this library that take and return nothing.
+    unsafe { libc::pthread_atfork(Some(before), Some(in_parent), Some(in_child)) };
+}
+
+unsafe extern "C" fn before() {
+    TRANSIT.set(Box::into_raw(Box::new(files::fork_prepare())));
+}
+
+unsafe extern "C" fn in_parent() {
+    files::fork_parent();
+    if !WATCHED.get() {
+        // Nobody tells whether the fork came about: rather one reference too many.
+        if let Some(transit) = take_transit() {
+            transit.arrived();
+        }
+    }
+}
+
+unsafe extern "C" fn in_child() {
+    files::fork_child();
+    // The list is the parent's to free.
+    TRANSIT.set(core::ptr::null_mut());
+}
+
+fn take_transit() -> Option<Transit> {
+    let at = TRANSIT.replace(core::ptr::null_mut());
+    // SAFETY: null, or the box that `before` made in this thread; taken out once.
+    (!at.is_null()).then(|| unsafe { *Box::from_raw(at) })
+}
+
+/// In the parent: what the child was to own, and whether there is one.
+fn settle(transit: Option<Transit>, child: c_int) {
+    match transit {
+        Some(transit) if child >= 0 => transit.arrived(),
+        other => drop(other),
+    }
+}
+
+export! {
+    fn [fork]() -> c_int, next => {
+        let outer = WATCHED.replace(true);
+        let child = next();
+        WATCHED.set(outer);
+        if child != 0 {
+            settle(take_transit(), child);
+        }
+        child
+    };
+
+    // Runs no handlers (it is made for signal handlers): all is done here.
+    fn [_Fork]() -> c_int, next => {
+        if !state::active() {
+            return next();
+        }
+        let transit = files::fork_prepare();
+        let child = next();
+        if child == 0 {
+            files::fork_child();
+            core::mem::forget(transit);
+        } else {
+            files::fork_parent();
+            settle(Some(transit), child);
+        }
+        child
+    };
+}
+
+/// A function of the C library that ends the process.
+macro_rules! export_exit {
+    ($($name:ident)+) => { $(
+        /// Drains, then ends the process as the C function of this name does.
+        #[unsafe(no_mangle)]
+        pub extern "C" fn $name(status: c_int) -> ! {
+            state::drain();
+            static NEXT: crate::next::Next = crate::next::Next::new(
+                match core::ffi::CStr::from_bytes_with_nul(concat!(stringify!($name), "\0").as_bytes()) {
+                    Ok(name) => name,
+                    Err(_) => c"",
+                },
+            );
+            if let Some(at) = NEXT.find() {
+                // SAFETY: the C function of this name.
+                let next: extern "C" fn(c_int) -> ! = unsafe { core::mem::transmute(at) };
+                next(status);
+            }
+            leave(status)
+        }
+    )+ };
+}
+
+export_exit! { _exit _Exit quick_exit }
+
+/// exit_group(2) itself.
+pub fn leave(status: c_int) -> ! {
+    loop {
+        let status = usize::try_from(status).unwrap_or(1);
+        // SAFETY: ends the process; takes no pointers.
+        unsafe { postern_sim::sys::syscall6(libc::SYS_exit_group, status, 0, 0, 0, 0, 0) };
+    }
+}

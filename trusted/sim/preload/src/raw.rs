@@ -1,0 +1,204 @@
+//! libc's `syscall`: the way in which libaio, its static copies and many programs call the kernel
+//! by number.
+//!
+//! Numbers that can concern a protected file go to the function of the same name here, which
+//! passes on what does not; all others go to the kernel unchanged.
+
+use core::ffi::{c_char, c_int, c_long, c_uint, c_void};
+
+use postern_sim::{
+    files::{self, Kind},
+    guest::fault::{self, Action},
+};
+use postern_trusted::errno::Errno;
+
+use crate::{
+    aio, attributes, data, descriptors, namespace,
+    next::{answer, export, signed},
+    open, size, state,
+};
+
+/// io_pgetevents(2)'s number on x86-64.
+const IO_PGETEVENTS: c_long = 333;
+
+/// The six arguments of a system call.
+type Arguments = [usize; 6];
+
+/// An `int` argument: the low half of its word.
+fn int(word: usize) -> c_int {
+    word as u32 as i32
+}
+
+fn uint(word: usize) -> c_uint {
+    word as u32
+}
+
+fn long(word: usize) -> i64 {
+    word as i64
+}
+
+fn aio_call(number: c_long, arguments: Arguments) -> Option<Result<usize, Errno>> {
+    let [a, b, c, d, e, f] = arguments.map(|word| word as u64);
+    Some(match number {
+        libc::SYS_io_setup => aio::setup(a, b),
+        libc::SYS_io_destroy => aio::destroy(a),
+        libc::SYS_io_submit => aio::submit(a, b.cast_signed(), c),
+        libc::SYS_io_cancel => aio::cancel(a, b),
+        libc::SYS_io_getevents => aio::get_events(a, b.cast_signed(), c.cast_signed(), d, e),
+        IO_PGETEVENTS => aio::get_events_masked(a, b.cast_signed(), c.cast_signed(), d, e, f),
+        _ => return None,
+    })
+}
+
+fn is_aio(number: c_long) -> bool {
+    matches!(
+        number,
+        libc::SYS_io_setup
+            | libc::SYS_io_destroy
+            | libc::SYS_io_submit
+            | libc::SYS_io_cancel
+            | libc::SYS_io_getevents
+            | IO_PGETEVENTS
+    )
+}
+
+/// Calls whose first argument is a descriptor. `None`: not one of them.
+///
+/// # Safety
+/// As the system call.
+unsafe fn descriptor_call(number: c_long, arguments: Arguments) -> Option<c_long> {
+    let [a, b, c, d, e, _] = arguments;
+    let fd = int(a);
+    // SAFETY: the caller's arguments, passed to the function of the same meaning.
+    unsafe {
+        Some(match number {
+            libc::SYS_read => data::read(fd, b as _, c) as c_long,
+            libc::SYS_write => data::write(fd, b as _, c) as c_long,
+            libc::SYS_pread64 => data::pread64(fd, b as _, c, long(d)) as c_long,
+            libc::SYS_pwrite64 => data::pwrite64(fd, b as _, c, long(d)) as c_long,
+            libc::SYS_readv => data::readv(fd, b as _, int(c)) as c_long,
+            libc::SYS_writev => data::writev(fd, b as _, int(c)) as c_long,
+            libc::SYS_preadv => data::preadv(fd, b as _, int(c), long(d)) as c_long,
+            libc::SYS_pwritev => data::pwritev(fd, b as _, int(c), long(d)) as c_long,
+            // The offset's upper half is an argument of its own, of no meaning on x86-64.
+            libc::SYS_preadv2 => {
+                data::preadv2(fd, b as _, int(c), long(d), int(arguments[5])) as c_long
+            }
+            libc::SYS_pwritev2 => {
+                data::pwritev2(fd, b as _, int(c), long(d), int(arguments[5])) as c_long
+            }
+            libc::SYS_lseek => data::lseek(fd, long(b), int(c)),
+            libc::SYS_fstat => attributes::fstat(fd, b as _).into(),
+            libc::SYS_fstatfs => attributes::fstatfs(fd, b as _).into(),
+            libc::SYS_ftruncate => size::ftruncate(fd, long(b)).into(),
+            libc::SYS_fallocate => size::fallocate(fd, int(b), long(c), long(d)).into(),
+            libc::SYS_fsync => size::fsync(fd).into(),
+            libc::SYS_fdatasync => size::fdatasync(fd).into(),
+            libc::SYS_syncfs => size::syncfs(fd).into(),
+            libc::SYS_sync_file_range => {
+                size::sync_file_range(fd, long(b), long(c), uint(d)).into()
+            }
+            libc::SYS_fadvise64 => negate(size::posix_fadvise(fd, long(b), long(c), int(d))),
+            libc::SYS_fcntl => descriptors::fcntl(fd, int(b), c).into(),
+            libc::SYS_ioctl => descriptors::ioctl(fd, b as u64, c as _).into(),
+            libc::SYS_flock => descriptors::flock(fd, int(b)).into(),
+            libc::SYS_close => descriptors::close(fd).into(),
+            libc::SYS_dup => descriptors::dup(fd).into(),
+            libc::SYS_fchmod => namespace::fchmod(fd, uint(b)).into(),
+            libc::SYS_fchown => namespace::fchown(fd, uint(b), uint(c)).into(),
+            libc::SYS_newfstatat => attributes::fstatat(fd, b as _, c as _, int(d)).into(),
+            libc::SYS_statx => attributes::statx(fd, b as _, int(c), uint(d), e as _).into(),
+            _ => return None,
+        })
+    }
+}
+
+/// posix_fadvise answers the errno; the system call sets it.
+fn negate(errno: c_int) -> c_long {
+    answer(|| if errno == 0 { Ok(0) } else { Err(Errno(errno)) })
+}
+
+/// Calls on paths, and those on two descriptors.
+///
+/// # Safety
+/// As the system call.
+unsafe fn other_call(number: c_long, arguments: Arguments) -> Option<c_long> {
+    let [a, b, c, d, e, _] = arguments;
+    let path = a as *const c_char;
+    // SAFETY: the caller's arguments, passed to the function of the same meaning.
+    let result: c_int = unsafe {
+        match number {
+            libc::SYS_open => open::open(path, int(b), uint(c)),
+            libc::SYS_openat => open::openat(int(a), b as _, int(c), uint(d)),
+            libc::SYS_creat => open::creat(path, uint(b)),
+            libc::SYS_stat => attributes::stat(path, b as _),
+            libc::SYS_lstat => attributes::lstat(path, b as _),
+            libc::SYS_newfstatat => attributes::fstatat(int(a), b as _, c as _, int(d)),
+            libc::SYS_statx => attributes::statx(int(a), b as _, int(c), uint(d), e as _),
+            libc::SYS_statfs => attributes::statfs(path, b as _),
+            libc::SYS_access => attributes::access(path, int(b)),
+            libc::SYS_faccessat => attributes::faccessat(int(a), b as _, int(c), 0),
+            libc::SYS_truncate => size::truncate(path, long(b)),
+            libc::SYS_unlink => namespace::unlink(path),
+            libc::SYS_unlinkat => namespace::unlinkat(int(a), b as _, int(c)),
+            libc::SYS_rename => namespace::rename(path, b as _),
+            libc::SYS_renameat2 => namespace::renameat2(int(a), b as _, int(c), d as _, uint(e)),
+            libc::SYS_dup2 => descriptors::dup2(int(a), int(b)),
+            libc::SYS_dup3 => descriptors::dup3(int(a), int(b), int(c)),
+            libc::SYS_close_range => descriptors::close_range(uint(a), uint(b), int(c)),
+            libc::SYS_fork => crate::process::fork(),
+            _ => return None,
+        }
+    };
+    Some(result.into())
+}
+
+/// rt_sigaction(2) for one of the two signals that the copy leaf needs, with the kernel's
+/// structure and its eight bytes of mask.
+fn fault_action(signal: c_int, new: *const c_void, old: *mut c_void) -> c_long {
+    answer(|| {
+        // SAFETY: null or the kernel's structure, as the system call demands.
+        let new = unsafe { new.cast::<Action>().as_ref() };
+        let before = fault::sigaction(signal, new)?;
+        // SAFETY: null or room for one, as the system call demands.
+        if let Some(old) = unsafe { old.cast::<Action>().as_mut() } {
+            *old = before;
+        }
+        Ok(0)
+    })
+}
+
+export! {
+    fn [syscall](
+        number: c_long, a: usize, b: usize, c: usize, d: usize, e: usize, f: usize,
+    ) -> c_long, next => {
+        if !state::active() {
+            return next();
+        }
+        let arguments = [a, b, c, d, e, f];
+        if is_aio(number) {
+            return answer(|| {
+                aio_call(number, arguments).unwrap_or(Err(Errno::ENOSYS)).map(signed)
+            }) as c_long;
+        }
+        if number == libc::SYS_exit_group {
+            state::drain();
+            return next();
+        }
+        if number == libc::SYS_rt_sigaction
+            && matches!(int(a), libc::SIGSEGV | libc::SIGBUS)
+            && fault::installed()
+        {
+            return fault_action(int(a), b as _, c as _);
+        }
+        let concerns = files::kind(int(a)) != Kind::Other;
+        // SAFETY: the caller's arguments.
+        let handled = unsafe {
+            match if concerns { descriptor_call(number, arguments) } else { None } {
+                Some(result) => Some(result),
+                None => other_call(number, arguments),
+            }
+        };
+        handled.unwrap_or_else(next)
+    };
+}

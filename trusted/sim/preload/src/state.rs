@@ -1,0 +1,78 @@
+//! Whether the library does anything at all, and its beginning and end.
+
+use core::sync::atomic::{AtomicU32, Ordering};
+
+use postern_sim::{config::RUN_VARIABLE, guest::fault, identity, runtime, sys};
+
+const UNKNOWN: u32 = u32::MAX;
+const INERT: u32 = u32::MAX - 1;
+const ACTIVE: u32 = u32::MAX - 2;
+
+/// One of the constants, or the thread that is finding out.
+static STATE: AtomicU32 = AtomicU32::new(UNKNOWN);
+
+/// Whether `postern run` started this program. The first call finds out: it may come before the
+/// constructor, from another library's.
+pub fn active() -> bool {
+    loop {
+        match STATE.load(Ordering::Acquire) {
+            ACTIVE => return true,
+            INERT => return false,
+            UNKNOWN => find_out(),
+            // What we ourselves call while finding out passes on.
+            thread if thread == sys::gettid() => return false,
+            _ => sys::yield_now(),
+        }
+    }
+}
+
+#[cold]
+fn find_out() {
+    let me = sys::gettid();
+    if STATE.compare_exchange(UNKNOWN, me, Ordering::Acquire, Ordering::Relaxed).is_err() {
+        return;
+    }
+    let active = is_asked_for() && runtime::active();
+    if active {
+        begin();
+    }
+    STATE.store(if active { ACTIVE } else { INERT }, Ordering::Release);
+}
+
+/// Whether the environment names a run file. Allocates nothing.
+fn is_asked_for() -> bool {
+    let mut name = [0_u8; 32];
+    name[..RUN_VARIABLE.len()].copy_from_slice(RUN_VARIABLE.as_bytes());
+    // SAFETY: a C string; nobody changes the environment this early.
+    unsafe { !libc::getenv(name.as_ptr().cast()).is_null() }
+}
+
+fn begin() {
+    // Before any fork: the child inherits the page that tells it apart.
+    let _ = identity::process_id();
+    fault::install();
+    crate::process::watch_forks();
+}
+
+/// Waits for what is in flight and closes what is open: the process is about to end.
+pub fn drain() {
+    if STATE.load(Ordering::Acquire) == ACTIVE {
+        runtime::exit_drain();
+    }
+}
+
+extern "C" fn start() {
+    let _ = active();
+}
+
+extern "C" fn end() {
+    drain();
+}
+
+#[used]
+#[unsafe(link_section = ".init_array")]
+static START: extern "C" fn() = start;
+
+#[used]
+#[unsafe(link_section = ".fini_array")]
+static END: extern "C" fn() = end;

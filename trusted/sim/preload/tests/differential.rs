@@ -1,0 +1,123 @@
+//! The same C program, natively on ext4 and under `postern run` on a protected path: it must print
+//! the same lines. The expected values are the kernel's.
+//!
+//! Needs the built commands `postern` and `posternd` beside this library, a C compiler, and ext4
+//! with O_DIRECT under the target directory; says loudly what is missing and skips.
+
+use std::{
+    ffi::OsStr,
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Output, Stdio},
+};
+
+/// Size of the sealed volume and of the native file.
+const SIZE: &str = "16M";
+
+/// Where things are, or what is missing.
+struct Ground {
+    postern: PathBuf,
+    program: PathBuf,
+    directory: PathBuf,
+}
+
+impl Ground {
+    fn find(name: &str) -> Result<Self, String> {
+        let test = std::env::current_exe().map_err(|error| error.to_string())?;
+        let built = test.ancestors().nth(2).ok_or("no target directory")?;
+        for part in ["postern", "posternd", "libpostern_preload.so"] {
+            if !built.join(part).exists() {
+                return Err(format!("{part} is not built (cargo build --workspace)"));
+            }
+        }
+        let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+        let _ = fs::remove_dir_all(&directory);
+        fs::create_dir_all(&directory).map_err(|error| error.to_string())?;
+        let kind = run("stat", ["-f".as_ref(), "-c%T".as_ref(), directory.as_os_str()])?;
+        if !kind.stdout.starts_with(b"ext2/ext3") {
+            return Err("the target directory is not on ext4".into());
+        }
+        let program = directory.join(name);
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests").join(name);
+        let source = source.with_extension("c");
+        // Without warnings: wrong arguments are what the program is about.
+        run(
+            "cc",
+            ["-w".as_ref(), "-O1".as_ref(), "-o".as_ref(), program.as_os_str(), source.as_os_str()],
+        )?;
+        Ok(Self { postern: built.join("postern"), program, directory })
+    }
+
+    fn native(&self) -> Result<Output, String> {
+        let file = self.directory.join("native");
+        run("truncate", ["-s".as_ref(), SIZE.as_ref(), file.as_os_str()])?;
+        run("chmod", ["600".as_ref(), file.as_os_str()])?;
+        run(&self.program, [file])
+    }
+
+    fn protected(&self) -> Result<Output, String> {
+        let volume = self.directory.join("volume");
+        let guest = self.directory.join("vault");
+        run(
+            &self.postern,
+            ["format".as_ref(), volume.as_os_str(), "--size".as_ref(), SIZE.as_ref()],
+        )?;
+        let mut mapping = guest.clone().into_os_string();
+        mapping.push("=");
+        mapping.push(&volume);
+        run(
+            &self.postern,
+            [
+                "run".as_ref(),
+                "--no-probes".as_ref(),
+                "--volume".as_ref(),
+                mapping.as_os_str(),
+                "--".as_ref(),
+                self.program.as_os_str(),
+                guest.as_os_str(),
+            ],
+        )
+    }
+}
+
+fn run<A: AsRef<OsStr>>(
+    command: impl AsRef<OsStr>,
+    arguments: impl IntoIterator<Item = A>,
+) -> Result<Output, String> {
+    let command = command.as_ref();
+    let output = Command::new(command)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|error| format!("{}: {error}", command.display()))?;
+    if output.status.success() {
+        return Ok(output);
+    }
+    Err(format!(
+        "{} ended with {}\n{}{}",
+        command.display(),
+        output.status,
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    ))
+}
+
+#[test]
+fn file_calls_answer_on_a_protected_path_what_they_answer_on_ext4() {
+    let ground = match Ground::find("files") {
+        Ok(ground) => ground,
+        Err(missing) => {
+            eprintln!("SKIPPED: file calls against ext4 were not compared: {missing}");
+            return;
+        }
+    };
+    let native = ground.native().unwrap();
+    let protected = ground.protected().unwrap();
+    let [native, protected] =
+        [&native, &protected].map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
+    assert!(native.ends_with("done\n"), "the native run broke off:\n{native}");
+    for (number, (there, here)) in native.lines().zip(protected.lines()).enumerate() {
+        assert_eq!(there, here, "line {} (left: ext4, right: protected)", number + 1);
+    }
+    assert_eq!(native.lines().count(), protected.lines().count());
+}

@@ -1,0 +1,84 @@
+//! What `postern run` tells the simulated enclave: the file named by `POSTERN_RUN`.
+
+use serde::{Deserialize, Serialize};
+
+/// Environment variable that names the run file.
+pub const RUN_VARIABLE: &str = "POSTERN_RUN";
+
+/// Content of the run file (JSON).
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct RunConfig {
+    /// The daemon's control socket.
+    pub socket: String,
+    /// The protected files.
+    pub volumes: Vec<VolumeConfig>,
+}
+
+/// One protected file.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct VolumeConfig {
+    /// Absolute path under which the guest sees the volume.
+    pub guest_path: String,
+    /// Name of the host file at the daemon.
+    pub name: String,
+    /// File that holds the key.
+    pub key_file: String,
+}
+
+/// Why a key file cannot be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BadKey {
+    /// Length of what was found, in bytes.
+    pub length: usize,
+}
+
+impl core::fmt::Display for BadKey {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        write!(
+            f,
+            "a key is 32 bytes, or 64 hexadecimal digits; this file has {} bytes",
+            self.length
+        )
+    }
+}
+
+/// Decodes the content of a key file: 32 raw bytes, or 64 hexadecimal digits and at most one
+/// newline.
+///
+/// # Errors
+/// [`BadKey`] for anything else.
+pub fn parse_key(content: &[u8]) -> Result<[u8; 32], BadKey> {
+    let bad = BadKey { length: content.len() };
+    if let Ok(raw) = <[u8; 32]>::try_from(content) {
+        return Ok(raw);
+    }
+    let digits = content.strip_suffix(b"\n").unwrap_or(content);
+    if digits.len() != 64 {
+        return Err(bad);
+    }
+    let mut key = [0; 32];
+    for (byte, pair) in key.iter_mut().zip(digits.chunks_exact(2)) {
+        let digit = |c: u8| char::from(c).to_digit(16);
+        let (Some(high), Some(low)) = (digit(pair[0]), digit(pair[1])) else { return Err(bad) };
+        *byte = u8::try_from(high * 16 + low).map_err(|_| bad)?;
+    }
+    Ok(key)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_is_32_raw_bytes_or_64_hexadecimal_digits_and_nothing_else() {
+        assert_eq!(parse_key(&[7; 32]), Ok([7; 32]));
+        assert_eq!(parse_key(&[b'a'; 64]), Ok([0xaa; 32]));
+        let mut line = [b'0'; 65];
+        line[64] = b'\n';
+        assert_eq!(parse_key(&line), Ok([0; 32]));
+        for length in [0, 31, 33, 63, 65, 66, 4096] {
+            assert_eq!(parse_key(&vec![b'0'; length]), Err(BadKey { length }));
+        }
+        assert_eq!(parse_key(&[b'g'; 64]), Err(BadKey { length: 64 }));
+    }
+}

@@ -1,0 +1,224 @@
+//! What stat(2) says of a protected file: a regular file, mode 0600, of the caller.
+//!
+//! Times are kept by the family while it runs: a volume stores none, so a program that starts
+//! sees the moment it first looked.
+#![allow(unsafe_code)]
+
+use core::sync::atomic::{AtomicI64, Ordering};
+use std::sync::Arc;
+
+use once_cell::race::OnceBox;
+use postern_trusted::{errno::Errno, platform::Buffer, sync::Lock};
+
+use super::io::wall_ns;
+use crate::{
+    identity, process,
+    runtime::{self, OpenVolume},
+    sys, wait,
+};
+
+const VOLUMES: usize = 64;
+/// Preferred size of reads and writes, in bytes.
+const BLOCK: i64 = 4096;
+/// Device number of all protected files: no device of the host has major 1872.
+const DEVICE_MAJOR: u32 = 1872;
+
+/// Last change of each volume's data, wall-clock nanoseconds. In the arena: one for the family.
+static CHANGED: OnceBox<[AtomicI64; VOLUMES]> = OnceBox::new();
+
+fn changed(index: usize) -> Option<&'static AtomicI64> {
+    let all = CHANGED.get_or_init(|| {
+        let now = wall_ns();
+        Box::new([const { AtomicI64::new(0) }; VOLUMES].map(|slot| {
+            slot.store(now, Ordering::Relaxed);
+            slot
+        }))
+    });
+    all.get(index)
+}
+
+impl OpenVolume {
+    /// Notes that the guest changed the file now.
+    pub(super) fn touch(&self) {
+        if let Some(changed) = changed(self.index) {
+            changed.store(wall_ns(), Ordering::Relaxed);
+        }
+    }
+
+    /// Writes at the end; with `sync` waits until it is durable.
+    ///
+    /// # Errors
+    /// `ENOSPC`, `EFBIG`, `EIO`; `EFAULT` for the buffer.
+    pub(super) fn append(&self, buffer: &impl Buffer, sync: bool) -> Result<usize, Errno> {
+        let process = process::current();
+        let disk = process.disk_for_guest(self, wait::now_ns())?;
+        process.block_on(async {
+            let length = self.volume.append(&disk, buffer).await?;
+            if sync {
+                self.volume.sync(&disk).await?;
+            }
+            Ok(length)
+        })
+    }
+
+    fn changed_at(&self) -> (i64, i64) {
+        let at = changed(self.index).map_or(0, |changed| changed.load(Ordering::Relaxed));
+        (at.div_euclid(1_000_000_000), at.rem_euclid(1_000_000_000))
+    }
+
+    /// Units of 512 bytes.
+    fn sectors(&self) -> u64 {
+        self.size().next_multiple_of(4096) / 512
+    }
+
+    fn inode(&self) -> u64 {
+        self.index as u64 + 2
+    }
+
+    /// What stat(2) answers.
+    #[must_use]
+    pub fn stat(&self) -> libc::stat {
+        // SAFETY: all-zero is a valid stat: it has only integers.
+        let mut stat: libc::stat = unsafe { core::mem::zeroed() };
+        let (user, group) = sys::effective_ids();
+        let (seconds, nanoseconds) = self.changed_at();
+        stat.st_dev = libc::makedev(DEVICE_MAJOR, 0);
+        stat.st_ino = self.inode();
+        stat.st_mode = libc::S_IFREG | 0o600;
+        stat.st_nlink = 1;
+        (stat.st_uid, stat.st_gid) = (user, group);
+        stat.st_size = i64::try_from(self.size()).unwrap_or(i64::MAX);
+        stat.st_blksize = BLOCK;
+        stat.st_blocks = i64::try_from(self.sectors()).unwrap_or(i64::MAX);
+        (stat.st_atime, stat.st_atime_nsec) = (seconds, nanoseconds);
+        (stat.st_mtime, stat.st_mtime_nsec) = (seconds, nanoseconds);
+        (stat.st_ctime, stat.st_ctime_nsec) = (seconds, nanoseconds);
+        stat
+    }
+
+    /// What statx(2) answers, with the basic fields.
+    #[must_use]
+    pub fn statx(&self) -> libc::statx {
+        // SAFETY: all-zero is a valid statx: it has only integers.
+        let mut statx: libc::statx = unsafe { core::mem::zeroed() };
+        let (user, group) = sys::effective_ids();
+        let (seconds, nanoseconds) = self.changed_at();
+        let time = || {
+            // SAFETY: as above.
+            let mut time: libc::statx_timestamp = unsafe { core::mem::zeroed() };
+            time.tv_sec = seconds;
+            time.tv_nsec = u32::try_from(nanoseconds).unwrap_or(0);
+            time
+        };
+        statx.stx_mask = libc::STATX_BASIC_STATS;
+        statx.stx_blksize = u32::try_from(BLOCK).unwrap_or(4096);
+        statx.stx_nlink = 1;
+        (statx.stx_uid, statx.stx_gid) = (user, group);
+        statx.stx_mode = u16::try_from(libc::S_IFREG | 0o600).unwrap_or(0);
+        statx.stx_ino = self.inode();
+        statx.stx_size = self.size();
+        statx.stx_blocks = self.sectors();
+        (statx.stx_atime, statx.stx_mtime, statx.stx_ctime) = (time(), time(), time());
+        statx.stx_dev_major = DEVICE_MAJOR;
+        statx
+    }
+}
+
+impl OpenVolume {
+    /// truncate(2): the size changes, and the times.
+    ///
+    /// # Errors
+    /// `EFBIG`, `ENOSPC`, `EIO`.
+    pub fn resize(&self, size: u64) -> Result<(), Errno> {
+        self.truncate(size)?;
+        self.touch();
+        Ok(())
+    }
+
+    /// Blocks of 4096 bytes: all, and those behind the end of the file.
+    fn room(&self) -> (u64, u64) {
+        let all = self.capacity() / 4096;
+        (all, all.saturating_sub(self.size().div_ceil(4096)))
+    }
+
+    /// What statfs(2) answers: a file system of the volume's capacity with one file in it.
+    #[must_use]
+    pub fn statfs(&self) -> libc::statfs {
+        // SAFETY: all-zero is a valid statfs: it has only integers.
+        let mut statfs: libc::statfs = unsafe { core::mem::zeroed() };
+        let (all, free) = self.room();
+        statfs.f_type = libc::EXT4_SUPER_MAGIC;
+        (statfs.f_bsize, statfs.f_frsize) = (BLOCK, BLOCK);
+        (statfs.f_blocks, statfs.f_bfree, statfs.f_bavail) = (all, free, free);
+        (statfs.f_files, statfs.f_namelen) = (1, 255);
+        statfs
+    }
+
+    /// The same as statvfs(3) answers it.
+    #[must_use]
+    pub fn statvfs(&self) -> libc::statvfs {
+        // SAFETY: all-zero is a valid statvfs: it has only integers.
+        let mut statvfs: libc::statvfs = unsafe { core::mem::zeroed() };
+        let (all, free) = self.room();
+        (statvfs.f_bsize, statvfs.f_frsize) = (BLOCK.unsigned_abs(), BLOCK.unsigned_abs());
+        (statvfs.f_blocks, statvfs.f_bfree, statvfs.f_bavail) = (all, free, free);
+        (statvfs.f_files, statvfs.f_namemax) = (1, 255);
+        statvfs
+    }
+}
+
+/// Volumes that this process looked at by path alone, kept open until it ends: opening and closing
+/// one for every stat(2) would unlock and recover it each time.
+type Held = [Option<(u32, Arc<OpenVolume>)>; VOLUMES];
+static HELD: Lock<Held> = Lock::new([const { None }; VOLUMES]);
+
+/// Volume `index`, kept open by this process from now on.
+///
+/// # Errors
+/// What opening it says.
+pub fn hold(index: usize) -> Result<Arc<OpenVolume>, Errno> {
+    let me = identity::process_id();
+    if let Some(Some((owner, volume))) = HELD.lock().get(index)
+        && *owner == me
+    {
+        return Ok(volume.clone());
+    }
+    let opened = runtime::open_volume(index)?;
+    let mut held = HELD.lock();
+    let Some(slot) = held.get_mut(index) else { return Ok(opened) };
+    match slot {
+        Some((owner, volume)) if *owner == me => {
+            let volume = volume.clone();
+            drop(held);
+            runtime::close_volume(&opened);
+            Ok(volume)
+        }
+        _ => {
+            // The parent's entry, copied by fork: it is the parent's reference.
+            core::mem::forget(slot.replace((me, opened.clone())));
+            Ok(opened)
+        }
+    }
+}
+
+/// Gives back what [`hold`] keeps.
+pub(super) fn release_held() {
+    let me = identity::process_id();
+    for index in 0..VOLUMES {
+        let taken = HELD.lock()[index].take_if(|(owner, _)| *owner == me);
+        if let Some((_, volume)) = taken {
+            runtime::close_volume(&volume);
+        }
+    }
+}
+
+/// Keeps [`HELD`] still while the process forks.
+pub(super) fn fork_prepare() {
+    core::mem::forget(HELD.lock());
+}
+
+/// The other end of [`fork_prepare`], in both processes.
+pub(super) fn fork_done() {
+    // SAFETY: locked by `fork_prepare` in this thread (or its copy).
+    unsafe { HELD.force_unlock() };
+}

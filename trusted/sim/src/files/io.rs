@@ -1,0 +1,351 @@
+//! Reads, writes, positions and sizes of an open protected file, with Linux's rules for a regular
+//! file on ext4: what is checked in which order, what moves the position, what O_DIRECT asks.
+
+use core::sync::atomic::Ordering;
+
+use postern_trusted::{errno::Errno, platform::Buffer};
+
+use super::OpenFile;
+use crate::{guest::GuestBuffer, sys};
+
+/// Alignment that O_DIRECT asks of offset, address and length, in bytes.
+pub const DIRECT_ALIGNMENT: u64 = 512;
+
+/// Largest file and highest position: ext4 with 4 KiB blocks (s_maxbytes).
+pub const MAX_BYTES: u64 = 0xffff_ffff << 12;
+
+/// Data and holes are told apart in steps of this, in bytes: the volume's block.
+const EXTENT: u64 = 4096;
+
+/// RWF_* bits, from the kernel's uapi.
+pub mod rwf {
+    /// Poll for completion.
+    pub const HIPRI: i32 = 0x1;
+    /// As O_DSYNC, for one write.
+    pub const DSYNC: i32 = 0x2;
+    /// As O_SYNC, for one write.
+    pub const SYNC: i32 = 0x4;
+    /// Write at the end, whatever the offset.
+    pub const APPEND: i32 = 0x10;
+    /// Ignore O_APPEND.
+    pub const NOAPPEND: i32 = 0x20;
+    /// Raise no SIGPIPE.
+    pub const NOSIGNAL: i32 = 0x100;
+    /// Those that a protected file understands.
+    pub const UNDERSTOOD: i32 = HIPRI | DSYNC | SYNC | APPEND | NOAPPEND | NOSIGNAL;
+}
+
+/// Where a read or write happens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum At {
+    /// At the shared position, which moves.
+    Position,
+    /// At this offset; the position stays.
+    Offset(u64),
+}
+
+impl At {
+    /// The offset of pread(2) and its kin.
+    ///
+    /// # Errors
+    /// `EINVAL` if it is negative.
+    pub fn offset(offset: i64) -> Result<Self, Errno> {
+        u64::try_from(offset).map(Self::Offset).map_err(|_| Errno::EINVAL)
+    }
+}
+
+/// Linux's rw_verify_area: the range must end below 2^63.
+fn check_range(offset: u64, length: usize) -> Result<(), Errno> {
+    let end = offset.checked_add(length as u64).and_then(|end| i64::try_from(end).ok());
+    end.map(drop).ok_or(Errno::EINVAL)
+}
+
+impl OpenFile {
+    /// Whether O_DIRECT refuses this transfer.
+    fn is_misaligned(&self, offset: u64, buffer: &GuestBuffer) -> bool {
+        self.direct()
+            && (!offset.is_multiple_of(DIRECT_ALIGNMENT) || !buffer.is_aligned(DIRECT_ALIGNMENT))
+    }
+
+    /// read(2), pread(2), readv(2), preadv2(2). `rwf` are RWF_* bits.
+    ///
+    /// # Errors
+    /// `EBADF`: not open for reading. `EINVAL`: offset, alignment. `EOPNOTSUPP`: flags. `EFAULT`,
+    /// `EIO`.
+    pub fn read(&self, at: At, buffer: &GuestBuffer, rwf: i32) -> Result<usize, Errno> {
+        if !self.readable() {
+            return Err(Errno::EBADF);
+        }
+        if buffer.is_empty() {
+            return Ok(0);
+        }
+        if rwf & !rwf::UNDERSTOOD != 0 {
+            return Err(Errno::EOPNOTSUPP);
+        }
+        match at {
+            At::Offset(offset) => self.read_at(offset, buffer),
+            At::Position => {
+                let (offset, length) = self.advance(|position| {
+                    let size = self.volume.size();
+                    let left = usize::try_from(size.saturating_sub(position)).unwrap_or(usize::MAX);
+                    let length = buffer.len().min(left);
+                    check_range(position, buffer.len())?;
+                    if length > 0 && self.is_misaligned(position, buffer) {
+                        return Err(Errno::EINVAL);
+                    }
+                    Ok((position, length))
+                })?;
+                let result = self.read_at(offset, buffer);
+                self.correct(offset, length, result.unwrap_or(0));
+                result
+            }
+        }
+    }
+
+    fn read_at(&self, offset: u64, buffer: &GuestBuffer) -> Result<usize, Errno> {
+        check_range(offset, buffer.len())?;
+        if offset >= self.volume.size() {
+            return Ok(0);
+        }
+        if self.is_misaligned(offset, buffer) {
+            return Err(Errno::EINVAL);
+        }
+        self.volume.read(offset, buffer)
+    }
+
+    /// write(2), pwrite(2), writev(2), pwritev2(2). `rwf` are RWF_* bits.
+    ///
+    /// # Errors
+    /// `EBADF`: not open for writing. `EINVAL`: offset, alignment, APPEND with NOAPPEND.
+    /// `EOPNOTSUPP`: flags. `EFBIG`, `ENOSPC`, `EFAULT`, `EIO`.
+    pub fn write(&self, at: At, buffer: &GuestBuffer, rwf: i32) -> Result<usize, Errno> {
+        if !self.writable() {
+            return Err(Errno::EBADF);
+        }
+        if buffer.is_empty() {
+            return Ok(0);
+        }
+        if rwf & !rwf::UNDERSTOOD != 0 {
+            return Err(Errno::EOPNOTSUPP);
+        }
+        if rwf & rwf::APPEND != 0 && rwf & rwf::NOAPPEND != 0 {
+            return Err(Errno::EINVAL);
+        }
+        let sync = self.dsync() || rwf & (rwf::DSYNC | rwf::SYNC) != 0;
+        let append = rwf & rwf::APPEND != 0 || self.append() && rwf & rwf::NOAPPEND == 0;
+        let written = match at {
+            _ if append => {
+                if let At::Offset(offset) = at {
+                    check_range(offset, buffer.len())?;
+                }
+                let written = self.append_now(buffer, sync);
+                if at == At::Position && written.is_ok() {
+                    self.position.store(self.volume.size(), Ordering::Relaxed);
+                }
+                written
+            }
+            At::Offset(offset) => self.write_at(offset, buffer, sync),
+            At::Position => {
+                let (offset, length) = self.advance(|position| {
+                    check_range(position, buffer.len())?;
+                    if self.is_misaligned(position, buffer) {
+                        return Err(Errno::EINVAL);
+                    }
+                    Ok((position, buffer.len()))
+                })?;
+                let written = self.write_at(offset, buffer, sync);
+                self.correct(offset, length, written.unwrap_or(0));
+                written
+            }
+        }?;
+        self.volume.touch();
+        Ok(written)
+    }
+
+    fn write_at(&self, offset: u64, buffer: &GuestBuffer, sync: bool) -> Result<usize, Errno> {
+        check_range(offset, buffer.len())?;
+        if offset >= MAX_BYTES {
+            return Err(Errno::EFBIG);
+        }
+        if self.is_misaligned(offset, buffer) {
+            return Err(Errno::EINVAL);
+        }
+        self.volume.write(offset, buffer, sync)
+    }
+
+    fn append_now(&self, buffer: &GuestBuffer, sync: bool) -> Result<usize, Errno> {
+        if self.is_misaligned(self.volume.size(), buffer) {
+            return Err(Errno::EINVAL);
+        }
+        self.volume.append(buffer, sync)
+    }
+
+    /// Moves the position past what `plan` wants to transfer there, in one step against others
+    /// that share it, so that no two transfers get the same bytes.
+    fn advance(
+        &self,
+        plan: impl Fn(u64) -> Result<(u64, usize), Errno>,
+    ) -> Result<(u64, usize), Errno> {
+        loop {
+            let position = self.position.load(Ordering::Relaxed);
+            let (offset, length) = plan(position)?;
+            let moved = self.position.compare_exchange(
+                position,
+                offset + length as u64,
+                Ordering::Relaxed,
+                Ordering::Relaxed,
+            );
+            if moved.is_ok() {
+                return Ok((offset, length));
+            }
+        }
+    }
+
+    /// `done` instead of `planned` bytes were moved at `offset`: the position follows, unless
+    /// somebody else has moved it on.
+    fn correct(&self, offset: u64, planned: usize, done: usize) {
+        if planned != done {
+            let _ = self.position.compare_exchange(
+                offset + planned as u64,
+                offset + done as u64,
+                Ordering::Relaxed,
+                Ordering::Relaxed,
+            );
+        }
+    }
+
+    /// lseek(2).
+    ///
+    /// # Errors
+    /// `EINVAL`: unknown `whence`, or a place before 0 or beyond the largest file. `ENXIO`: data
+    /// or hole asked for beyond the end. `EBADF` for `O_PATH`.
+    pub fn seek(&self, offset: i64, whence: i32) -> Result<u64, Errno> {
+        if self.is_path() {
+            return Err(Errno::EBADF);
+        }
+        let from = match whence {
+            libc::SEEK_SET => 0,
+            libc::SEEK_CUR => self.position.load(Ordering::Relaxed),
+            libc::SEEK_END => self.volume.size(),
+            libc::SEEK_DATA | libc::SEEK_HOLE => {
+                let place = self.seek_extent(offset, whence == libc::SEEK_DATA)?;
+                self.position.store(place, Ordering::Relaxed);
+                return Ok(place);
+            }
+            _ => return Err(Errno::EINVAL),
+        };
+        let place = from.checked_add_signed(offset).filter(|&place| place <= MAX_BYTES);
+        let place = place.ok_or(Errno::EINVAL)?;
+        if whence != libc::SEEK_CUR || offset != 0 {
+            self.position.store(place, Ordering::Relaxed);
+        }
+        Ok(place)
+    }
+
+    /// The first data or hole at or after `offset`, in steps of the volume's blocks.
+    fn seek_extent(&self, offset: i64, data: bool) -> Result<u64, Errno> {
+        const NO_SUCH_PLACE: Errno = Errno(libc::ENXIO);
+        let size = self.volume.size();
+        let start =
+            u64::try_from(offset).ok().filter(|&start| start < size).ok_or(NO_SUCH_PLACE)?;
+        let mut at = start;
+        while at < size {
+            let end = (at - at % EXTENT).saturating_add(EXTENT).min(size);
+            if self.volume.volume.is_hole(at, end - at) != data {
+                return Ok(at);
+            }
+            at = end;
+        }
+        // The end of the file counts as a hole.
+        if data { Err(NO_SUCH_PLACE) } else { Ok(size) }
+    }
+
+    /// ftruncate(2).
+    ///
+    /// # Errors
+    /// `EINVAL`: not open for writing, or a negative length. `EFBIG`, `ENOSPC`, `EIO`.
+    pub fn truncate(&self, length: i64) -> Result<(), Errno> {
+        let length = u64::try_from(length).map_err(|_| Errno::EINVAL)?;
+        if self.is_path() {
+            return Err(Errno::EBADF);
+        }
+        if !self.writable() {
+            return Err(Errno::EINVAL);
+        }
+        self.truncate_to(length)
+    }
+
+    /// Truncates whatever the file was opened for: truncate(2), O_TRUNC.
+    ///
+    /// # Errors
+    /// `EFBIG`, `ENOSPC`, `EIO`.
+    pub fn truncate_to(&self, length: u64) -> Result<(), Errno> {
+        if length > MAX_BYTES {
+            return Err(Errno::EFBIG);
+        }
+        self.volume.resize(length)
+    }
+
+    /// fallocate(2): extending, punching and zeroing. Nothing is reserved: a volume's capacity is
+    /// its own from the start.
+    ///
+    /// # Errors
+    /// `EBADF`: not open for writing. `EINVAL`: an empty or negative range. `EOPNOTSUPP`: other
+    /// modes. `EFBIG`, `ENOSPC`: beyond what the volume can hold. `EIO`.
+    pub fn allocate(&self, mode: i32, offset: i64, length: i64) -> Result<(), Errno> {
+        let (Ok(start), Ok(length)) = (u64::try_from(offset), u64::try_from(length)) else {
+            return Err(Errno::EINVAL);
+        };
+        if length == 0 {
+            return Err(Errno::EINVAL);
+        }
+        let keep_size = mode & libc::FALLOC_FL_KEEP_SIZE != 0;
+        let zero = match mode & !libc::FALLOC_FL_KEEP_SIZE {
+            0 => false,
+            libc::FALLOC_FL_PUNCH_HOLE if keep_size => true,
+            libc::FALLOC_FL_ZERO_RANGE => true,
+            _ => return Err(Errno::EOPNOTSUPP),
+        };
+        if !self.writable() {
+            return Err(Errno::EBADF);
+        }
+        let end = start.checked_add(length).filter(|&end| end <= MAX_BYTES);
+        let end = end.ok_or(Errno::EFBIG)?;
+        let punch = mode & libc::FALLOC_FL_PUNCH_HOLE != 0;
+        if !punch && end > self.volume.capacity() {
+            return Err(Errno::ENOSPC);
+        }
+        let size = self.volume.size();
+        if zero && start < size {
+            self.volume.punch(start, length.min(size - start))?;
+        }
+        if !keep_size && end > size {
+            self.volume.truncate(end)?;
+        }
+        self.volume.touch();
+        Ok(())
+    }
+
+    /// fsync(2) and fdatasync(2).
+    ///
+    /// # Errors
+    /// `EBADF` for `O_PATH`; `EIO` if it cannot be made durable.
+    pub fn flush(&self) -> Result<(), Errno> {
+        if self.is_path() { Err(Errno::EBADF) } else { self.volume.sync() }
+    }
+
+    /// Bytes between the position and the end: FIONREAD.
+    #[must_use]
+    pub fn unread(&self) -> i64 {
+        let left =
+            i128::from(self.volume.size()) - i128::from(self.position.load(Ordering::Relaxed));
+        i64::try_from(left).unwrap_or(i64::MAX)
+    }
+}
+
+/// Wall-clock nanoseconds since the epoch, for a file's times.
+#[must_use]
+pub fn wall_ns() -> i64 {
+    let (seconds, nanoseconds) = sys::wall_clock();
+    seconds.saturating_mul(1_000_000_000).saturating_add(nanoseconds)
+}

@@ -1,0 +1,382 @@
+//! The simulated enclave as the AIO contexts see it: descriptors, rings, waiting.
+
+#![allow(unsafe_code)]
+
+use core::{
+    ptr::NonNull,
+    sync::atomic::{AtomicPtr, AtomicU64, Ordering},
+};
+use std::sync::Arc;
+
+use postern_trusted::{
+    aio::{
+        AioContexts, AioFile, AioHost, EventCounter, FileTraits, Op, Request, RingMapping, Signals,
+        Wait, WaitEnd, WaitKey,
+    },
+    errno::Errno,
+    platform::{Buffer, Fault, GuestMemory},
+};
+
+use crate::{
+    family::family,
+    files::{self, OpenFile},
+    guest::Guest,
+    identity, message, process, service, sys, wait,
+};
+
+/// The calling process, as its AIO contexts see it.
+pub struct SimHost {
+    guest: Guest,
+    /// What `charge` has added for this process.
+    charged: AtomicU64,
+    possible_cpus: u32,
+    aio_max_nr: u64,
+}
+
+struct Owned {
+    process: u32,
+    contexts: AioContexts,
+}
+
+/// Private to the process; a forked child finds its parent's and makes its own.
+static CONTEXTS: AtomicPtr<Owned> = AtomicPtr::new(core::ptr::null_mut());
+
+/// The calling process's contexts. A forked child has none of its parent's.
+pub fn contexts() -> &'static AioContexts {
+    loop {
+        if let Some(contexts) = known() {
+            return contexts;
+        }
+        let before = CONTEXTS.load(Ordering::Acquire);
+        let made = Box::into_raw(Box::new(Owned {
+            process: identity::process_id(),
+            contexts: AioContexts::new(Arc::new(SimHost::new())),
+        }));
+        if CONTEXTS.compare_exchange(before, made, Ordering::AcqRel, Ordering::Acquire).is_err() {
+            // SAFETY: made above and published nowhere.
+            drop(unsafe { Box::from_raw(made) });
+        }
+    }
+}
+
+fn known() -> Option<&'static AioContexts> {
+    // SAFETY: null or a leaked object in the arena.
+    let owned = unsafe { CONTEXTS.load(Ordering::Acquire).as_ref() }?;
+    (owned.process == identity::process_id()).then_some(&owned.contexts)
+}
+
+/// At exit: waits for everything in flight, if this process ever used AIO.
+pub fn drain() {
+    if let Some(contexts) = known() {
+        drop(contexts.drain());
+    }
+}
+
+impl SimHost {
+    fn new() -> Self {
+        Self {
+            guest: Guest,
+            charged: AtomicU64::new(0),
+            possible_cpus: possible_cpus(),
+            aio_max_nr: number_in(b"/proc/sys/fs/aio-max-nr").unwrap_or(65536),
+        }
+    }
+}
+
+fn number_in(path: &[u8]) -> Option<u64> {
+    let text = message::read_file(path, 4096).ok()?;
+    core::str::from_utf8(&text).ok()?.trim().parse().ok()
+}
+
+/// Highest number in `/sys/devices/system/cpu/possible` ("0-1", "0,2-3") and one.
+fn possible_cpus() -> u32 {
+    message::read_file(b"/sys/devices/system/cpu/possible", 4096)
+        .ok()
+        .and_then(|text| {
+            let text = String::from_utf8(text).ok()?;
+            let last = text.trim().rsplit([',', '-']).next()?.parse::<u32>().ok()?;
+            last.checked_add(1)
+        })
+        .unwrap_or(1)
+}
+
+impl GuestMemory for SimHost {
+    fn read(&self, from: u64, out: &mut [u8]) -> Result<(), Fault> {
+        self.guest.read(from, out)
+    }
+
+    fn write(&self, to: u64, data: &[u8]) -> Result<(), Fault> {
+        self.guest.write(to, data)
+    }
+}
+
+impl AioHost for SimHost {
+    fn map_ring(&self, bytes: usize) -> Result<RingMapping, Errno> {
+        let flags = (libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) as usize;
+        let protection = (libc::PROT_READ | libc::PROT_WRITE) as usize;
+        let shared = libc::MAP_SHARED as usize;
+        // SAFETY: new memory, mapped twice where the kernel chooses: the guest's view and ours.
+        // Sealed against shrinking, so that our view stays whole whatever the guest does to its.
+        unsafe {
+            let name = c"[aio]".as_ptr() as usize;
+            let file = sys::check(sys::syscall6(libc::SYS_memfd_create, name, flags, 0, 0, 0, 0))
+                .map_err(|_| Errno::ENOMEM)?;
+            let map = || {
+                let answer =
+                    sys::syscall6(libc::SYS_mmap, 0, bytes, protection, shared, file, 0);
+                sys::check(answer).map_err(|_| Errno::ENOMEM)
+            };
+            let seals = (libc::F_SEAL_SHRINK | libc::F_SEAL_GROW) as usize;
+            let add = libc::F_ADD_SEALS as usize;
+            let mapped = sys::check(sys::syscall6(libc::SYS_ftruncate, file, bytes, 0, 0, 0, 0))
+                .and_then(|_| sys::check(sys::syscall6(libc::SYS_fcntl, file, add, seals, 0, 0, 0)))
+                .map_err(|_| Errno::ENOMEM)
+                .and_then(|_| map())
+                .and_then(|guest| {
+                    map().inspect_err(|_| unmap(guest, bytes)).map(|alias| (guest, alias))
+                });
+            sys::syscall6(libc::SYS_close, file, 0, 0, 0, 0, 0);
+            let (guest, alias) = mapped?;
+            let alias = NonNull::new(alias as *mut u8).ok_or(Errno::ENOMEM)?;
+            Ok(RingMapping::new(guest as u64, alias, bytes))
+        }
+    }
+
+    fn unmap_ring(&self, mapping: RingMapping) {
+        let bytes = mapping.bytes();
+        if let Ok(guest) = usize::try_from(mapping.guest()) {
+            unmap(guest, bytes);
+        }
+        unmap(mapping.alias().as_ptr() as usize, bytes);
+    }
+
+    fn file(&self, fd: i32) -> Result<Arc<dyn AioFile>, Errno> {
+        match files::lookup(fd) {
+            Some(file) => Ok(file),
+            None => Ok(Arc::new(Ordinary::find(fd)?)),
+        }
+    }
+
+    fn event_counter(&self, fd: i32) -> Result<Arc<dyn EventCounter>, Errno> {
+        let link = format!("/proc/self/fd/{fd}\0");
+        let mut target = [0_u8; 64];
+        let here = libc::AT_FDCWD as usize;
+        // SAFETY: a C string and a buffer that live through the call.
+        let length = sys::check(unsafe {
+            let (from, to) = (link.as_ptr() as usize, target.as_mut_ptr() as usize);
+            sys::syscall6(libc::SYS_readlinkat, here, from, to, target.len(), 0, 0)
+        })
+        .map_err(|_| Errno::EBADF)?;
+        if !target[..length].starts_with(b"anon_inode:[eventfd]") {
+            return Err(Errno::EINVAL);
+        }
+        let keep = libc::F_DUPFD_CLOEXEC as usize;
+        // SAFETY: takes numbers only.
+        let copy = sys::check(unsafe {
+            sys::syscall6(libc::SYS_fcntl, fd as usize, keep, 0, 0, 0, 0)
+        })?;
+        let copy = i32::try_from(copy).map_err(|_| Errno::EMFILE)?;
+        service::take_over();
+        Ok(Arc::new(Counter(files::protect_internal(copy))))
+    }
+
+    fn possible_cpus(&self) -> u32 {
+        self.possible_cpus
+    }
+
+    fn aio_max_nr(&self) -> u64 {
+        self.aio_max_nr
+    }
+
+    fn charge(&self, nr: u32) -> Result<(), Errno> {
+        let add = |now: u64| now.checked_add(u64::from(nr)).filter(|sum| *sum <= self.aio_max_nr);
+        self.charged
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, add)
+            .map(|_| ())
+            .map_err(|_| Errno::EAGAIN)
+    }
+
+    fn uncharge(&self, nr: u32) {
+        self.charged.fetch_sub(u64::from(nr), Ordering::Relaxed);
+    }
+
+    fn may_use_realtime_io(&self) -> bool {
+        // SAFETY: geteuid takes nothing. Root stands for CAP_SYS_ADMIN and CAP_SYS_NICE here.
+        unsafe { sys::syscall6(libc::SYS_geteuid, 0, 0, 0, 0, 0, 0) == 0 }
+    }
+
+    fn now_ns(&self) -> u64 {
+        wait::now_ns()
+    }
+
+    fn drive(&self) {
+        process::current().drive();
+    }
+
+    fn wait(&self, wait: Wait<'_>) -> WaitEnd {
+        let process = process::current();
+        let signals = match wait.signals {
+            Signals::Held => wait::Signals::Held,
+            Signals::Open => wait::Signals::AsTheyAre,
+            Signals::Masked(mask) => wait::Signals::Masked(mask),
+        };
+        let masked = matches!(wait.signals, Signals::Masked(_));
+        loop {
+            process.drive();
+            if (wait.ready)() {
+                if masked {
+                    // Pending signals that the mask lets through are handled first.
+                    process.sleep(&|| false, Some(0), signals);
+                }
+                return WaitEnd::Ready;
+            }
+            let left = match wait.deadline_ns {
+                None => None,
+                Some(deadline) => match deadline.checked_sub(wait::now_ns()) {
+                    None | Some(0) => return WaitEnd::TimedOut,
+                    left => left,
+                },
+            };
+            match process.sleep(wait.ready, left, signals) {
+                wait::WaitEnd::Interrupted => return WaitEnd::Interrupted,
+                wait::WaitEnd::Woken | wait::WaitEnd::TimedOut => {}
+            }
+        }
+    }
+
+    fn wake(&self, _: WaitKey, _: u32) {
+        process::current().sleepers.wake();
+    }
+
+    fn reaps_in_user_space(&self) {
+        service::take_over();
+    }
+}
+
+fn unmap(at: usize, bytes: usize) {
+    // SAFETY: a mapping that `map_ring` made and that nobody uses any more.
+    unsafe { sys::syscall6(libc::SYS_munmap, at, bytes, 0, 0, 0, 0) };
+}
+
+/// An eventfd of the guest, held open by a descriptor of our own.
+struct Counter(i32);
+
+impl EventCounter for Counter {
+    fn signal(&self) {
+        wait::ring(self.0);
+    }
+}
+
+impl Drop for Counter {
+    fn drop(&mut self) {
+        files::close_internal(self.0);
+    }
+}
+
+/// A descriptor that is not protected. This cut serves AIO on protected files only: every request
+/// is refused with `EINVAL`, as for a file without read and write methods.
+struct Ordinary;
+
+impl Ordinary {
+    fn find(fd: i32) -> Result<Self, Errno> {
+        const O_PATH: usize = libc::O_PATH as usize;
+        // SAFETY: takes numbers only.
+        let flags = sys::check(unsafe {
+            sys::syscall6(libc::SYS_fcntl, fd as usize, libc::F_GETFL as usize, 0, 0, 0, 0)
+        })?;
+        if flags & O_PATH != 0 || files::is_internal(fd) {
+            return Err(Errno::EBADF);
+        }
+        Ok(Self)
+    }
+}
+
+impl AioFile for Ordinary {
+    fn traits(&self) -> FileTraits {
+        FileTraits { has_data: false, has_fsync: false, ..FileTraits::REGULAR }
+    }
+
+    fn completes_in_submit(&self, _: &Request) -> bool {
+        true
+    }
+
+    fn submit(self: Arc<Self>, _: Request, done: postern_trusted::aio::Completion) {
+        done.finish(Err(Errno::EINVAL));
+    }
+}
+
+impl AioFile for OpenFile {
+    fn traits(&self) -> FileTraits {
+        let flags = self.flags();
+        let access = flags & libc::O_ACCMODE;
+        FileTraits {
+            readable: access != libc::O_WRONLY,
+            writable: access != libc::O_RDONLY,
+            append: flags & libc::O_APPEND != 0,
+            dsync: flags & libc::O_DSYNC != 0,
+            sync: flags & libc::O_SYNC == libc::O_SYNC,
+            ..FileTraits::REGULAR
+        }
+    }
+
+    fn completes_in_submit(&self, request: &Request) -> bool {
+        let sync = matches!(request.op, Op::Fsync | Op::Fdatasync);
+        if !sync && self.flags() & libc::O_DIRECT == 0 {
+            return true;
+        }
+        let end = request.offset.saturating_add(request.buffer.len() as u64);
+        match request.op {
+            // As ext4 does: extending O_DIRECT writes are synchronous.
+            Op::Write => request.flags.append() || end > self.volume().size(),
+            Op::Read => {
+                self.volume().volume.is_hole(request.offset, request.buffer.len() as u64)
+            }
+            Op::Fsync | Op::Fdatasync => false,
+        }
+    }
+
+    fn submit(self: Arc<Self>, request: Request, done: postern_trusted::aio::Completion) {
+        if self.flags() & libc::O_DIRECT != 0
+            && matches!(request.op, Op::Read | Op::Write)
+            && !(request.buffer.is_aligned(files::DIRECT_ALIGNMENT)
+                && (request.flags.append()
+                    || request.offset.is_multiple_of(files::DIRECT_ALIGNMENT)))
+        {
+            return done.finish(Err(Errno::EINVAL));
+        }
+        let process = process::current();
+        let disk = match process.disk_for_guest(self.volume(), request.submitted_ns) {
+            Ok(disk) => disk,
+            Err(errno) => return done.finish(Err(errno)),
+        };
+        process.executor.spawn(async move {
+            // The open file is held until the request is done: close(2) does not end it.
+            let volume = &self.volume().volume;
+            let Request { op, offset, buffer, flags, .. } = request;
+            let answer = match op {
+                Op::Read => volume.read(&disk, offset, &buffer).await,
+                Op::Write => {
+                    let written = if flags.append() {
+                        volume.append(&disk, &buffer).await
+                    } else {
+                        volume.write(&disk, offset, &buffer).await
+                    };
+                    match written {
+                        Ok(length) if flags.dsync() => {
+                            volume.sync(&disk).await.map(|()| length)
+                        }
+                        other => other,
+                    }
+                }
+                Op::Fsync | Op::Fdatasync => volume.sync(&disk).await.map(|()| 0),
+            };
+            done.finish(answer);
+        });
+    }
+}
+
+/// Whether the family exists: AIO calls pass on to the kernel without it.
+#[must_use]
+pub fn active() -> bool {
+    family().is_some()
+}

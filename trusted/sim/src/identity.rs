@@ -1,0 +1,62 @@
+//! Which process this is, cheaply, also right after a raw fork.
+//!
+//! A page with `MADV_WIPEONFORK` holds the process id: the child of any kind of fork finds zero
+//! there and asks the kernel once. (A vfork or CLONE_VM child shares its parent's memory and
+//! therefore its identity: it *is* the same process as far as memory is concerned.)
+#![allow(unsafe_code)]
+
+use core::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
+
+use crate::sys;
+
+static PAGE: AtomicPtr<AtomicU32> = AtomicPtr::new(core::ptr::null_mut());
+
+fn page() -> Option<&'static AtomicU32> {
+    let mut at = PAGE.load(Ordering::Acquire);
+    if at.is_null() {
+        let protection = (libc::PROT_READ | libc::PROT_WRITE) as usize;
+        let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as usize;
+        // SAFETY: a fresh mapping, and advice about it.
+        let made = unsafe {
+            let made = sys::syscall6(libc::SYS_mmap, 0, 4096, protection, flags, usize::MAX, 0);
+            let made = sys::check(made).ok()?;
+            let advice = libc::MADV_WIPEONFORK as usize;
+            sys::check(sys::syscall6(libc::SYS_madvise, made, 4096, advice, 0, 0, 0)).ok()?;
+            made as *mut AtomicU32
+        };
+        match PAGE.compare_exchange(at, made, Ordering::AcqRel, Ordering::Acquire) {
+            Ok(_) => at = made,
+            Err(other) => at = other,
+        }
+    }
+    // SAFETY: mapped for the life of the process, aligned, only accessed as an atomic.
+    Some(unsafe { &*at })
+}
+
+/// The calling process's id; never 0.
+#[must_use]
+pub fn process_id() -> u32 {
+    let Some(page) = page() else { return ask() };
+    match page.load(Ordering::Relaxed) {
+        0 => {
+            let id = ask();
+            page.store(id, Ordering::Relaxed);
+            id
+        }
+        id => id,
+    }
+}
+
+fn ask() -> u32 {
+    // SAFETY: getpid takes nothing and cannot fail.
+    let id = unsafe { sys::syscall6(libc::SYS_getpid, 0, 0, 0, 0, 0, 0) };
+    u32::try_from(id).unwrap_or(u32::MAX)
+}
+
+/// Whether process `id` still exists (a zombie counts as gone once reaped).
+#[must_use]
+pub fn is_alive(id: u32) -> bool {
+    // SAFETY: signal 0 is only a check.
+    let answer = unsafe { sys::syscall6(libc::SYS_kill, id as usize, 0, 0, 0, 0, 0) };
+    answer == 0 || answer == -(libc::EPERM as isize)
+}

@@ -1,0 +1,195 @@
+//! One process's link to the daemon: the control connection, the port's memory, the doorbells.
+//!
+//! The memory is a sealed memfd (it cannot shrink under the daemon), left out of forked children:
+//! a child makes a link of its own and joins the session.
+#![allow(unsafe_code)]
+
+use postern_edl::{
+    calls::{
+        CallError, Enclave, PosternAttachRequest, PosternCloseRequest, PosternFile,
+        PosternOpenRequest,
+    },
+    port::Geometry,
+};
+use postern_trusted::{
+    errno::Errno,
+    port::{Doorbell, HostFault, Lane, SharedWords},
+    sync::Lock,
+};
+
+use crate::{
+    control::Connection,
+    family::{Family, Session},
+    message, sys, wait,
+};
+
+/// Requests in flight per process.
+const ENTRIES: usize = 512;
+/// Transfer area per process; pages cost memory only once used.
+const DATA_BYTES: usize = 16 << 20;
+
+/// A process's link to the daemon.
+pub struct Link {
+    /// The port.
+    pub lane: Lane,
+    control: Lock<Enclave<Connection>>,
+    socket: i32,
+    bells: [i32; 3],
+}
+
+struct DaemonBell(i32);
+
+impl Doorbell for DaemonBell {
+    fn ring(&self) {
+        wait::ring(self.0);
+    }
+    fn now_ns(&self) -> u64 {
+        wait::now_ns()
+    }
+}
+
+impl Link {
+    /// Connects to the daemon, hands it a port, and starts the family's session or joins it.
+    ///
+    /// # Errors
+    /// An errno, with a message on stderr.
+    pub fn attach(family: &Family, keep: impl Fn(i32) -> i32) -> Result<Self, Errno> {
+        let path = &family.config.socket;
+        let mut connection = Connection::open(path.as_bytes()).map_err(|errno| {
+            message::say(&format!("{path}: no daemon answers: {errno}; is posternd running?"));
+            Errno::EIO
+        })?;
+        connection.move_descriptor(&keep);
+        let socket = connection.descriptor();
+        let geometry = Geometry::new(ENTRIES, DATA_BYTES).ok_or(Errno::EINVAL)?;
+        let bytes = geometry.region_bytes().next_multiple_of(4096);
+        let memory = memory_file(bytes)?;
+        let words = map(memory, bytes);
+        let bells = [keep(wait::eventfd()?), keep(wait::eventfd()?), keep(wait::eventfd()?)];
+        let lane = words.and_then(|words| {
+            Lane::new(words, geometry, DaemonBell(bells[0])).map_err(|_| Errno::EINVAL)
+        });
+        let lane = match lane {
+            Ok(lane) => lane,
+            Err(errno) => {
+                wait::close(memory);
+                return Err(errno);
+            }
+        };
+        // Held while the first lane makes the session, so that two processes cannot make two.
+        let mut session = family.session.lock();
+        connection.send_beside([memory, bells[0], bells[1], bells[2]]);
+        let mut control = Enclave(connection);
+        let attached = control.postern_attach(&PosternAttachRequest {
+            version: postern_edl::VERSION,
+            features: 0,
+            session: session.map_or(0, |s| s.number),
+            token: session.map_or([0; 2], |s| s.token),
+            port: 0,
+            port_bytes: bytes as u64,
+        });
+        wait::close(memory);
+        let attached = attached.map_err(|error| refused(path, "attach", &error))?.attached;
+        *session = Some(Session { number: attached.session, token: attached.token });
+        drop(session);
+        Ok(Self { lane, control: Lock::new(control), socket, bells })
+    }
+
+    /// Opens a host file by its name at the daemon.
+    ///
+    /// # Errors
+    /// The daemon's errno, or `EIO` if it broke the protocol.
+    pub fn open(&self, name: &str) -> Result<PosternFile, Errno> {
+        let request = PosternOpenRequest { name: name.into(), flags: 0 };
+        match self.control.lock().postern_open(&request) {
+            Ok(reply) => Ok(reply.file),
+            Err(CallError::Refused(errno)) => Err(Errno(i32::try_from(errno).unwrap_or(5))),
+            Err(error) => Err(refused(name, "open", &error)),
+        }
+    }
+
+    /// Gives a host file back.
+    pub fn close(&self, handle: u32) {
+        // A daemon that refuses or has gone: nothing is left to give back.
+        let _ = self.control.lock().postern_close(&PosternCloseRequest { handle });
+    }
+
+    /// Doorbells A (driver) and B (service) and the control socket: what sleepers watch.
+    #[must_use]
+    pub fn bells(&self) -> [i32; 3] {
+        [self.bells[1], self.bells[2], self.socket]
+    }
+
+    /// All descriptors, to be closed by a forked child.
+    #[must_use]
+    pub fn descriptors(&self) -> [i32; 4] {
+        [self.bells[0], self.bells[1], self.bells[2], self.socket]
+    }
+
+    /// Ends all requests if the daemon has hung up.
+    pub fn check_daemon(&self) {
+        let mut poll = libc::pollfd { fd: self.socket, events: libc::POLLRDHUP, revents: 0 };
+        // SAFETY: one pollfd that lives through the call; a zero timeout does not wait.
+        let answer = unsafe {
+            let at = (&raw mut poll) as usize;
+            sys::syscall6(libc::SYS_poll, at, 1, 0, 0, 0, 0)
+        };
+        let gone = libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR;
+        if answer > 0 && poll.revents & gone != 0 && self.lane.fault().is_none() {
+            message::say(
+                "the daemon has gone away: requests end with EIO; start the program again",
+            );
+            self.lane.poison(HostFault::DaemonGone);
+        }
+    }
+}
+
+fn refused(what: &str, call: &str, error: &CallError<Errno>) -> Errno {
+    let why = match error {
+        CallError::Refused(errno) => {
+            format!("the daemon refused: {}", Errno(i32::try_from(*errno).unwrap_or(5)))
+        }
+        CallError::Carrier(errno) => format!("the daemon did not answer: {errno}"),
+        CallError::Malformed(_) => "the daemon's answer makes no sense; is it of this version?".into(),
+    };
+    message::say(&format!("{what}: {call}: {why}"));
+    Errno::EIO
+}
+
+/// A memfd of `bytes` zero bytes that can neither shrink nor grow.
+fn memory_file(bytes: usize) -> Result<i32, Errno> {
+    let name = c"postern-port";
+    let flags = (libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) as usize;
+    // SAFETY: `name` is a C string; the others take numbers.
+    unsafe {
+        let at = name.as_ptr() as usize;
+        let file = sys::check(sys::syscall6(libc::SYS_memfd_create, at, flags, 0, 0, 0, 0))?;
+        let seals = (libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL) as usize;
+        let add = libc::F_ADD_SEALS as usize;
+        let sized = sys::check(sys::syscall6(libc::SYS_ftruncate, file, bytes, 0, 0, 0, 0))
+            .and_then(|_| sys::check(sys::syscall6(libc::SYS_fcntl, file, add, seals, 0, 0, 0)));
+        let file = i32::try_from(file).map_err(|_| Errno::EMFILE)?;
+        if let Err(errno) = sized {
+            wait::close(file);
+            return Err(errno);
+        }
+        Ok(file)
+    }
+}
+
+fn map(memory: i32, bytes: usize) -> Result<SharedWords, Errno> {
+    let protection = (libc::PROT_READ | libc::PROT_WRITE) as usize;
+    let shared = libc::MAP_SHARED as usize;
+    // SAFETY: a new mapping where the kernel chooses, and advice about it.
+    let base = unsafe {
+        let file = memory as usize;
+        let base =
+            sys::check(sys::syscall6(libc::SYS_mmap, 0, bytes, protection, shared, file, 0))?;
+        let advice = libc::MADV_DONTFORK as usize;
+        sys::check(sys::syscall6(libc::SYS_madvise, base, bytes, advice, 0, 0, 0))?;
+        base
+    };
+    // SAFETY: 1. Mapped read-write above, never unmapped while the process lives, and the file is
+    //    sealed against shrinking. 2. Nobody else holds a reference into it.
+    unsafe { SharedWords::new(base as *mut u8, bytes, |_, _| true) }.map_err(|_| Errno::EINVAL)
+}

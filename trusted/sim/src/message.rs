@@ -1,0 +1,51 @@
+//! Messages to the user and small files, past every interposed symbol.
+#![allow(unsafe_code)]
+
+use postern_trusted::errno::Errno;
+
+use crate::sys;
+
+/// One line on stderr: `postern: TEXT`.
+pub fn say(text: &str) {
+    let line = format!("postern: {text}\n");
+    // SAFETY: `line` is readable for its length. Whether stderr takes it is not our concern.
+    unsafe { sys::syscall6(libc::SYS_write, 2, line.as_ptr() as usize, line.len(), 0, 0, 0) };
+}
+
+/// Reads a whole ordinary file of at most `limit` bytes.
+///
+/// # Errors
+/// What open(2) and read(2) say; `EFBIG` beyond the limit; `EINVAL` for a path with a NUL.
+pub fn read_file(path: &[u8], limit: usize) -> Result<Vec<u8>, Errno> {
+    let path = std::ffi::CString::new(path).map_err(|_| Errno::EINVAL)?;
+    let flags = (libc::O_RDONLY | libc::O_CLOEXEC) as usize;
+    let here = libc::AT_FDCWD as usize;
+    // SAFETY: `path` is a C string that lives through the call.
+    let file = sys::check(unsafe {
+        sys::syscall6(libc::SYS_openat, here, path.as_ptr() as usize, flags, 0, 0, 0)
+    })?;
+    let mut content = vec![0; limit + 1];
+    let mut length = 0;
+    let outcome = loop {
+        let room = content.len() - length;
+        // SAFETY: writes at most `room` bytes behind `length`.
+        let answer = sys::check(unsafe {
+            let at = content.as_mut_ptr().add(length) as usize;
+            sys::syscall6(libc::SYS_read, file, at, room, 0, 0, 0)
+        });
+        match answer {
+            Ok(0) => break Ok(()),
+            Ok(n) => length += n,
+            Err(Errno::EINTR) => {}
+            Err(errno) => break Err(errno),
+        }
+        if length > limit {
+            break Err(Errno::EFBIG);
+        }
+    };
+    // SAFETY: our own descriptor.
+    unsafe { sys::syscall6(libc::SYS_close, file, 0, 0, 0, 0, 0) };
+    outcome?;
+    content.truncate(length);
+    Ok(content)
+}

@@ -1,0 +1,434 @@
+//! One process of the simulated enclave: its executor, its link to the daemon, its sleepers.
+//!
+//! [`current`] answers the calling process's own object, also in a child that a raw fork has just
+//! made: the parent's object stays where it is (it is shared memory and still the parent's), the
+//! child closes the descriptors it inherited from it and makes one of its own.
+//!
+//! Holds: whoever waits drives. A thread sleeps only after it has taken a place that keeps every
+//! ring for it, announced itself to the daemon, and then looked at everything once more.
+#![allow(unsafe_code)]
+
+use core::{
+    future::Future,
+    pin::pin,
+    sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering},
+    task::{Context, Poll, Waker},
+};
+use std::{sync::Arc, task::Wake};
+
+use once_cell::race::OnceBox;
+use postern_edl::calls::PosternFile;
+use postern_trusted::{
+    errno::Errno,
+    exec::Executor,
+    platform::{NoEntropy, Platform},
+    port::{LaneFile, Sleeper},
+    sync::{self, Lock},
+};
+
+use crate::{
+    family::{self, Family, OpenVolume},
+    files, identity,
+    link::Link,
+    service, sys,
+    wait::{self, Place, Signals, Sleepers, WaitEnd},
+};
+
+/// A process of the family.
+pub struct Process {
+    id: u32,
+    /// Tasks of this process: requests of its guest and chores it took over.
+    pub executor: Executor,
+    /// Where threads sleep that wait inside a call and drive.
+    pub sleepers: Arc<Sleepers>,
+    /// Where the service thread sleeps: other bells, so that what wakes a driver leaves it alone.
+    pub service: Arc<Sleepers>,
+    link: OnceBox<Link>,
+    /// One process attaches once; held across the attach.
+    attaching: Lock<()>,
+    /// Open volumes' host files over this process's lane, by volume index, with their handles.
+    disks: Lock<Vec<Option<(u32, LaneFile)>>>,
+    /// When chores were last looked for.
+    chores_ns: AtomicU64,
+    /// Number of the last guest request, for the claims in descriptors.
+    requests: AtomicU64,
+}
+
+/// Time and randomness of the simulated enclave.
+pub struct SimPlatform;
+
+impl Platform for SimPlatform {
+    fn now_ns(&self) -> u64 {
+        wait::now_ns()
+    }
+
+    fn random(&self, out: &mut [u8]) -> Result<(), NoEntropy> {
+        let mut done = 0;
+        while done < out.len() {
+            let rest = &mut out[done..];
+            // SAFETY: `rest` is writable for its length.
+            let answer = sys::check(unsafe {
+                let at = rest.as_mut_ptr() as usize;
+                sys::syscall6(libc::SYS_getrandom, at, rest.len(), 0, 0, 0, 0)
+            });
+            match answer {
+                Ok(0) => return Err(NoEntropy),
+                Ok(n) => done += n,
+                Err(Errno::EINTR) => {}
+                Err(_) => return Err(NoEntropy),
+            }
+        }
+        Ok(())
+    }
+}
+
+static HOOKS: sync::Hooks = sync::Hooks { owner: identity::process_id, contended: yield_to };
+
+/// A lock is contended: lets its holder run, and ends this process if the holder is dead.
+fn yield_to(holder: u32) {
+    static ROUNDS: AtomicU64 = AtomicU64::new(0);
+    // SAFETY: takes nothing.
+    unsafe { sys::syscall6(libc::SYS_sched_yield, 0, 0, 0, 0, 0, 0) };
+    if ROUNDS.fetch_add(1, Ordering::Relaxed) % 1024 == 1023 && !identity::is_alive(holder) {
+        family::end_torn(holder);
+    }
+}
+
+/// Private to the process, but copied by fork: then it points to the parent's object.
+static CURRENT: AtomicPtr<Process> = AtomicPtr::new(core::ptr::null_mut());
+
+/// The calling process, if it has made its object already.
+pub fn known() -> Option<&'static Process> {
+    // SAFETY: null or a leaked object in the arena, which lives as long as the family.
+    let known = unsafe { CURRENT.load(Ordering::Acquire).as_ref() };
+    known.filter(|process| process.id == identity::process_id())
+}
+
+/// The calling process. Call only where [`family::family`] answers.
+pub fn current() -> &'static Process {
+    loop {
+        if let Some(process) = known() {
+            return process;
+        }
+        sync::set_hooks(&HOOKS);
+        let at = CURRENT.load(Ordering::Acquire);
+        // SAFETY: as in `known`: here it is null or the parent's.
+        let inherited = unsafe { at.as_ref() }.map(Process::descriptors).unwrap_or_default();
+        match Process::new() {
+            Ok(made) => {
+                let made = Box::into_raw(Box::new(made));
+                let won =
+                    CURRENT.compare_exchange(at, made, Ordering::AcqRel, Ordering::Acquire);
+                if won.is_ok() {
+                    inherited.into_iter().for_each(files::close_internal);
+                    // SAFETY: leaked above.
+                    let process: &'static Process = unsafe { &*made };
+                    if let Some(family) = family::family() {
+                        family.enrol(process);
+                    }
+                }
+            }
+            // No descriptor for an eventfd: nothing works in such a process, but the guest may
+            // free some.
+            Err(_) => pause_blind(),
+        }
+    }
+}
+
+/// Moves a descriptor of our own out of the guest's way.
+#[must_use]
+pub fn keep(descriptor: i32) -> i32 {
+    files::protect_internal(descriptor)
+}
+
+/// Lets others run for a moment, and what this process has in flight progress.
+pub fn pause() {
+    let process = current();
+    process.drive();
+    if let Ok(place) = process.sleepers.enter(keep) {
+        let _ = place.sleep(Some(1_000_000), Signals::Held);
+    }
+}
+
+fn pause_blind() {
+    // SAFETY: takes nothing.
+    unsafe { sys::syscall6(libc::SYS_sched_yield, 0, 0, 0, 0, 0, 0) };
+}
+
+/// Ends the process at once, without destructors.
+pub fn abort() -> ! {
+    loop {
+        // SAFETY: signals the calling process only; SIGABRT then SIGKILL leave nothing running.
+        unsafe {
+            let me = sys::syscall6(libc::SYS_getpid, 0, 0, 0, 0, 0, 0).cast_unsigned();
+            sys::syscall6(libc::SYS_kill, me, libc::SIGKILL as usize, 0, 0, 0, 0);
+        }
+    }
+}
+
+impl Process {
+    fn new() -> Result<Self, Errno> {
+        let id = identity::process_id();
+        let family_kick = family::family().map_or(-1, |family| family.kick);
+        let sleepers = Arc::new(Sleepers::new(family_kick, keep)?);
+        let service = Arc::new(Sleepers::new(family_kick, keep)?);
+        let (drivers, servant) = (sleepers.clone(), service.clone());
+        let executor = Executor::new(move || {
+            if identity::process_id() == id {
+                if !drivers.wake() {
+                    servant.wake();
+                }
+            } else if let Some(family) = family::family() {
+                wait::ring(family.kick);
+            }
+        });
+        Ok(Self {
+            id,
+            executor,
+            sleepers,
+            service,
+            link: OnceBox::new(),
+            attaching: Lock::new(()),
+            disks: Lock::new(Vec::new()),
+            chores_ns: AtomicU64::new(0),
+            requests: AtomicU64::new(0),
+        })
+    }
+
+    /// Its process id.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+
+    fn descriptors(&self) -> Vec<i32> {
+        let mut all = self.sleepers.descriptors();
+        all.extend(self.service.descriptors());
+        if let Some(link) = self.link.get() {
+            all.extend(link.descriptors());
+        }
+        all
+    }
+
+    /// The link to the daemon, if the process has one.
+    #[must_use]
+    pub fn linked(&self) -> Option<&Link> {
+        self.link.get()
+    }
+
+    /// The link to the daemon; attaches at the first call.
+    ///
+    /// # Errors
+    /// `EIO` with a message if the daemon cannot be reached.
+    pub fn link(&self) -> Result<&Link, Errno> {
+        if let Some(link) = self.link.get() {
+            return Ok(link);
+        }
+        let _one = self.attaching.lock();
+        if let Some(link) = self.link.get() {
+            return Ok(link);
+        }
+        let family = family::family().ok_or(Errno::EIO)?;
+        let link = Link::attach(family, keep)?;
+        let [driver, service, socket] = link.bells();
+        [driver, socket].into_iter().for_each(|bell| self.sleepers.watch(bell));
+        [service, socket].into_iter().for_each(|bell| self.service.watch(bell));
+        let _ = self.link.set(Box::new(link));
+        service::start();
+        self.link.get().ok_or(Errno::EIO)
+    }
+
+    /// Opens a host file by its name at the daemon.
+    ///
+    /// # Errors
+    /// As [`Link::open`].
+    pub fn open_host_file(&self, name: &str) -> Result<PosternFile, Errno> {
+        self.link()?.open(name)
+    }
+
+    /// Gives a host file back to the daemon.
+    pub fn give_back(&self, handle: u32) {
+        if let Some(link) = self.link.get() {
+            link.close(handle);
+        }
+    }
+
+    /// A host file as this process reaches it.
+    ///
+    /// # Errors
+    /// As [`Self::link`].
+    pub fn lane_file(&self, handle: u32, host_blocks: u64) -> Result<LaneFile, Errno> {
+        Ok(self.link()?.lane.file(handle, host_blocks, Arc::new(SimPlatform)))
+    }
+
+    /// The host file of an open volume, over this process's own lane.
+    ///
+    /// # Errors
+    /// As [`Self::link`].
+    pub fn disk(&self, volume: &OpenVolume) -> Result<LaneFile, Errno> {
+        if let Some(Some((handle, file))) = self.disks.lock().get(volume.index)
+            && *handle == volume.handle
+        {
+            return Ok(file.clone());
+        }
+        let file = self.lane_file(volume.handle, volume.host_blocks)?;
+        let mut disks = self.disks.lock();
+        if disks.len() <= volume.index {
+            disks.resize_with(volume.index + 1, || None);
+        }
+        disks[volume.index] = Some((volume.handle, file.clone()));
+        Ok(file)
+    }
+
+    /// The same for one request of the guest, which carries its claims.
+    ///
+    /// # Errors
+    /// As [`Self::link`].
+    pub fn disk_for_guest(
+        &self,
+        volume: &OpenVolume,
+        submitted_ns: u64,
+    ) -> Result<LaneFile, Errno> {
+        let number = self.requests.fetch_add(1, Ordering::Relaxed) + 1;
+        Ok(self.disk(volume)?.for_guest(submitted_ns, number))
+    }
+
+    /// Takes completions and runs tasks until there is nothing to do without waiting.
+    pub fn drive(&self) -> bool {
+        let _active = self.executor.activate();
+        let mut progress = false;
+        let lane = self.link.get().map(|link| &link.lane);
+        // One ring of the daemon's doorbell for all that the tasks submit.
+        let _plug = lane.map(|lane| lane.plug());
+        loop {
+            let taken = lane.map_or(0, |lane| lane.poll(16));
+            let polled = self.executor.run(16);
+            if taken + polled == 0 {
+                return progress;
+            }
+            progress = true;
+        }
+    }
+
+    /// Drives, and does what is due of the family's background work.
+    pub fn tend(&'static self, family: &'static Family) {
+        let _active = self.executor.activate();
+        self.drive();
+        self.chores(family);
+        self.drive();
+    }
+
+    /// Starts background work of the family's volumes that is due. Cheap if called often.
+    pub fn chores(&'static self, family: &'static Family) {
+        const EVERY_NS: u64 = 1_000_000;
+        let now = wait::now_ns();
+        let last = self.chores_ns.load(Ordering::Relaxed);
+        let mine = now.saturating_sub(last) >= EVERY_NS
+            && self
+                .chores_ns
+                .compare_exchange(last, now, Ordering::Relaxed, Ordering::Relaxed)
+                .is_ok();
+        if !mine {
+            return;
+        }
+        for volume in family.open_volumes() {
+            let Some(chore) = volume.volume.due(now) else { continue };
+            let Ok(disk) = self.disk(&volume) else { continue };
+            self.executor.spawn(async move {
+                if let Err(errno) = volume.volume.run_chore(&disk, chore).await {
+                    volume.report(family.guest_path(volume.index), "background write failed", errno);
+                }
+            });
+        }
+    }
+
+    /// Runs `future` to its end, driving everything else meanwhile. Signals are handled after it.
+    pub fn block_on<F: Future>(&self, future: F) -> F::Output {
+        let flag = Arc::new(Flag {
+            woken: AtomicBool::new(true),
+            process: self.id,
+            sleepers: self.sleepers.clone(),
+        });
+        let waker = Waker::from(flag.clone());
+        let mut context = Context::from_waker(&waker);
+        let mut future = pin!(future);
+        loop {
+            let _active = self.executor.activate();
+            if flag.woken.swap(false, Ordering::AcqRel)
+                && let Poll::Ready(output) = future.as_mut().poll(&mut context)
+            {
+                return output;
+            }
+            if self.drive() || flag.woken.load(Ordering::Acquire) {
+                continue;
+            }
+            drop(_active);
+            self.sleep(&|| flag.woken.load(Ordering::Acquire), None, Signals::Held);
+        }
+    }
+
+    /// Sleeps unless `ready` holds or there is work; returns how the sleep ended.
+    pub fn sleep(
+        &self,
+        ready: &dyn Fn() -> bool,
+        timeout_ns: Option<u64>,
+        signals: Signals,
+    ) -> WaitEnd {
+        let Ok(place) = self.sleepers.enter(keep) else {
+            pause_blind();
+            return WaitEnd::Woken;
+        };
+        self.sleep_in(&place, Sleeper::Driver, ready, timeout_ns, signals)
+    }
+
+    /// As [`Self::sleep`], in a place already taken.
+    pub fn sleep_in(
+        &self,
+        place: &Place<'_>,
+        sleeper: Sleeper,
+        ready: &dyn Fn() -> bool,
+        timeout_ns: Option<u64>,
+        signals: Signals,
+    ) -> WaitEnd {
+        let lane = self.link.get().map(|link| &link.lane);
+        let quiet = lane.is_none_or(|lane| lane.prepare_sleep(sleeper));
+        let end = if !quiet || self.executor.has_ready() || ready() {
+            WaitEnd::Woken
+        } else {
+            place.sleep(timeout_ns, signals)
+        };
+        if let Some(lane) = lane {
+            lane.cancel_sleep(sleeper);
+        }
+        if end != WaitEnd::Interrupted
+            && let Some(link) = self.link.get()
+            && !link.lane.needs_drive()
+            && !self.executor.has_ready()
+        {
+            link.check_daemon();
+        }
+        end
+    }
+}
+
+/// Wakes a thread that waits for one future.
+struct Flag {
+    woken: AtomicBool,
+    process: u32,
+    sleepers: Arc<Sleepers>,
+}
+
+impl Wake for Flag {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.woken.store(true, Ordering::Release);
+        if identity::process_id() == self.process {
+            self.sleepers.wake();
+        } else if let Some(family) = family::family() {
+            wait::ring(family.kick);
+        }
+    }
+}

@@ -1,0 +1,148 @@
+//! What the preload library builds on: protected paths, open volumes, AIO contexts, exit.
+
+use core::sync::atomic::{AtomicU32, Ordering};
+use std::sync::Arc;
+
+use postern_trusted::{errno::Errno, platform::Buffer, volume::Volume};
+
+pub use crate::family::OpenVolume;
+use crate::{
+    family::family,
+    files, host, identity, process, wait,
+};
+
+/// Whether `postern run` started this program: otherwise every symbol just passes on.
+#[must_use]
+pub fn active() -> bool {
+    family().is_some()
+}
+
+/// The volume behind an absolute, normalised path.
+#[must_use]
+pub fn volume_of(path: &[u8]) -> Option<usize> {
+    family()?.volume_of(path)
+}
+
+/// Opens volume `index` for one more open file; the first of the family attaches to the daemon,
+/// unlocks and recovers. Every success is followed by one [`close_volume`].
+///
+/// # Errors
+/// `EBUSY`: another program has it. `EIO`, with a message on stderr: anything else.
+pub fn open_volume(index: usize) -> Result<Arc<OpenVolume>, Errno> {
+    let family = family().ok_or(Errno::ENOENT)?;
+    let volume = family.acquire(index)?;
+    // Another process of the family may have opened it: this one needs a lane all the same.
+    if let Err(errno) = process::current().link() {
+        close_volume(&volume);
+        return Err(errno);
+    }
+    Ok(volume)
+}
+
+/// Gives back one [`open_volume`]. The last one of the family starts the volume's clean closing;
+/// [`settle`] waits for it.
+pub fn close_volume(volume: &OpenVolume) {
+    let Some(family) = family() else { return };
+    let index = volume.index;
+    if family.release(volume) {
+        process::current().executor.spawn(async move { family.close(index).await });
+    }
+}
+
+/// Runs what [`close_volume`] started to its end, so that close(2) returns with the volume closed.
+pub fn settle(index: usize) {
+    if let Some(family) = family() {
+        process::current().block_on(family.close(index));
+    }
+}
+
+impl OpenVolume {
+    /// Reads at `offset`; waits for it.
+    ///
+    /// # Errors
+    /// `EIO` for damage or a broken host; `EFAULT` for the buffer.
+    pub fn read(&self, offset: u64, buffer: &impl Buffer) -> Result<usize, Errno> {
+        self.run(async |volume, disk| volume.read(disk, offset, buffer).await)
+    }
+
+    /// Writes at `offset`; waits for it, and with `sync` until it is durable.
+    ///
+    /// # Errors
+    /// `ENOSPC`, `EFBIG`, `EIO`; `EFAULT` for the buffer.
+    pub fn write(&self, offset: u64, buffer: &impl Buffer, sync: bool) -> Result<usize, Errno> {
+        self.run(async |volume, disk| {
+            let length = volume.write(disk, offset, buffer).await?;
+            if sync {
+                volume.sync(disk).await?;
+            }
+            Ok(length)
+        })
+    }
+
+    /// fsync(2).
+    ///
+    /// # Errors
+    /// `EIO` if it cannot be made durable.
+    pub fn sync(&self) -> Result<(), Errno> {
+        self.run(async |volume, disk| volume.sync(disk).await)
+    }
+
+    /// ftruncate(2).
+    ///
+    /// # Errors
+    /// `EFBIG` beyond the capacity, `EIO`.
+    pub fn truncate(&self, size: u64) -> Result<(), Errno> {
+        self.run(async |volume, disk| volume.truncate(disk, size).await)
+    }
+
+    /// Makes a range read as zeros; the size stays.
+    ///
+    /// # Errors
+    /// `EIO`, `ENOSPC`.
+    pub fn punch(&self, offset: u64, length: u64) -> Result<(), Errno> {
+        self.run(async |volume, disk| volume.punch(disk, offset, length).await)
+    }
+
+    /// Bytes in the guest's file.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.volume.size()
+    }
+
+    /// Most bytes it can have.
+    #[must_use]
+    pub fn capacity(&self) -> u64 {
+        self.volume.capacity()
+    }
+
+    fn run<T>(
+        &self,
+        job: impl AsyncFnOnce(&Volume, &postern_trusted::port::LaneFile) -> Result<T, Errno>,
+    ) -> Result<T, Errno> {
+        let process = process::current();
+        let disk = process.disk_for_guest(self, wait::now_ns())?;
+        process.block_on(job(&self.volume, &disk))
+    }
+}
+
+/// What Linux does when a process exits: waits for its AIO, closes its files. Volumes that nobody
+/// else of the family uses are closed cleanly. The process may go on to call us: it then starts
+/// anew.
+pub fn exit_drain() {
+    /// The process that is leaving; a handler that runs meanwhile must not start again.
+    static LEAVING: AtomicU32 = AtomicU32::new(0);
+    let Some(family) = family() else { return };
+    let me = identity::process_id();
+    if LEAVING.swap(me, Ordering::Relaxed) == me {
+        return;
+    }
+    host::drain();
+    files::close_all();
+    if let Some(process) = process::known() {
+        while process.executor.live() > 0 {
+            process::pause();
+        }
+        family.leave(me);
+    }
+    LEAVING.store(0, Ordering::Relaxed);
+}

@@ -1,0 +1,103 @@
+//! The service thread: drives when nobody else does.
+//!
+//! A guest that waits inside io_getevents or a file call drives its own completions; then this
+//! thread sleeps. It ticks while requests are in flight (a guest may compute, wait on an eventfd,
+//! or reap the ring in user space) and while a volume has something to publish; it listens to
+//! doorbell B without a tick's delay once the guest was seen to wait elsewhere.
+#![allow(unsafe_code)]
+
+use core::sync::atomic::{AtomicU64, Ordering};
+
+use postern_trusted::port::Sleeper;
+
+use crate::{
+    family::{self, Family},
+    process::{self, Process},
+    sys,
+    wait::{self, Signals, now_ns},
+};
+
+/// Look at what is in flight this often when nobody waits for it.
+const TICK_IN_FLIGHT_NS: u64 = 1_000_000;
+/// Look for chores this often while a volume is open.
+const TICK_OPEN_NS: u64 = 10_000_000;
+/// Look for dead processes of the family this often.
+const CENSUS_NS: u64 = 1_000_000_000;
+/// How long the guest counts as waiting elsewhere after it was last seen to.
+const LISTEN_NS: u64 = 500_000_000;
+
+/// Until when the thread listens to its own doorbell. Private to the process.
+static LISTEN_UNTIL: AtomicU64 = AtomicU64::new(0);
+
+/// The guest waits where it does not drive (an eventfd, the ring itself): take over at once from
+/// now on for a while.
+pub fn take_over() {
+    let now = now_ns();
+    let before = LISTEN_UNTIL.swap(now + LISTEN_NS, Ordering::Relaxed);
+    if before < now {
+        process::current().service.kick();
+    }
+}
+
+/// Starts the thread, once per process. A thread that cannot be made is not an error here: guests
+/// that wait inside calls do without.
+pub fn start() {
+    // A new thread inherits its maker's mask: block what can be blocked for the moment. Past
+    // libc's functions, which the preload library replaces.
+    let blocked = !wait::synchronous_signals();
+    let before = set_mask(blocked);
+    let _ = std::thread::Builder::new()
+        .name("postern-service".into())
+        .stack_size(256 << 10)
+        .spawn(run);
+    set_mask(before);
+}
+
+/// Sets the calling thread's signal mask; answers the one before.
+fn set_mask(mask: u64) -> u64 {
+    let mut before = 0_u64;
+    // SAFETY: both sets are 8 bytes and live through the call.
+    unsafe {
+        let (new, old) = ((&raw const mask) as usize, (&raw mut before) as usize);
+        let set = libc::SIG_SETMASK as usize;
+        sys::syscall6(libc::SYS_rt_sigprocmask, set, new, old, 8, 0, 0);
+    }
+    before
+}
+
+fn run() {
+    let Some(family) = family::family() else { return };
+    let process = process::current();
+    let mut census_ns = now_ns();
+    loop {
+        let now = now_ns();
+        process.tend(family);
+        if now - census_ns > CENSUS_NS {
+            census_ns = now;
+            family.check_the_dead();
+            if let Some(link) = process.linked() {
+                link.check_daemon();
+            }
+        }
+        rest(process, family, now < LISTEN_UNTIL.load(Ordering::Relaxed));
+    }
+}
+
+fn rest(process: &'static Process, family: &'static Family, listening: bool) {
+    let Ok(place) = process.service.enter(process::keep) else {
+        return process::pause();
+    };
+    let busy = process.linked().is_some_and(|link| link.lane.in_flight() > 0);
+    let tick = if busy {
+        TICK_IN_FLIGHT_NS
+    } else if family.open_volumes().next().is_some() {
+        TICK_OPEN_NS
+    } else {
+        CENSUS_NS
+    };
+    if listening {
+        process.sleep_in(&place, Sleeper::Service, &|| false, Some(tick), Signals::Held);
+    } else {
+        let _ = place.sleep(Some(tick), Signals::Held);
+    }
+}
