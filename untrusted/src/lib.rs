@@ -1,1 +1,22 @@
-//! The daemon.
+//! posternd, the untrusted side: owns host files, real native AIO and the probes.
+//!
+//! Knows no key and no plaintext. Distrusts the enclave as much as the enclave distrusts it: every
+//! descriptor is copied once and checked before anything is done with it.
+//!
+//! [`socket`] and [`connection`] carry the calls of `postern.edl`; [`session`] and [`files`] own
+//! what a call opens; [`region`], [`lane`] and [`engine`] are the data path; [`stats`] and
+//! [`report`] tell what happened.
+
+pub mod connection;
+pub mod daemon;
+pub mod engine;
+pub mod files;
+pub mod histogram;
+pub mod lane;
+pub mod probes;
+pub mod problem;
+pub mod region;
+pub mod report;
+pub mod session;
+pub mod socket;
+pub mod stats;

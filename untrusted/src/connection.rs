@@ -1,0 +1,225 @@
+//! One control connection: at most one lane, and the calls of `postern.edl` that concern it.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use postern_edl::VERSION;
+use postern_edl::calls::{
+    self, Host, PosternAttachReply, PosternAttachRequest, PosternAttached, PosternCloseReply,
+    PosternCloseRequest, PosternFile, PosternOpenReply, PosternOpenRequest, PosternStatsReply,
+    PosternStatsRequest,
+};
+use rustix::io::Errno;
+
+use crate::daemon::Daemon;
+use crate::problem::log;
+use crate::region::Region;
+use crate::report::report;
+use crate::session::{Attached, Port};
+use crate::socket::{Channel, MAX_REQUEST};
+
+/// Longest statistics text in one answer, bytes: it has to fit one message.
+const MAX_STATS: u64 = 128 << 10;
+
+/// Serves a connection until its peer, its lane or the daemon ends, then drains its lane.
+/// `stop` resolves when the daemon stops.
+pub async fn serve(
+    daemon: Arc<Daemon>,
+    channel: Channel,
+    peer: i32,
+    stop: impl Future<Output = ()>,
+) {
+    let mut caller = Caller { daemon, attached: None, descriptors: Vec::new(), peer };
+    tokio::select! {
+        () = stop => {}
+        () = caller.converse(&channel) => {}
+    }
+    if let Some(attached) = caller.attached.take() {
+        caller.daemon.sessions.detach(attached).await;
+    }
+    // Only now: who sees the connection closed may rely on everything being released.
+    drop(channel);
+}
+
+struct Caller {
+    daemon: Arc<Daemon>,
+    attached: Option<Attached>,
+    /// What came with the message at hand.
+    descriptors: Vec<OwnedFd>,
+    peer: i32,
+}
+
+impl Caller {
+    async fn converse(&mut self, channel: &Channel) {
+        let mut reply = Vec::new();
+        loop {
+            let message = match &mut self.attached {
+                None => channel.receive(MAX_REQUEST).await,
+                Some(attached) => tokio::select! {
+                    message = channel.receive(MAX_REQUEST) => message,
+                    () = attached.ended() => return,
+                },
+            };
+            let message = match message {
+                Ok(Some(message)) => message,
+                Ok(None) => return,
+                Err(e) if e.kind() == std::io::ErrorKind::InvalidData => {
+                    self.refuse("message too long or with too many descriptors");
+                    return;
+                }
+                Err(e) if e.kind() == std::io::ErrorKind::ConnectionReset => return,
+                Err(e) => return self.refuse(format_args!("connection broke ({e})")),
+            };
+            self.descriptors = message.descriptors;
+            reply.clear();
+            if let Err(malformed) = calls::dispatch(self, &message.bytes, &mut reply).await {
+                return self.refuse(format_args!("malformed request ({malformed})"));
+            }
+            self.descriptors.clear();
+            // A peer that is gone shows at the next receive.
+            let _ = channel.send(&reply, &[]).await;
+        }
+    }
+
+    fn refuse(&self, what: impl std::fmt::Display) {
+        let hub = self.daemon.sessions.hub();
+        hub.refused_connections.fetch_add(1, Ordering::Relaxed);
+        log(what, format_args!("process {}", self.peer), "it is disconnected; check its version");
+    }
+
+    /// No call but attach takes descriptors.
+    fn no_descriptors(&mut self) -> Result<(), Errno> {
+        if self.descriptors.is_empty() {
+            return Ok(());
+        }
+        self.descriptors.clear();
+        self.refuse_call("descriptors came with a call that takes none", Errno::INVAL)
+    }
+
+    fn refuse_call<T>(&self, what: impl std::fmt::Display, errno: Errno) -> Result<T, Errno> {
+        log(what, format_args!("process {}", self.peer), "the call is refused");
+        Err(errno)
+    }
+
+    async fn attach(&mut self, request: PosternAttachRequest) -> Result<PosternAttached, Errno> {
+        let descriptors: Result<[OwnedFd; 4], _> = std::mem::take(&mut self.descriptors).try_into();
+        let Ok([memory, doorbell, driver, service]) = descriptors else {
+            return self.refuse_call("attach without its four descriptors", Errno::INVAL);
+        };
+        if request.version != VERSION {
+            let what = format_args!("attach with version {}, not {VERSION}", request.version);
+            return self.refuse_call(what, Errno::PROTONOSUPPORT);
+        }
+        if self.attached.is_some() {
+            return self.refuse_call("second attach on a connection", Errno::ALREADY);
+        }
+        for fd in [&doorbell, &driver, &service] {
+            if let Err(errno) = check_doorbell(fd) {
+                return self.refuse_call("a doorbell that is no eventfd", errno);
+            }
+        }
+        let region = match Region::map(&memory, request.port_bytes) {
+            Ok(region) => Arc::new(region),
+            Err(refusal) => return self.refuse_call(refusal, refusal.errno()),
+        };
+        let port = Port { region, doorbell, driver, service };
+        let sessions = &self.daemon.sessions;
+        let attached = match sessions.attach(request.session, request.token, port).await {
+            Ok(attached) => attached,
+            Err(errno) => {
+                let what = format_args!("attach to session {} ({errno})", request.session);
+                return self.refuse_call(what, errno);
+            }
+        };
+        let answer = PosternAttached {
+            version: VERSION,
+            // Below MAX_LANES.
+            lane: u32::try_from(attached.lane).unwrap_or(u32::MAX),
+            features: 0,
+            session: attached.session.number,
+            token: attached.session.token,
+        };
+        self.attached = Some(attached);
+        Ok(answer)
+    }
+
+    async fn open(&mut self, request: PosternOpenRequest) -> Result<PosternFile, Errno> {
+        self.no_descriptors()?;
+        let attached = self.attached.as_ref().ok_or(Errno::NOTCONN)?;
+        let catalog = &self.daemon.catalog;
+        let (handle, file) = attached.session.open(catalog, request.name, request.flags).await?;
+        Ok(PosternFile {
+            handle,
+            flags: file.flags,
+            blocks: file.blocks,
+            alignment: file.alignment,
+        })
+    }
+
+    async fn close(&mut self, handle: u32) -> Result<(), Errno> {
+        self.no_descriptors()?;
+        let attached = self.attached.as_ref().ok_or(Errno::NOTCONN)?;
+        attached.session.close(handle).await
+    }
+
+    async fn stats(&mut self, capacity: u64) -> Result<PosternStatsReply, Errno> {
+        self.no_descriptors()?;
+        self.daemon.sessions.settle().await;
+        let daemon = Arc::clone(&self.daemon);
+        let text = tokio::task::spawn_blocking(move || {
+            serde_json::to_vec(&report(&daemon.sessions, &daemon.source))
+        });
+        let text = text.await.map_err(|_| Errno::IO)?.map_err(|_| Errno::IO)?;
+        let length = text.len() as u64;
+        if length > capacity.min(MAX_STATS) {
+            return Err(Errno::RANGE);
+        }
+        Ok(PosternStatsReply { text, length })
+    }
+}
+
+/// A doorbell must be an eventfd: writing to anything else could block or do worse.
+fn check_doorbell(fd: &OwnedFd) -> Result<(), Errno> {
+    let link = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    let target = rustix::fs::readlink(link, Vec::new())?;
+    if target.as_bytes() != b"anon_inode:[eventfd]" {
+        return Err(Errno::INVAL);
+    }
+    let flags = rustix::fs::fcntl_getfl(fd)?;
+    rustix::fs::fcntl_setfl(fd, flags | rustix::fs::OFlags::NONBLOCK)
+}
+
+fn positive(errno: Errno) -> u32 {
+    errno.raw_os_error().unsigned_abs()
+}
+
+impl Host for Caller {
+    async fn postern_attach(
+        &mut self,
+        request: PosternAttachRequest,
+    ) -> Result<PosternAttachReply, u32> {
+        let attached = self.attach(request).await.map_err(positive)?;
+        Ok(PosternAttachReply { attached })
+    }
+
+    async fn postern_open(&mut self, request: PosternOpenRequest) -> Result<PosternOpenReply, u32> {
+        let file = self.open(request).await.map_err(positive)?;
+        Ok(PosternOpenReply { file })
+    }
+
+    async fn postern_close(
+        &mut self,
+        request: PosternCloseRequest,
+    ) -> Result<PosternCloseReply, u32> {
+        self.close(request.handle).await.map_err(positive)?;
+        Ok(PosternCloseReply)
+    }
+
+    async fn postern_stats(
+        &mut self,
+        request: PosternStatsRequest,
+    ) -> Result<PosternStatsReply, u32> {
+        self.stats(request.capacity).await.map_err(positive)
+    }
+}

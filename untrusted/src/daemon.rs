@@ -1,0 +1,169 @@
+//! The daemon as a whole: options, the accept loop, the graceful stop.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use crate::connection;
+use crate::files::Catalog;
+use crate::problem::{Problem, log};
+use crate::report::{Source, report};
+use crate::session::{MAX_LANES, Sessions};
+use crate::socket::{Listener, may_connect};
+
+/// Most control connections at once: one for each lane, and some that only ask.
+const MAX_CONNECTIONS: usize = MAX_LANES + 64;
+
+/// Serves the host files of enclaves over shared-memory ports.
+///
+/// Exit codes: 0 after a clean stop, 2 for wrong usage, 3 for a problem with the socket, 4 for a
+/// problem with a file or the configuration. SIGTERM and SIGINT drain what is in flight; a second
+/// one does not wait.
+#[derive(Clone, Debug, clap::Parser)]
+#[command(name = "posternd", version)]
+pub struct Options {
+    /// Path of the control socket; made with mode 0600.
+    #[arg(long, value_name = "PATH")]
+    pub socket: PathBuf,
+    /// Lets enclaves open HOST_FILE by NAME.
+    #[arg(long = "file", value_name = "NAME=HOST_FILE")]
+    pub files: Vec<OsString>,
+    /// Lets enclaves open any file beneath DIR by its path relative to DIR; no symbolic links.
+    #[arg(long = "root", value_name = "DIR")]
+    pub roots: Vec<PathBuf>,
+    /// Uses the page cache for files whose file system refuses O_DIRECT, instead of refusing them.
+    #[arg(long)]
+    pub allow_buffered: bool,
+    /// Does not load the eBPF probes.
+    #[arg(long)]
+    pub no_probes: bool,
+    /// Loads the probes from FILE instead of where they are installed.
+    #[arg(long, value_name = "FILE", conflicts_with = "no_probes")]
+    pub probe_object: Option<PathBuf>,
+    /// Writes the statistics to FILE as JSON at the end.
+    #[arg(long, value_name = "FILE")]
+    pub stats_file: Option<PathBuf>,
+    /// Longest time a lane spins for work before it sleeps, microseconds; 0 never spins.
+    #[arg(long, value_name = "US", default_value_t = 5)]
+    pub spin_us: u32,
+}
+
+/// A daemon, from bound socket to last statistics.
+#[derive(Debug)]
+pub struct Daemon {
+    /// Its sessions.
+    pub sessions: Sessions,
+    /// The names it may open.
+    pub catalog: Arc<Catalog>,
+    /// Where stage latencies come from.
+    pub source: Source,
+    uid: u32,
+    stats_file: Option<PathBuf>,
+}
+
+impl Daemon {
+    /// Checks the options, loads the probes and binds the socket. Needs a tokio runtime around it.
+    ///
+    /// # Errors
+    /// A [`Problem`] for the operator.
+    pub fn start(options: &Options) -> Result<(Arc<Self>, Listener), Problem> {
+        let catalog = Catalog::new(&options.files, &options.roots, options.allow_buffered)?;
+        let listener = Listener::bind(&options.socket)?;
+        let source = Source::load(!options.no_probes, options.probe_object.as_deref());
+        raise_descriptor_limit();
+        let daemon = Self {
+            sessions: Sessions::new(Duration::from_micros(options.spin_us.into())),
+            catalog: Arc::new(catalog),
+            source,
+            uid: rustix::process::geteuid().as_raw(),
+            stats_file: options.stats_file.clone(),
+        };
+        Ok((Arc::new(daemon), listener))
+    }
+
+    /// Serves until `stop` resolves; then accepts nobody, drains what is in flight, and writes the
+    /// statistics.
+    ///
+    /// # Errors
+    /// The statistics file can not be written.
+    pub async fn serve(
+        self: Arc<Self>,
+        listener: Listener,
+        stop: impl Future<Output = ()>,
+    ) -> Result<(), Problem> {
+        let (stopping, stopped) = watch::channel(false);
+        let mut connections = JoinSet::new();
+        tokio::pin!(stop);
+        loop {
+            tokio::select! {
+                () = &mut stop => break,
+                Some(_) = connections.join_next() => {}
+                accepted = listener.accept() => match accepted {
+                    Ok((_, uid, pid)) if !may_connect(uid, self.uid) => {
+                        self.refused();
+                        let what = format_args!("connection refused to user {uid}");
+                        let remedy = format_args!("run it as user {} or root", self.uid);
+                        log(what, format_args!("process {pid}"), remedy);
+                    }
+                    Ok((_, _, pid)) if connections.len() >= MAX_CONNECTIONS => {
+                        self.refused();
+                        let what = format_args!("{MAX_CONNECTIONS} connections are open");
+                        log(what, format_args!("process {pid}"), "end some; it is disconnected");
+                    }
+                    Ok((channel, _, pid)) => {
+                        let mut stopped = stopped.clone();
+                        let stop = async move {
+                            // An error means that the daemon is gone, which is a stop as well.
+                            let _ = stopped.wait_for(|stop| *stop).await;
+                        };
+                        connections.spawn(connection::serve(Arc::clone(&self), channel, pid, stop));
+                    }
+                    Err(e) => {
+                        log(format_args!("accept failed ({e})"), "control socket", "it is tried again");
+                        // Out of descriptors: some must be closed first.
+                        tokio::time::sleep(Duration::from_millis(100)).await;
+                    }
+                },
+            }
+        }
+        drop(listener);
+        // Nobody listens any more only if there is no connection.
+        let _ = stopping.send(true);
+        while connections.join_next().await.is_some() {}
+        self.write_stats()
+    }
+
+    fn refused(&self) {
+        self.sessions.hub().refused_connections.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn write_stats(&self) -> Result<(), Problem> {
+        let Some(path) = &self.stats_file else { return Ok(()) };
+        let written = serde_json::to_vec_pretty(&report(&self.sessions, &self.source))
+            .map_err(std::io::Error::from)
+            .and_then(|mut text| {
+                text.push(b'\n');
+                std::fs::write(path, text)
+            });
+        written.map_err(|e| {
+            Problem::config(
+                format_args!("statistics can not be written ({e})"),
+                path.display(),
+                "name a file that this user may write with --stats-file",
+            )
+        })
+    }
+}
+
+/// A lane takes about eight descriptors; the usual soft limit is 1024.
+fn raise_descriptor_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    // What it was is enough for a few lanes; attach says so when it is not.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
+}

@@ -1,0 +1,518 @@
+//! The data path of a lane over native AIO: takes descriptors from the submission ring, hands them
+//! to the kernel in batches, reaps, publishes completions. Knows nothing of tokio: its owner calls
+//! [`Engine::turn`] until that has nothing to do, then sleeps between [`Engine::prepare_sleep`] and
+//! [`Engine::awake`].
+//!
+//! Holds whatever the enclave does: each shared word is loaded once; a descriptor reaches the
+//! kernel only after every check; an index is in flight at most once; the kernel uses the transfer
+//! area only while the mapping is alive (the AIO context is dropped, and so drained, first).
+//! Does not hold: that claimed stamps are true.
+
+mod aio;
+mod batch;
+mod check;
+mod table;
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+
+use postern_ebpf_common::aio_data;
+use postern_edl::port::{CQE_WORDS, Completion, SQE_WORDS, Submission, cursor, op};
+use rustix::io::Errno;
+use rustix::time::{ClockId, clock_gettime};
+use tokio::sync::oneshot;
+
+use crate::files::HostFile;
+use crate::region::Region;
+use crate::stats::{LaneStats, Stage};
+use aio::{AioContext, REAP};
+use batch::{BATCH, Batch, Entry};
+use check::Refusal;
+use table::FileTable;
+pub use table::{MAX_FILES, slot_of};
+
+/// CLOCK_MONOTONIC in nanoseconds.
+#[inline]
+#[must_use]
+pub fn now_ns() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned()
+}
+
+/// The eventfds by which the daemon wakes the enclave.
+#[derive(Debug)]
+pub struct Doorbells {
+    /// A: rung while a driver thread sleeps.
+    pub driver: OwnedFd,
+    /// B: rung while only the service thread wants waking.
+    pub service: OwnedFd,
+}
+
+/// How an enclave broke its submission ring. No answer is possible; the lane ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BrokenRing {
+    /// More published than the ring holds.
+    Cursor {
+        /// What the cursor said.
+        published: u64,
+        /// How many the daemon had taken.
+        taken: u64,
+    },
+    /// An id whose index does not exist or is in flight.
+    Id {
+        /// The id.
+        id: u64,
+    },
+}
+
+impl std::fmt::Display for BrokenRing {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Cursor { published, taken } => {
+                write!(f, "submission cursor {published} is out of range ({taken} taken)")
+            }
+            Self::Id { id } => write!(f, "request id {id:#x} is out of range or in flight"),
+        }
+    }
+}
+
+/// A request index of the lane.
+#[derive(Clone, Copy, Debug, Default)]
+struct Slot {
+    in_flight: bool,
+    id: u64,
+    op: u64,
+    /// Slot of the file table.
+    file: usize,
+    picked_ns: u64,
+    /// When the kernel accepted it.
+    submitted_ns: u64,
+    /// When the last request of this index was reaped, until its delivery was recorded; else 0.
+    undelivered_ns: u64,
+    undelivered_op: u64,
+}
+
+/// A flush for which the file has no asynchronous operation: to be done on a thread, then told by
+/// [`Engine::flushed`].
+#[derive(Debug)]
+pub struct ThreadFlush {
+    /// Request index.
+    pub index: usize,
+    /// The file.
+    pub file: Arc<HostFile>,
+}
+
+/// One lane's data path.
+pub struct Engine {
+    // Dropped in this order: the context first, which waits for the kernel.
+    context: AioContext,
+    batch: Batch,
+    /// The kernel signals it at each completion.
+    completed: OwnedFd,
+    region: Arc<Region>,
+    doorbells: Doorbells,
+    lane: u64,
+    stats: Arc<LaneStats>,
+    slots: Box<[Slot]>,
+    files: FileTable,
+    /// Completions not yet written to the ring: id, result, when reaped.
+    staged: Vec<(u64, i64, u64)>,
+    thread_flushes: Vec<ThreadFlush>,
+    taken: u64,
+    published: u64,
+    /// Taken and not published.
+    in_flight: u64,
+    /// Accepted by the kernel and not reaped.
+    in_kernel: u64,
+    stopped: bool,
+}
+
+impl Engine {
+    /// A data path over `region` for lane number `lane`.
+    ///
+    /// # Errors
+    /// `EAGAIN` when fs.aio-max-nr is used up, else what the host says.
+    pub fn new(
+        region: Arc<Region>,
+        lane: u64,
+        doorbells: Doorbells,
+        stats: Arc<LaneStats>,
+    ) -> Result<Self, Errno> {
+        use rustix::event::{EventfdFlags, eventfd};
+        let entries = region.geometry().entries;
+        let completed = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let context = AioContext::new(u32::try_from(entries).map_err(|_| Errno::INVAL)?)?;
+        Ok(Self {
+            context,
+            batch: Batch::new(completed.as_raw_fd()),
+            completed,
+            region,
+            doorbells,
+            lane,
+            stats,
+            slots: vec![Slot::default(); entries].into(),
+            files: FileTable::default(),
+            staged: Vec::with_capacity(entries),
+            thread_flushes: Vec::new(),
+            taken: 0,
+            published: 0,
+            in_flight: 0,
+            in_kernel: 0,
+            stopped: false,
+        })
+    }
+
+    /// The eventfd that becomes readable when the kernel completes something.
+    #[must_use]
+    pub const fn completed(&self) -> &OwnedFd {
+        &self.completed
+    }
+
+    /// Makes a file known under `handle`.
+    pub fn add_file(&mut self, handle: u32, file: Arc<HostFile>) {
+        self.files.add(handle, file);
+    }
+
+    /// Refuses further descriptors for `handle`; `done` hears when the last one in flight has
+    /// been published.
+    pub fn close_file(&mut self, handle: u32, done: oneshot::Sender<()>) {
+        self.files.close(handle, done);
+        self.files.answer_closed();
+    }
+
+    /// Takes no further descriptors; what is in flight goes on.
+    pub const fn stop(&mut self) {
+        self.stopped = true;
+    }
+
+    /// Whether nothing is in flight.
+    #[must_use]
+    pub const fn is_drained(&self) -> bool {
+        self.in_flight == 0
+    }
+
+    /// Flushes that need a thread, since the last call.
+    pub fn take_thread_flushes(&mut self) -> impl Iterator<Item = ThreadFlush> + '_ {
+        self.thread_flushes.drain(..)
+    }
+
+    /// A flush handed out by [`Self::take_thread_flushes`] is done: 0 or a negative errno.
+    pub fn flushed(&mut self, index: usize, result: i64) {
+        self.stats.add(|c| &c.flushes_on_thread, 1);
+        self.complete(index, result, now_ns());
+        self.publish();
+    }
+
+    /// Reaps, takes and submits what there is; answers whether there was anything.
+    ///
+    /// # Errors
+    /// [`BrokenRing`]: the caller stops the lane. What is in flight can still be drained.
+    #[inline]
+    pub fn turn(&mut self) -> Result<bool, BrokenRing> {
+        let mut busy = self.reap();
+        // Before the batch is handed over: that takes a while.
+        self.publish();
+        if self.batch.is_pending() {
+            busy |= self.submit();
+        }
+        let mut taken = Ok(false);
+        if !self.stopped && !self.batch.is_pending() {
+            taken = self.take();
+            // Also what was taken before a broken descriptor.
+            if self.batch.is_pending() {
+                self.submit();
+            }
+        }
+        self.publish();
+        Ok(busy | taken?)
+    }
+
+    /// Announces sleep; answers whether there is really nothing to do. If not, or after waking,
+    /// call [`Self::awake`].
+    pub fn prepare_sleep(&mut self) -> bool {
+        self.word(cursor::DAEMON_SLEEPS).store(1, Ordering::Relaxed);
+        // Partner: the enclave's fence between its store of SQ_PUBLISHED and load of DAEMON_SLEEPS.
+        fence(Ordering::SeqCst);
+        // Takes signals of completions already reaped away, so that they do not end the sleep.
+        let _ = rustix::io::read(&self.completed, &mut [0u8; 8]);
+        !self.has_submissions() && !self.reap()
+    }
+
+    /// Takes the announcement of sleep back.
+    pub fn awake(&mut self) {
+        self.word(cursor::DAEMON_SLEEPS).store(0, Ordering::Relaxed);
+        self.publish();
+    }
+
+    /// Whether descriptors wait that a turn would take.
+    #[inline]
+    #[must_use]
+    pub fn has_submissions(&self) -> bool {
+        !self.stopped
+            && !self.batch.is_pending()
+            && self.word(cursor::SQ_PUBLISHED).load(Ordering::Relaxed) != self.taken
+    }
+
+    /// Whether the kernel has completed something that is not yet reaped. Costs no system call.
+    #[inline]
+    #[must_use]
+    pub fn has_completions(&self) -> bool {
+        self.in_kernel > 0 && self.context.has_events()
+    }
+
+    /// Records deliveries that no later request of the same index has brought to light.
+    pub fn settle(&mut self) {
+        for index in 0..self.slots.len() {
+            self.settle_slot(index);
+        }
+    }
+
+    /// Answers the delivered stamp of an index if its last request has one, recording it.
+    fn settle_slot(&mut self, index: usize) -> u64 {
+        let slot = &mut self.slots[index];
+        if slot.undelivered_ns == 0 {
+            return 0;
+        }
+        let stamp_word = self.region.geometry().stamp_word(index);
+        let stamp = self.region.word(stamp_word).load(Ordering::Relaxed);
+        if stamp < slot.undelivered_ns {
+            return 0; // Not delivered yet, or of the request before.
+        }
+        self.stats.record(Stage::CrossingIn, slot.undelivered_op, stamp - slot.undelivered_ns);
+        slot.undelivered_ns = 0;
+        stamp
+    }
+
+    fn word(&self, index: usize) -> &std::sync::atomic::AtomicU64 {
+        self.region.word(index)
+    }
+
+    /// Takes up to a batch of descriptors from the ring into the empty batch.
+    fn take(&mut self) -> Result<bool, BrokenRing> {
+        // Partner: the enclave's Release store after it wrote the descriptors.
+        let published = self.word(cursor::SQ_PUBLISHED).load(Ordering::Acquire);
+        let waiting = published.wrapping_sub(self.taken);
+        if waiting == 0 {
+            return Ok(false);
+        }
+        if waiting > self.slots.len() as u64 {
+            return Err(BrokenRing::Cursor { published, taken: self.taken });
+        }
+        let count = waiting.min(BATCH as u64);
+        let picked_ns = now_ns();
+        self.in_flight += count;
+        self.word(cursor::IN_FLIGHT).store(self.in_flight, Ordering::Relaxed);
+        let mut broken = None;
+        for n in 0..count {
+            let at = self.region.geometry().sqe_word(self.taken.wrapping_add(n));
+            let words: [u64; SQE_WORDS] =
+                std::array::from_fn(|i| self.word(at + i).load(Ordering::Relaxed));
+            if let Err(fault) = self.accept(&Submission::from_words(words), picked_ns) {
+                self.in_flight -= count - n;
+                broken = Some(fault);
+                break;
+            }
+        }
+        self.taken = self.taken.wrapping_add(count);
+        // Partner: the enclave's Acquire load before it writes a descriptor over an old one.
+        self.word(cursor::SQ_TAKEN).store(self.taken, Ordering::Release);
+        self.stats.add(|c| &c.submissions, count);
+        broken.map_or(Ok(true), Err)
+    }
+
+    /// Checks one descriptor; puts it into the batch, or stages its refusal.
+    fn accept(&mut self, submission: &Submission, picked_ns: u64) -> Result<(), BrokenRing> {
+        let id = submission.id;
+        let geometry = *self.region.geometry();
+        let index = check::index_of(id, geometry.entries)
+            .filter(|&index| !self.slots[index].in_flight)
+            .ok_or(BrokenRing::Id { id })?;
+        let op = u64::from(submission.op);
+        let file = check::check(submission, &geometry).and_then(|()| {
+            let (at, file) = self.files.get(submission.handle).ok_or(Refusal::BadFile)?;
+            if op == op::WRITE && !file.writable {
+                return Err(Refusal::BadFile);
+            }
+            Ok((at, file.raw()))
+        });
+        let (file, fd) = match file {
+            Ok(file) => file,
+            Err(refusal) => {
+                self.stats.add(|c| &c.refused_descriptors, 1);
+                self.staged.push((id, refusal.result(), picked_ns));
+                return Ok(());
+            }
+        };
+        let delivered_ns = self.settle_slot(index);
+        if self.slots[index].undelivered_ns != 0 {
+            self.stats.add(|c| &c.claims_refused, 1);
+        }
+        self.stats.record_claimed(Stage::CrossingOut, op, submission.enqueued_ns, picked_ns);
+        self.slots[index] = Slot {
+            in_flight: true,
+            id,
+            op,
+            file,
+            picked_ns,
+            submitted_ns: picked_ns,
+            undelivered_ns: 0,
+            undelivered_op: 0,
+        };
+        self.files.begin(file);
+        let address = if op == op::FLUSH { 0 } else { self.region.address(submission.data) };
+        self.batch.push(&Entry {
+            data: aio_data(self.lane, index as u64, id >> 32),
+            index,
+            op,
+            fd,
+            address,
+            length: submission.length,
+            offset: submission.offset,
+            stamps: [submission.enqueued_ns, picked_ns, delivered_ns],
+        });
+        Ok(())
+    }
+
+    /// Hands the batch to the kernel, as far as it accepts it. Answers whether anything moved.
+    fn submit(&mut self) -> bool {
+        let mut moved = false;
+        while self.batch.is_pending() {
+            // SAFETY: 1. Every entry passed `accept`: its range lies in the transfer area of
+            //    `self.region`, which outlives `self.context` (field order, and drop waits).
+            //    2. Its descriptor belongs to a file the table keeps until the count of its
+            //    requests in flight is zero, or, at drop, longer than the context.
+            let result = unsafe { self.batch.submit(&mut self.context) };
+            match result {
+                Ok([]) => break,
+                Ok(accepted) => {
+                    let submitted_ns = now_ns();
+                    for &index in accepted {
+                        let slot = &mut self.slots[index];
+                        slot.submitted_ns = submitted_ns;
+                        let spent = submitted_ns.saturating_sub(slot.picked_ns);
+                        self.stats.record(Stage::HostSubmit, slot.op, spent);
+                    }
+                    self.in_kernel += accepted.len() as u64;
+                    self.stats.add(|c| &c.batches, 1);
+                    moved = true;
+                    if self.batch.is_pending() {
+                        self.stats.add(|c| &c.submit_retries, 1);
+                    }
+                }
+                Err(Errno::AGAIN) if self.in_kernel > 0 => {
+                    // Room comes with the next completion.
+                    self.stats.add(|c| &c.submit_retries, 1);
+                    break;
+                }
+                Err(Errno::INTR) => {}
+                Err(errno) => {
+                    moved = true;
+                    self.refused_by_kernel(errno);
+                }
+            }
+        }
+        moved
+    }
+
+    /// The kernel refused the first waiting request.
+    fn refused_by_kernel(&mut self, errno: Errno) {
+        let Some(index) = self.batch.drop_first() else { return };
+        let slot = self.slots[index];
+        if slot.op == op::FLUSH
+            && matches!(errno, Errno::INVAL | Errno::OPNOTSUPP)
+            && let Some(file) = self.files.at(slot.file)
+        {
+            self.thread_flushes.push(ThreadFlush { index, file: Arc::clone(file) });
+            return;
+        }
+        self.complete(index, -i64::from(errno.raw_os_error()), now_ns());
+    }
+
+    /// Takes completions from the kernel and stages them. Answers whether there were any.
+    fn reap(&mut self) -> bool {
+        let mut any = false;
+        while self.in_kernel > 0 {
+            let count = self.context.reap();
+            if count == 0 {
+                break;
+            }
+            any = true;
+            let reaped_ns = now_ns();
+            self.in_kernel = self.in_kernel.saturating_sub(count as u64);
+            for n in 0..count {
+                let (data, result) = self.context.event(n);
+                let index = usize::try_from(postern_ebpf_common::index_of(data));
+                if let Ok(index) = index
+                    && self.slots.get(index).is_some_and(|slot| slot.in_flight)
+                {
+                    self.complete(index, result, reaped_ns);
+                }
+            }
+            if count < REAP {
+                break;
+            }
+        }
+        any
+    }
+
+    /// Ends a request that is in flight: counts it and stages its completion.
+    fn complete(&mut self, index: usize, result: i64, reaped_ns: u64) {
+        let slot = &mut self.slots[index];
+        slot.in_flight = false;
+        (slot.undelivered_ns, slot.undelivered_op) = (reaped_ns, slot.op);
+        let Slot { id, op, file, submitted_ns, .. } = *slot;
+        self.stats.record(Stage::Device, op, reaped_ns.saturating_sub(submitted_ns));
+        match (op, u64::try_from(result)) {
+            (op::READ, Ok(bytes)) => self.stats.add(|c| &c.bytes_read, bytes),
+            (op::WRITE, Ok(bytes)) => self.stats.add(|c| &c.bytes_written, bytes),
+            (_, Ok(_)) => self.stats.add(|c| &c.flushes, 1),
+            (_, Err(_)) => self.stats.add(|c| &c.errors, 1),
+        }
+        self.files.end(file);
+        self.staged.push((id, result, reaped_ns));
+    }
+
+    /// Writes the staged completions to the ring and wakes whoever sleeps there.
+    fn publish(&mut self) {
+        if self.staged.is_empty() {
+            return;
+        }
+        let published_ns = now_ns();
+        let count = self.staged.len() as u64;
+        for (n, &(id, result, reaped_ns)) in self.staged.iter().enumerate() {
+            let at = self.region.geometry().cqe_word(self.published.wrapping_add(n as u64));
+            let words: [u64; CQE_WORDS] =
+                Completion { id, result, reaped_ns, published_ns }.to_words();
+            for (i, word) in words.into_iter().enumerate() {
+                self.word(at + i).store(word, Ordering::Relaxed);
+            }
+        }
+        self.staged.clear();
+        self.published = self.published.wrapping_add(count);
+        // Partner: the enclave's Acquire load before it reads the completions.
+        self.word(cursor::CQ_PUBLISHED).store(self.published, Ordering::Release);
+        self.in_flight -= count;
+        self.word(cursor::IN_FLIGHT).store(self.in_flight, Ordering::Release);
+        self.stats.add(|c| &c.completions, count);
+        // Partner: the enclave's fence between its store of a sleep word and its last look at
+        // CQ_PUBLISHED.
+        fence(Ordering::SeqCst);
+        if self.word(cursor::DRIVER_SLEEPS).load(Ordering::Relaxed) != 0 {
+            self.stats.add(|c| &c.doorbells_driver, 1);
+            ring(&self.doorbells.driver);
+        } else if self.word(cursor::SERVICE_SLEEPS).load(Ordering::Relaxed) != 0 {
+            self.stats.add(|c| &c.doorbells_service, 1);
+            ring(&self.doorbells.service);
+        }
+        self.files.answer_closed();
+    }
+}
+
+/// Signals an eventfd. It refuses only when its counter is full, and then it is readable anyway.
+fn ring(doorbell: &OwnedFd) {
+    let _ = rustix::io::write(doorbell, &1u64.to_ne_bytes());
+}
+
+#[cfg(test)]
+mod tests;

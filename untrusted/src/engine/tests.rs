@@ -1,0 +1,155 @@
+use super::*;
+use postern_edl::port::{self, Geometry, header};
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::fs::{MemfdFlags, SealFlags};
+
+struct Bench {
+    engine: Engine,
+    enclave: Region,
+    handle: u32,
+    _directory: tempfile::TempDir,
+}
+
+/// An engine over a fresh port, with a 64 KiB buffered file (nothing here depends on O_DIRECT).
+fn bench(entries: usize) -> Bench {
+    let geometry = Geometry::new(entries, 1 << 20).unwrap();
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let memory = rustix::fs::memfd_create("port", flags).unwrap();
+    let bytes = geometry.region_bytes() as u64;
+    rustix::fs::ftruncate(&memory, bytes).unwrap();
+    rustix::fs::fcntl_add_seals(&memory, SealFlags::SHRINK | SealFlags::GROW).unwrap();
+    for (word, value) in [
+        (header::MAGIC, port::MAGIC),
+        (header::VERSION, 1),
+        (header::ENTRIES, entries as u64),
+        (header::DATA_OFFSET, geometry.data_offset as u64),
+        (header::DATA_BYTES, geometry.data_bytes as u64),
+    ] {
+        rustix::io::pwrite(&memory, &value.to_ne_bytes(), word as u64 * 8).unwrap();
+    }
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::write(directory.path().join("disk"), vec![7u8; 65536]).unwrap();
+    let roots = [directory.path().to_owned()];
+    let catalog = crate::files::Catalog::new(&[], &roots, true).unwrap();
+    let bell = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
+    let doorbells = Doorbells { driver: bell(), service: bell() };
+    let region = Arc::new(Region::map(&memory, bytes).unwrap());
+    let mut engine = Engine::new(region, 0, doorbells, Arc::default()).unwrap();
+    let handle = MAX_FILES as u32;
+    engine.add_file(handle, Arc::new(catalog.open("disk", 0).unwrap()));
+    let enclave = Region::map(&memory, bytes).unwrap();
+    Bench { engine, enclave, handle, _directory: directory }
+}
+
+impl Bench {
+    fn publish(&self, at: u64, submission: Submission) {
+        let word = self.enclave.geometry().sqe_word(at);
+        for (i, value) in submission.to_words().into_iter().enumerate() {
+            self.enclave.word(word + i).store(value, Ordering::Relaxed);
+        }
+        self.enclave.word(cursor::SQ_PUBLISHED).store(at + 1, Ordering::Release);
+    }
+
+    fn completion(&self, n: u64) -> Completion {
+        let word = self.enclave.geometry().cqe_word(n);
+        Completion::from_words(std::array::from_fn(|i| {
+            self.enclave.word(word + i).load(Ordering::Relaxed)
+        }))
+    }
+
+    fn published(&self) -> u64 {
+        self.enclave.word(cursor::CQ_PUBLISHED).load(Ordering::Acquire)
+    }
+
+    fn flush(&self, id: u64) -> Submission {
+        Submission { id, op: op::FLUSH as u32, handle: self.handle, ..Submission::default() }
+    }
+}
+
+/// The kernels at hand all have an asynchronous fdatasync, so its refusal is played.
+#[test]
+fn a_flush_the_kernel_has_no_operation_for_goes_to_a_thread_and_completes_once() {
+    let mut bench = bench(8);
+    bench.publish(0, bench.flush(5 << 32 | 3));
+    assert!(bench.engine.take().unwrap());
+    bench.engine.refused_by_kernel(Errno::INVAL);
+    bench.engine.publish();
+    assert_eq!((bench.published(), bench.engine.is_drained()), (0, false));
+    let flushes: Vec<_> = bench.engine.take_thread_flushes().collect();
+    assert_eq!((flushes.len(), flushes[0].index), (1, 3));
+    assert!(rustix::fs::fdatasync(&flushes[0].file).is_ok());
+    bench.engine.flushed(flushes[0].index, 0);
+    assert_eq!((bench.published(), bench.engine.is_drained()), (1, true));
+    assert_eq!((bench.completion(0).id, bench.completion(0).result), (5 << 32 | 3, 0));
+}
+
+#[test]
+fn another_refusal_by_the_kernel_is_the_requests_result() {
+    let mut bench = bench(8);
+    bench.publish(0, bench.flush(0));
+    assert!(bench.engine.take().unwrap());
+    bench.engine.refused_by_kernel(Errno::NOMEM);
+    bench.engine.publish();
+    assert_eq!((bench.published(), bench.completion(0).result), (1, -12));
+    assert!(bench.engine.is_drained());
+}
+
+/// What came before the broken descriptor is carried out; the rest is not looked at.
+#[test]
+fn a_broken_id_ends_the_lane_after_what_was_taken_before_it() {
+    for hostile in [8, u64::MAX, 1 << 32 | 1] {
+        let mut bench = bench(8);
+        bench.publish(0, bench.flush(1));
+        bench.publish(1, bench.flush(hostile));
+        bench.publish(2, bench.flush(2));
+        assert_eq!(bench.engine.turn(), Err(BrokenRing::Id { id: hostile }));
+        bench.engine.stop();
+        while !bench.engine.is_drained() {
+            bench.engine.turn().unwrap();
+        }
+        assert_eq!((bench.published(), bench.completion(0).id), (1, 1));
+    }
+}
+
+#[test]
+fn a_cursor_beyond_the_ring_takes_nothing() {
+    for hostile in [9, u64::MAX, 1 << 63] {
+        let mut bench = bench(8);
+        bench.enclave.word(cursor::SQ_PUBLISHED).store(hostile, Ordering::Release);
+        let broken = Err(BrokenRing::Cursor { published: hostile, taken: 0 });
+        assert_eq!(bench.engine.turn(), broken);
+        assert!(bench.engine.is_drained());
+    }
+}
+
+#[test]
+fn a_stopped_engine_takes_nothing_more() {
+    let mut bench = bench(8);
+    bench.publish(0, bench.flush(1));
+    bench.engine.stop();
+    assert_eq!(bench.engine.turn(), Ok(false));
+    assert!(bench.engine.is_drained() && bench.engine.prepare_sleep());
+    assert_eq!(bench.published(), 0);
+}
+
+#[test]
+fn an_engine_does_not_sleep_over_a_published_descriptor_and_says_when_it_sleeps() {
+    let mut bench = bench(8);
+    let sleeps = |bench: &Bench| bench.enclave.word(cursor::DAEMON_SLEEPS).load(Ordering::Relaxed);
+    assert!(bench.engine.prepare_sleep());
+    assert_eq!(sleeps(&bench), 1);
+    bench.engine.awake();
+    assert_eq!(sleeps(&bench), 0);
+    bench.publish(0, bench.flush(1));
+    assert!(!bench.engine.prepare_sleep());
+}
+
+#[test]
+fn dropping_an_engine_waits_for_the_kernel_and_then_lets_files_go() {
+    let mut bench = bench(8);
+    bench.publish(0, bench.flush(1));
+    bench.engine.turn().unwrap();
+    let file = Arc::clone(bench.engine.files.at(0).unwrap());
+    drop(bench.engine);
+    assert_eq!(Arc::strong_count(&file), 1);
+}

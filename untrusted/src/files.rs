@@ -1,0 +1,262 @@
+//! Host files: which names the operator allows, and how they are opened.
+//!
+//! Holds: a name that was not allowed opens nothing; only regular files and block devices are
+//! opened, and looked at before they are (an open can have effects); O_DIRECT unless the operator
+//! allowed buffered I/O; the exclusive lock sits on the same open file description that does the
+//! I/O, so it lasts as long as requests can be under way.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use postern_edl::{FILE_BUFFERED, OPEN_READ_ONLY};
+use rustix::fs::{
+    AtFlags, FileType, FlockOperation, Mode, OFlags, ResolveFlags, SeekFrom, StatxFlags,
+};
+use rustix::io::Errno;
+
+use crate::problem::{Problem, log};
+
+/// Bytes of a block.
+const BLOCK: u64 = 4096;
+/// `f_type` of file systems that live in the page cache alone: newer kernels let O_DIRECT pass
+/// there and mean nothing by it (linux/magic.h: tmpfs, ramfs).
+const CACHE_ONLY: [u64; 2] = [0x0102_1994, 0x8584_58f6];
+
+/// The names the operator allows.
+#[derive(Debug)]
+pub struct Catalog {
+    files: BTreeMap<String, PathBuf>,
+    roots: Vec<(PathBuf, OwnedFd)>,
+    allow_buffered: bool,
+}
+
+impl Catalog {
+    /// Reads `NAME=HOST_FILE` pairs and opens the root directories.
+    ///
+    /// # Errors
+    /// A malformed or doubled pair, a root that can not be opened.
+    pub fn new(
+        files: &[OsString],
+        roots: &[PathBuf],
+        allow_buffered: bool,
+    ) -> Result<Self, Problem> {
+        let mut named = BTreeMap::new();
+        for pair in files {
+            let text = pair.to_string_lossy();
+            let Some((name, path)) = pair.to_str().and_then(|p| p.split_once('=')) else {
+                return Err(Problem::config(
+                    "not NAME=HOST_FILE",
+                    text,
+                    "write --file NAME=HOST_FILE",
+                ));
+            };
+            if name.is_empty() || path.is_empty() {
+                return Err(Problem::config(
+                    "empty name or file",
+                    text,
+                    "write --file NAME=HOST_FILE",
+                ));
+            }
+            if named.insert(name.to_owned(), PathBuf::from(path)).is_some() {
+                return Err(Problem::config("name given twice", name, "give each name one file"));
+            }
+        }
+        let mut opened = Vec::new();
+        for root in roots {
+            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+            let fd = rustix::fs::open(root, flags, Mode::empty()).map_err(|e| {
+                Problem::config(
+                    format_args!("root can not be opened ({e})"),
+                    root.display(),
+                    "name a directory that exists and that this user may search",
+                )
+            })?;
+            opened.push((root.clone(), fd));
+        }
+        Ok(Self { files: named, roots: opened, allow_buffered })
+    }
+
+    /// The place behind a name, without opening the file for I/O.
+    fn locate(&self, name: &str) -> Result<(OwnedFd, PathBuf), Errno> {
+        if let Some(path) = self.files.get(name) {
+            let fd = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+            return Ok((fd, path.clone()));
+        }
+        let beneath =
+            ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+        let mut refusal = Errno::NOENT;
+        for (root, directory) in &self.roots {
+            // A rename elsewhere on the host makes BENEATH answer EAGAIN; openat2(2) says: retry.
+            for _ in 0..16 {
+                let flags = OFlags::PATH | OFlags::CLOEXEC;
+                match rustix::fs::openat2(directory, name, flags, Mode::empty(), beneath) {
+                    Ok(fd) => return Ok((fd, root.join(name))),
+                    Err(Errno::AGAIN) => refusal = Errno::AGAIN,
+                    Err(e) => {
+                        refusal = e;
+                        break;
+                    }
+                }
+            }
+            if refusal != Errno::NOENT {
+                break;
+            }
+        }
+        Err(refusal)
+    }
+
+    /// Opens the file behind `name` with `flags` of `postern_open`. Blocks on the host's file
+    /// system: not for the control loop.
+    ///
+    /// # Errors
+    /// The errno for the enclave: `ENOENT` for a name that leads nowhere, `EBUSY` for a locked
+    /// file, `EINVAL` where O_DIRECT is refused or the flags are unknown, else the host's. What
+    /// the operator can act on is logged.
+    pub fn open(&self, name: &str, flags: u32) -> Result<HostFile, Errno> {
+        if name.is_empty() || name.contains('\0') || flags & !OPEN_READ_ONLY != 0 {
+            return Err(Errno::INVAL);
+        }
+        let (place, path) = self.locate(name).inspect_err(|e| {
+            log(
+                format_args!("open refused ({e})"),
+                format_args!("{name:?}"),
+                "allow the name with --file NAME=HOST_FILE, or put the file under a --root",
+            );
+        })?;
+        let file = HostFile::open(&place, &path, name, flags, self.allow_buffered);
+        if let Err((errno, remedy)) = &file {
+            let shown = path.display();
+            log(format_args!("open refused ({errno})"), format_args!("{name:?} = {shown}"), remedy);
+        }
+        file.map_err(|(errno, _)| errno)
+    }
+}
+
+/// An open host file under its exclusive lock.
+#[derive(Debug)]
+pub struct HostFile {
+    fd: OwnedFd,
+    /// Name it was opened by.
+    pub name: String,
+    /// Flags for the enclave ([`FILE_BUFFERED`]).
+    pub flags: u32,
+    /// Size in whole blocks when it was opened.
+    pub blocks: u64,
+    /// O_DIRECT alignment of offset and length, bytes; 1 for buffered I/O.
+    pub alignment: u64,
+    /// Whether it may be written.
+    pub writable: bool,
+}
+
+type OpenError = (Errno, &'static str);
+
+impl HostFile {
+    fn open(
+        place: &OwnedFd,
+        path: &Path,
+        name: &str,
+        flags: u32,
+        allow_buffered: bool,
+    ) -> Result<Self, OpenError> {
+        let host = |e: Errno| (e, "see that this user may read and write the file");
+        let kind = FileType::from_raw_mode(rustix::fs::fstat(place).map_err(host)?.st_mode);
+        if !matches!(kind, FileType::RegularFile | FileType::BlockDevice) {
+            return Err((Errno::INVAL, "name a regular file or a block device"));
+        }
+        let writable = flags & OPEN_READ_ONLY == 0;
+        let access = if writable { OFlags::RDWR } else { OFlags::RDONLY };
+        // The very object just looked at, whatever its name leads to by now.
+        let same = format!("/proc/self/fd/{}", place.as_raw_fd());
+        let reopen = |extra| {
+            rustix::fs::open(
+                &same,
+                access | extra | OFlags::CLOEXEC | OFlags::NOCTTY,
+                Mode::empty(),
+            )
+        };
+        let direct = match reopen(OFlags::DIRECT) {
+            Ok(fd) => direct_alignment(&fd, kind).map_err(host)?.map(|a| (fd, a)),
+            Err(Errno::INVAL) => None,
+            Err(e) => return Err(host(e)),
+        };
+        let (fd, alignment, shown) = match direct {
+            Some((fd, alignment)) => (fd, alignment, 0),
+            None if allow_buffered => {
+                log(
+                    "buffered I/O, because O_DIRECT is refused",
+                    format_args!("{name:?} = {}", path.display()),
+                    "latency and durability are the page cache's; use another file system",
+                );
+                (reopen(OFlags::empty()).map_err(host)?, 1, FILE_BUFFERED)
+            }
+            None => {
+                return Err((
+                    Errno::INVAL,
+                    "its file system refuses O_DIRECT: use another one, or start posternd with --allow-buffered",
+                ));
+            }
+        };
+        rustix::fs::flock(&fd, FlockOperation::NonBlockingLockExclusive).map_err(|e| match e {
+            Errno::WOULDBLOCK => {
+                (Errno::BUSY, "another session, daemon or program holds its lock: end that first")
+            }
+            e => host(e),
+        })?;
+        // A device's size is not in its inode; seeking to the end tells it for both.
+        let bytes = rustix::fs::seek(&fd, SeekFrom::End(0)).map_err(host)?;
+        Ok(Self {
+            fd,
+            name: name.to_owned(),
+            flags: shown,
+            blocks: bytes / BLOCK,
+            alignment,
+            writable,
+        })
+    }
+
+    /// Number of the descriptor, for iocbs.
+    #[must_use]
+    pub fn raw(&self) -> i32 {
+        self.fd.as_raw_fd()
+    }
+}
+
+impl AsFd for HostFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl Drop for HostFile {
+    fn drop(&mut self) {
+        // Now, not when the kernel drops its last reference to the open file.
+        let _ = rustix::fs::flock(&self.fd, FlockOperation::Unlock);
+    }
+}
+
+/// The O_DIRECT alignment of an open file, bytes; `None` where O_DIRECT does not mean anything or
+/// wants more than 4096.
+fn direct_alignment(fd: &OwnedFd, kind: FileType) -> Result<Option<u64>, Errno> {
+    let system = rustix::fs::fstatfs(fd)?.f_type;
+    // A block device's node lies on a tmpfs; what counts there is the device.
+    let cached = u64::try_from(system).is_ok_and(|s| CACHE_ONLY.contains(&s));
+    if kind == FileType::RegularFile && cached {
+        return Ok(None);
+    }
+    let asked = StatxFlags::BASIC_STATS | StatxFlags::DIOALIGN;
+    let told = match rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH, asked) {
+        Ok(s) if StatxFlags::from_bits_retain(s.stx_mask).contains(StatxFlags::DIOALIGN) => {
+            Some((u64::from(s.stx_dio_mem_align), u64::from(s.stx_dio_offset_align)))
+        }
+        // Kernels before 6.1 and some file systems do not tell: O_DIRECT was accepted at open.
+        Ok(_) | Err(Errno::NOSYS) => None,
+        Err(e) => return Err(e),
+    };
+    Ok(match told {
+        None => Some(BLOCK),
+        Some((0, _) | (_, 0)) => None,
+        Some((memory, offset)) => (memory <= BLOCK && offset <= BLOCK).then_some(offset),
+    })
+}

@@ -1,0 +1,308 @@
+//! A lane: one port, one thread with a tokio runtime of its own, one [`Engine`].
+//!
+//! The thread turns the engine while there is work, spins for a short adaptive time, then sleeps
+//! in tokio on the enclave's doorbell, the kernel's completions and the session's commands. A lane
+//! of its own keeps a hostile or busy enclave from delaying the control socket or another lane.
+//!
+//! Holds: the lane ends only after everything in flight has completed; its mapping and its files
+//! are released before the end is told.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::engine::{Engine, now_ns};
+use crate::files::HostFile;
+use crate::problem::log;
+use crate::socket::watch as watch_fd;
+use crate::stats::LaneStats;
+
+/// What a session asks of a lane.
+#[derive(Debug)]
+pub enum Command {
+    /// Accept descriptors for this file.
+    Open {
+        /// Its handle.
+        handle: u32,
+        /// The file.
+        file: Arc<HostFile>,
+        /// Told when it is known.
+        done: oneshot::Sender<()>,
+    },
+    /// Accept no further descriptors for this file.
+    Close {
+        /// Its handle.
+        handle: u32,
+        /// Told, or dropped, when nothing is in flight on it.
+        done: oneshot::Sender<()>,
+    },
+    /// Bring the statistics up to date.
+    Settle(oneshot::Sender<()>),
+    /// Take no further descriptors, finish what is in flight, end.
+    Stop,
+    /// A flush done on a thread: request index, 0 or a negative errno.
+    Flushed(usize, i64),
+}
+
+/// What a lane runs with.
+pub struct LaneParts {
+    /// Its data path.
+    pub engine: Engine,
+    /// The eventfd by which the enclave wakes it.
+    pub doorbell: OwnedFd,
+    /// Its counters.
+    pub stats: Arc<LaneStats>,
+    /// Longest time to spin before sleeping; zero: never spin.
+    pub spin: Duration,
+    /// Number of the lane, for its thread's name and its log lines.
+    pub number: u64,
+}
+
+/// The way to a running lane.
+#[derive(Debug)]
+pub struct LaneHandle {
+    /// Where its commands go.
+    pub commands: mpsc::UnboundedSender<Command>,
+    /// Its sender is gone when the lane has ended.
+    ended: watch::Receiver<()>,
+}
+
+impl LaneHandle {
+    /// Resolves when the lane has ended: drained, mapping and files released.
+    pub async fn ended(&mut self) {
+        while self.ended.changed().await.is_ok() {}
+    }
+}
+
+/// Starts the thread of a lane.
+///
+/// # Errors
+/// The host has no thread or descriptor left.
+pub fn start(parts: LaneParts) -> std::io::Result<LaneHandle> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+    let (commands, inbox) = mpsc::unbounded_channel();
+    let (alive, ended) = watch::channel(());
+    let LaneParts { engine, doorbell, stats, spin, number } = parts;
+    let (doorbell, completed) = {
+        let _runtime = runtime.enter();
+        let completed = engine.completed().try_clone()?;
+        (watch_fd(doorbell, Interest::READABLE)?, watch_fd(completed, Interest::READABLE)?)
+    };
+    let lane = Lane {
+        engine,
+        doorbell,
+        completed,
+        stats,
+        spinner: Spinner::new(spin),
+        number,
+        commands: commands.downgrade(),
+        inbox,
+        stopping: false,
+    };
+    std::thread::Builder::new().name(format!("lane-{number}")).spawn(move || {
+        runtime.block_on(lane.run());
+        drop(runtime);
+        drop(alive);
+    })?;
+    Ok(LaneHandle { commands, ended })
+}
+
+struct Lane {
+    engine: Engine,
+    doorbell: AsyncFd<OwnedFd>,
+    completed: AsyncFd<OwnedFd>,
+    stats: Arc<LaneStats>,
+    spinner: Spinner,
+    number: u64,
+    commands: mpsc::WeakUnboundedSender<Command>,
+    inbox: mpsc::UnboundedReceiver<Command>,
+    stopping: bool,
+}
+
+impl Lane {
+    async fn run(mut self) {
+        // Whether the last wake-up brought nothing: then spinning again would be a waste.
+        let mut in_vain = false;
+        loop {
+            while let Ok(command) = self.inbox.try_recv() {
+                self.obey(command);
+            }
+            let busy = self.turn();
+            if busy {
+                in_vain = false;
+                continue;
+            }
+            if self.stopping && self.engine.is_drained() {
+                break;
+            }
+            if !in_vain && self.spin() {
+                continue;
+            }
+            self.sleep().await;
+            in_vain = true;
+        }
+        self.engine.settle();
+    }
+
+    fn turn(&mut self) -> bool {
+        let busy = self.engine.turn().unwrap_or_else(|fault| {
+            self.stats.add(|c| &c.broken_rings, 1);
+            log(fault, format_args!("lane {}", self.number), "the lane ends; restart its program");
+            self.engine.stop();
+            self.stopping = true;
+            true
+        });
+        for flush in self.engine.take_thread_flushes() {
+            let commands = self.commands.upgrade();
+            tokio::task::spawn_blocking(move || {
+                let result = match rustix::fs::fdatasync(&flush.file) {
+                    Ok(()) => 0,
+                    Err(errno) => -i64::from(errno.raw_os_error()),
+                };
+                drop(flush.file);
+                if let Some(commands) = commands {
+                    // The lane waits for this before it ends.
+                    let _ = commands.send(Command::Flushed(flush.index, result));
+                }
+            });
+        }
+        busy
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Open { handle, file, done } => {
+                self.engine.add_file(handle, file);
+                let _ = done.send(());
+            }
+            Command::Close { handle, done } => self.engine.close_file(handle, done),
+            Command::Settle(done) => {
+                self.engine.settle();
+                let _ = done.send(());
+            }
+            Command::Stop => {
+                self.engine.stop();
+                self.stopping = true;
+            }
+            Command::Flushed(index, result) => self.engine.flushed(index, result),
+        }
+    }
+
+    /// Answers whether work came while spinning.
+    fn spin(&mut self) -> bool {
+        let Some(until) = self.spinner.begin() else { return false };
+        self.stats.add(|c| &c.spins, 1);
+        let won = loop {
+            if self.engine.has_submissions() || self.engine.has_completions() {
+                break true;
+            }
+            if now_ns() >= until {
+                break false;
+            }
+            std::hint::spin_loop();
+        };
+        self.spinner.end(won);
+        self.stats.add(|c| &c.spins_won, u64::from(won));
+        won
+    }
+
+    async fn sleep(&mut self) {
+        let mut command = None;
+        if self.engine.prepare_sleep() {
+            self.stats.add(|c| &c.sleeps, 1);
+            // Edge-triggered: an eventfd need not be read for its next signal to be seen.
+            tokio::select! {
+                biased;
+                guard = self.completed.readable() => {
+                    if let Ok(mut guard) = guard {
+                        guard.clear_ready();
+                    }
+                }
+                guard = self.doorbell.readable() => {
+                    self.stats.add(|c| &c.doorbells_received, 1);
+                    if let Ok(mut guard) = guard {
+                        guard.clear_ready();
+                    }
+                }
+                // `None`: the session forgot this lane without a word, which is a stop.
+                received = self.inbox.recv() => command = Some(received.unwrap_or(Command::Stop)),
+            }
+        }
+        self.engine.awake();
+        if let Some(command) = command {
+            self.obey(command);
+        }
+    }
+}
+
+/// Decides whether spinning pays: a spin that is lost costs credit, one that is won earns it; out
+/// of credit only every 32nd occasion is tried.
+#[derive(Debug)]
+struct Spinner {
+    longest_ns: u64,
+    credit: u32,
+    skipped: u32,
+}
+
+impl Spinner {
+    const MOST_CREDIT: u32 = 8;
+
+    fn new(longest: Duration) -> Self {
+        let longest_ns = u64::try_from(longest.as_nanos()).unwrap_or(u64::MAX);
+        Self { longest_ns, credit: Self::MOST_CREDIT, skipped: 0 }
+    }
+
+    /// Until when to spin, CLOCK_MONOTONIC nanoseconds; `None`: not now.
+    fn begin(&mut self) -> Option<u64> {
+        if self.longest_ns == 0 {
+            return None;
+        }
+        if self.credit == 0 {
+            self.skipped += 1;
+            if self.skipped < 32 {
+                return None;
+            }
+            self.skipped = 0;
+        }
+        Some(now_ns().saturating_add(self.longest_ns))
+    }
+
+    fn end(&mut self, won: bool) {
+        self.credit = if won {
+            (self.credit + 2).min(Self::MOST_CREDIT)
+        } else {
+            self.credit.saturating_sub(1)
+        };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_spinner_that_always_loses_tries_one_occasion_in_32() {
+        let mut spinner = Spinner::new(Duration::from_nanos(1));
+        let mut spun = 0;
+        for _ in 0..Spinner::MOST_CREDIT + 320 {
+            if spinner.begin().is_some() {
+                spun += 1;
+                spinner.end(false);
+            }
+        }
+        assert_eq!(spun, Spinner::MOST_CREDIT + 10);
+        assert!(Spinner::new(Duration::ZERO).begin().is_none());
+    }
+
+    #[test]
+    fn a_spinner_that_wins_again_spins_again() {
+        let mut spinner = Spinner::new(Duration::from_nanos(1));
+        spinner.credit = 0;
+        spinner.end(true);
+        assert!(spinner.begin().is_some());
+    }
+}

@@ -1,0 +1,430 @@
+//! Loads the eBPF probes and reads what they found out.
+//!
+//! The probes see every request of one process from the kernel's side: io_submit, the block layer's
+//! completion, io_getevents. What they record, and what a stage means, stands in
+//! [`postern_ebpf_common`].
+//!
+//! Holds: the kernel removes the programs when [`Probes`] is dropped or the process dies; without
+//! probes the daemon works the same, with times of its own. Does not hold: that every kernel can
+//! tell when the device was done; [`Probes::notes`] says when it can not.
+
+mod btf;
+mod error;
+mod kernel;
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::{Path, PathBuf};
+
+use aya::maps::{MapData, PerCpuArray};
+use aya::programs::{BtfTracePoint, ProgramError, TracePoint};
+use aya::{Btf, Ebpf, EbpfError, EbpfLoader};
+use postern_ebpf_common::counter::{COUNTERS, NAMES, WRITERS};
+use postern_ebpf_common::histogram::{HISTOGRAM_WORDS, quantile};
+use postern_ebpf_common::{OPERATIONS, STAGES, config, series};
+
+use crate::stats::StageRow;
+pub use error::ProbesUnavailable;
+
+/// Environment variable with the path of the object.
+pub const OBJECT_VARIABLE: &str = "POSTERN_PROBES";
+/// File name of the object, looked for beside the executable.
+pub const OBJECT_NAME: &str = "postern-probes.o";
+
+/// Probes of system calls: program, tracepoint.
+const SYSTEM_CALLS: [(&str, &str); 3] = [
+    ("exit_io_getevents", "sys_exit_io_getevents"),
+    ("exit_io_submit", "sys_exit_io_submit"),
+    ("enter_io_submit", "sys_enter_io_submit"),
+];
+const PGETEVENTS: (&str, &str) = ("exit_io_pgetevents", "sys_exit_io_pgetevents");
+/// Probes of the block layer (program and tracepoint have one name): argument that leads to the bio,
+/// and its type.
+const BLOCK_LAYER: [(&str, usize, &str); 2] =
+    [("block_rq_complete", 0, "request"), ("block_bio_complete", 1, "bio")];
+
+const TRACEFS: &str = "/sys/kernel/tracing";
+
+/// Running probes. Dropping them detaches and unloads them.
+pub struct Probes {
+    histograms: PerCpuArray<MapData, [u64; HISTOGRAM_WORDS]>,
+    counters: PerCpuArray<MapData, [u64; COUNTERS]>,
+    notes: Vec<String>,
+    ebpf: Ebpf,
+}
+
+/// What one probe costs, as far as the kernel counts it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ProgramCost {
+    /// Name of the program.
+    pub name: String,
+    /// The kernel's number for it.
+    pub id: u64,
+    /// Times it ran; 0 unless the sysctl `kernel.bpf_stats_enabled` is set.
+    pub runs: u64,
+    /// Nanoseconds all runs took; 0 unless that sysctl is set.
+    pub run_ns: u64,
+    /// Times it was left out because it was already running on that CPU.
+    pub missed: u64,
+    /// Instructions the kernel's verifier looked at.
+    pub verified_instructions: u64,
+}
+
+impl Probes {
+    /// Loads the probes and attaches them to the process `tgid` (a number in the caller's process-id
+    /// namespace).
+    ///
+    /// The object is `object`, else `$POSTERN_PROBES`, else `postern-probes.o` beside the
+    /// executable. tracefs is mounted at its usual place if it is not, and stays mounted.
+    ///
+    /// # Errors
+    /// Why the probes can not run; what the block layer's probes lack is only a note.
+    pub fn load(object: Option<&Path>, tgid: u32) -> Result<Self, ProbesUnavailable> {
+        let path = object_path(object)?;
+        let bytes = std::fs::read(&path).map_err(|error| ProbesUnavailable::Object {
+            path: path.clone(),
+            reason: error.to_string(),
+        })?;
+        let mut notes = Vec::new();
+        let types = btf::KernelTypes::of_this_kernel()
+            .map_err(|reason| ProbesUnavailable::NoTypes { reason })?;
+        provide_tracefs(&mut notes)?;
+
+        let mut words = [0; config::WORDS];
+        kernel::set_process(&mut words, tgid);
+        kernel::set_arguments(&mut words, &types)
+            .map_err(|what| ProbesUnavailable::Kernel { what })?;
+        let device = kernel::set_device(&mut words, &types);
+
+        let mut ebpf = EbpfLoader::new()
+            .btf(None)
+            .override_global(config::SYMBOL, &words[..], true)
+            .load(&bytes)
+            .map_err(|error| refused_object(&path, &error))?;
+        for (program, tracepoint) in SYSTEM_CALLS {
+            attach_system_call(&mut ebpf, program, tracepoint)?;
+        }
+        let (program, tracepoint) = PGETEVENTS;
+        if let Err(error) = attach_system_call(&mut ebpf, program, tracepoint) {
+            notes.push(format!("io_pgetevents is not traced: {error}"));
+        }
+        match device {
+            Ok(()) => attach_block_layer(&mut ebpf, &types, &mut notes),
+            Err(reason) => notes.push(no_device(&reason)),
+        }
+        let histograms = map(&mut ebpf, "HISTOGRAMS", &path)?;
+        let counters = map(&mut ebpf, "COUNTERS", &path)?;
+        Ok(Self { histograms, counters, notes, ebpf })
+    }
+
+    /// Latency by stage and operation since the probes were loaded, in the order of a request's way.
+    /// Combinations that did not occur are left out.
+    #[must_use]
+    pub fn rows(&self) -> Vec<StageRow> {
+        let mut rows = Vec::new();
+        for (stage, stage_name) in (0..).zip(STAGES) {
+            for (op, operation) in (1..).zip(&OPERATIONS[1..]) {
+                rows.extend(self.row(series(stage, op), stage_name, operation));
+            }
+        }
+        rows
+    }
+
+    fn row(&self, series: u64, stage: &str, operation: &str) -> Option<StageRow> {
+        let each_cpu = self.histograms.get(&u32::try_from(series).ok()?, 0).ok()?;
+        let (mut sum_ns, mut max_ns) = (0u64, 0);
+        let mut buckets = vec![0u64; HISTOGRAM_WORDS - 2];
+        for [sum, max, rest @ ..] in each_cpu.iter() {
+            sum_ns = sum_ns.wrapping_add(*sum);
+            max_ns = max_ns.max(*max);
+            for (total, n) in buckets.iter_mut().zip(rest) {
+                *total += n;
+            }
+        }
+        let count = buckets.iter().sum();
+        (count > 0).then(|| StageRow {
+            stage: stage.to_owned(),
+            operation: operation.to_owned(),
+            count,
+            p50_ns: quantile(&buckets, max_ns, 500),
+            p99_ns: quantile(&buckets, max_ns, 990),
+            p999_ns: quantile(&buckets, max_ns, 999),
+            max_ns,
+            sum_ns,
+        })
+    }
+
+    /// What was counted instead of recorded, by name; also the requests seen and, for each program
+    /// that missed a run, `missed_PROGRAM`.
+    #[must_use]
+    pub fn counters(&self) -> BTreeMap<String, u64> {
+        let mut totals = [0u64; COUNTERS];
+        for writer in 0..WRITERS {
+            // The kernel answers every index below the map's size.
+            let Ok(each_cpu) = self.counters.get(&writer, 0) else { continue };
+            for cpu in each_cpu.iter() {
+                for (total, n) in totals.iter_mut().zip(cpu) {
+                    *total += n;
+                }
+            }
+        }
+        let mut named: BTreeMap<String, u64> =
+            NAMES.iter().map(|name| (*name).to_owned()).zip(totals).collect();
+        for cost in self.costs() {
+            named.insert(format!("missed_{}", cost.name), cost.missed);
+        }
+        named
+    }
+
+    /// What an operator should know to read the numbers: what could not be attached and what follows
+    /// from it. Empty when everything runs as it should.
+    #[must_use]
+    pub fn notes(&self) -> Vec<String> {
+        let mut notes = self.notes.clone();
+        let rows = self.rows();
+        let on_device = |stage: &str| {
+            let rows = rows.iter().filter(|r| r.stage == stage && r.operation != OPERATIONS[3]);
+            rows.map(|r| r.count).sum::<u64>()
+        };
+        if self.traces_device() && on_device(STAGES[2]) > 0 && on_device(STAGES[3]) == 0 {
+            notes.push(no_device(
+                "no completion in the block layer could be led back to a request; \
+                 the file system may keep its own records, or serve all from memory",
+            ));
+        }
+        notes
+    }
+
+    /// Whether a probe of the block layer runs.
+    #[must_use]
+    pub fn traces_device(&self) -> bool {
+        BLOCK_LAYER
+            .iter()
+            .any(|(name, ..)| self.ebpf.program(name).is_some_and(|program| program.fd().is_ok()))
+    }
+
+    /// What each attached program costs, by name.
+    #[must_use]
+    pub fn costs(&self) -> Vec<ProgramCost> {
+        let mut costs: Vec<_> = self
+            .ebpf
+            .programs()
+            .filter_map(|(name, program)| {
+                let fd = program.fd().ok()?.as_fd().as_raw_fd();
+                let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).ok()?;
+                Some(cost_of(name, &info))
+            })
+            .collect();
+        costs.sort_by(|a, b| a.name.cmp(&b.name));
+        costs
+    }
+}
+
+impl std::fmt::Debug for Probes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Probes").field("notes", &self.notes).finish_non_exhaustive()
+    }
+}
+
+/// Follows `bpf_prog_show_fdinfo` in Linux kernel/bpf/syscall.c: `name:\tnumber` lines.
+fn cost_of(name: &str, fdinfo: &str) -> ProgramCost {
+    let field = |wanted: &str| {
+        let value =
+            |line: &str| line.split_once(":\t").filter(|(n, _)| *n == wanted)?.1.parse().ok();
+        fdinfo.lines().find_map(value).unwrap_or(0)
+    };
+    ProgramCost {
+        name: name.to_owned(),
+        id: field("prog_id"),
+        runs: field("run_cnt"),
+        run_ns: field("run_time_ns"),
+        missed: field("recursion_misses"),
+        verified_instructions: field("verified_insns"),
+    }
+}
+
+fn no_device(reason: &str) -> String {
+    format!("device times are not exact, stage `device` contains `reap`: {reason}")
+}
+
+fn object_path(given: Option<&Path>) -> Result<PathBuf, ProbesUnavailable> {
+    if let Some(path) = given {
+        return Ok(path.to_owned());
+    }
+    if let Some(path) = std::env::var_os(OBJECT_VARIABLE) {
+        return Ok(path.into());
+    }
+    let beside = std::env::current_exe().map(|exe| exe.with_file_name(OBJECT_NAME));
+    beside.map_err(|error| ProbesUnavailable::Object {
+        path: OBJECT_NAME.into(),
+        reason: format!("where this program lies is not known: {error}"),
+    })
+}
+
+/// Sees that the tracepoints' file system is mounted.
+fn provide_tracefs(notes: &mut Vec<String>) -> Result<(), ProbesUnavailable> {
+    let mounted = || {
+        [TRACEFS, "/sys/kernel/debug/tracing"].iter().any(|p| Path::new(p).join("events").exists())
+    };
+    if mounted() {
+        return Ok(());
+    }
+    // SAFETY: all three are constant strings that end in a zero; tracefs takes no data.
+    let result = unsafe {
+        libc::mount(
+            c"tracefs".as_ptr(),
+            c"/sys/kernel/tracing".as_ptr(),
+            c"tracefs".as_ptr(),
+            libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC,
+            std::ptr::null(),
+        )
+    };
+    let reason = std::io::Error::last_os_error();
+    if mounted() {
+        if result == 0 {
+            notes.push(format!("mounted tracefs at {TRACEFS}"));
+        }
+        return Ok(());
+    }
+    Err(ProbesUnavailable::NoTracefs { reason })
+}
+
+fn attach_system_call(
+    ebpf: &mut Ebpf,
+    program: &str,
+    tracepoint: &str,
+) -> Result<(), ProbesUnavailable> {
+    let attach = |ebpf: &mut Ebpf| {
+        let found: &mut TracePoint =
+            ebpf.program_mut(program).ok_or(ProgramError::NotLoaded)?.try_into()?;
+        found.load()?;
+        found.attach("syscalls", tracepoint).map(drop)
+    };
+    attach(ebpf).map_err(|error| match error {
+        ProgramError::TracePointError(_) if os_error(&error) == Some(libc::EACCES) => {
+            ProbesUnavailable::NotPermitted { what: format!("reading the tracepoint {tracepoint}") }
+        }
+        ProgramError::TracePointError(_) => ProbesUnavailable::Kernel {
+            what: format!("the tracepoint {tracepoint} ({})", chain(&error)),
+        },
+        other => refused(&format!("the program {program}"), &other),
+    })
+}
+
+/// Attaches what can be attached of the block layer's probes; says in `notes` what can not.
+fn attach_block_layer(ebpf: &mut Ebpf, types: &btf::KernelTypes, notes: &mut Vec<String>) {
+    let btf = match Btf::from_sys_fs() {
+        Ok(btf) => btf,
+        Err(error) => return notes.push(no_device(&chain(&error))),
+    };
+    let mut attached = 0;
+    for (name, argument, pointee) in BLOCK_LAYER {
+        let attach = |ebpf: &mut Ebpf| {
+            let program: &mut BtfTracePoint =
+                ebpf.program_mut(name).ok_or(ProgramError::NotLoaded)?.try_into()?;
+            program.load(name, &btf)?;
+            program.attach().map(drop)
+        };
+        if !types.tracepoint_takes(name, argument, pointee) {
+            notes.push(format!("{name} is not traced: this kernel has no such tracepoint"));
+        } else if let Err(error) = attach(ebpf) {
+            let error = refused(&format!("the program {name}"), &error);
+            notes.push(format!("{name} is not traced: {error}"));
+        } else {
+            attached += 1;
+        }
+    }
+    if attached == 0 {
+        notes.push(no_device("no probe of the block layer could be attached"));
+    }
+}
+
+fn map<V: aya::Pod>(
+    ebpf: &mut Ebpf,
+    name: &str,
+    path: &Path,
+) -> Result<PerCpuArray<MapData, V>, ProbesUnavailable> {
+    let unusable = |reason: String| ProbesUnavailable::Object { path: path.to_owned(), reason };
+    let map = ebpf.take_map(name).ok_or_else(|| unusable(format!("it has no map {name}")))?;
+    map.try_into().map_err(|error: aya::maps::MapError| unusable(format!("{name}: {error}")))
+}
+
+fn refused_object(path: &Path, error: &EbpfError) -> ProbesUnavailable {
+    match error {
+        EbpfError::MapError(_) | EbpfError::ProgramError(_) => refused("the probes' maps", error),
+        _ => ProbesUnavailable::Object { path: path.to_owned(), reason: chain(error) },
+    }
+}
+
+/// EPERM is for want of privileges; EACCES is how the verifier refuses.
+fn refused(what: &str, error: &(dyn std::error::Error + 'static)) -> ProbesUnavailable {
+    if os_error(error) == Some(libc::EPERM) {
+        return ProbesUnavailable::NotPermitted { what: what.to_owned() };
+    }
+    ProbesUnavailable::Refused { what: format!("{what} ({})", chain(error)) }
+}
+
+/// The system's error number at the root of an error.
+fn os_error(error: &(dyn std::error::Error + 'static)) -> Option<i32> {
+    let this = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::raw_os_error);
+    this.or_else(|| error.source().and_then(os_error))
+}
+
+/// An error and its causes in one line, of a long verifier log the end.
+fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    const MOST: usize = 400;
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(this) = cause {
+        text = format!("{text}: {this}");
+        cause = this.source();
+    }
+    let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    match line.char_indices().rev().nth(MOST) {
+        Some((at, _)) => format!("... {}", &line[at..]),
+        None => line,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_object_is_named_with_its_remedy() {
+        let path = Path::new("/nowhere/postern-probes.o");
+        let error = Probes::load(Some(path), 1).unwrap_err();
+        assert!(matches!(&error, ProbesUnavailable::Object { path: p, .. } if p == path));
+        let text = error.to_string();
+        assert!(text.contains("/nowhere/postern-probes.o"), "{text}");
+        assert!(text.contains("cargo xtask setup"), "{text}");
+        assert!(!text.contains('\n'), "{text}");
+    }
+
+    /// The text is what Linux 6.18 prints.
+    #[test]
+    fn costs_are_read_from_the_kernels_own_account() {
+        let info = "pos:\t0\nflags:\t02000002\nprog_type:\t5\nprog_id:\t4\nrun_time_ns:\t1234\nrun_cnt:\t56\n\
+                    recursion_misses:\t7\nverified_insns:\t890\n";
+        let cost = cost_of("enter", info);
+        assert_eq!((cost.id, cost.runs, cost.run_ns), (4, 56, 1234));
+        assert_eq!((cost.missed, cost.verified_instructions), (7, 890));
+        assert_eq!(cost_of("old", "pos:\t0\n").missed, 0);
+    }
+
+    #[test]
+    fn a_refusal_keeps_the_end_of_a_long_explanation_in_one_line() {
+        let long = format!("{}\nthe last line", "instruction\n".repeat(1000));
+        let text = refused("the program x", &std::io::Error::other(long)).to_string();
+        assert!(text.contains("the last line"), "{text}");
+        assert!(!text.contains('\n') && text.len() < 800, "{text}");
+    }
+
+    #[test]
+    fn want_of_privileges_is_told_from_a_refusal_by_the_verifier() {
+        let denied = std::io::Error::from_raw_os_error(libc::EPERM);
+        assert!(matches!(refused("a map", &denied), ProbesUnavailable::NotPermitted { .. }));
+        let other = std::io::Error::from_raw_os_error(libc::EACCES);
+        assert!(matches!(refused("a program", &other), ProbesUnavailable::Refused { .. }));
+    }
+}

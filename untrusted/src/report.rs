@@ -1,0 +1,56 @@
+//! Makes the statistics report: the probes' rows where there are probes, the daemon's own beside.
+
+use std::path::Path;
+
+use crate::problem::log;
+use crate::session::Sessions;
+use crate::stats::{StageRow, StatsReport};
+
+/// Where stage latencies come from.
+#[derive(Debug)]
+pub enum Source {
+    /// The probes.
+    Probes(Box<crate::probes::Probes>),
+    /// The daemon's own clock, and why: what is missing and what to do.
+    Daemon(String),
+}
+
+impl Source {
+    /// Loads the probes for this process, unless `wanted` is false.
+    #[must_use]
+    pub fn load(wanted: bool, object: Option<&Path>) -> Self {
+        if !wanted {
+            return Self::Daemon("probes are off; start posternd without --no-probes".to_owned());
+        }
+        match crate::probes::Probes::load(object, std::process::id()) {
+            Ok(probes) => Self::Probes(Box::new(probes)),
+            Err(unavailable) => {
+                log("no eBPF probes", &unavailable, "stages are taken by the daemon's own clock");
+                Self::Daemon(unavailable.to_string())
+            }
+        }
+    }
+}
+
+/// The report as of now.
+#[must_use]
+pub fn report(sessions: &Sessions, source: &Source) -> StatsReport {
+    let (daemon_stages, mut counters) = sessions.hub().merged();
+    let (sessions, lanes) = sessions.counts();
+    let (name, note, stages): (_, _, Vec<StageRow>) = match source {
+        Source::Probes(probes) => {
+            counters.extend(probes.counters());
+            ("ebpf", None, probes.rows())
+        }
+        Source::Daemon(why) => ("daemon", Some(why.clone()), daemon_stages.clone()),
+    };
+    StatsReport {
+        source: name.to_owned(),
+        source_note: note,
+        stages,
+        daemon_stages,
+        counters,
+        sessions,
+        lanes,
+    }
+}
