@@ -1,2 +1,45 @@
-//! postern.
-fn main() {}
+//! The operator's command: run a program on sealed volumes, make volumes, look at them.
+//!
+//! Holds: every failure is one line on stderr and an exit code of its own (see [`error`]); keys
+//! never appear in an argument, a message or a file that was not asked for.
+
+mod cli;
+mod control;
+mod disk;
+mod error;
+mod key;
+mod run;
+mod size;
+mod stats;
+mod volume;
+
+use std::process::ExitCode;
+
+use crate::{
+    cli::Command,
+    error::{Exit, Failure},
+};
+
+fn main() -> ExitCode {
+    match dispatch() {
+        Ok(code) => ExitCode::from(code),
+        Err(failure) => {
+            eprintln!("{failure}");
+            ExitCode::from(failure.exit as u8)
+        }
+    }
+}
+
+fn dispatch() -> Result<u8, Failure> {
+    let Some(cli) = cli::parse(std::env::args_os())? else { return Ok(0) };
+    match cli.command {
+        Command::Run(args) => run::run(&args),
+        Command::Format(args) => volume::format(&args).map(|()| 0),
+        Command::Info(args) => volume::info(&args).map(|()| 0),
+        Command::Verify(args) => {
+            let whole = volume::verify(&args)?;
+            Ok(if whole { 0 } else { Exit::Damaged as u8 })
+        }
+        Command::Stats(args) => stats::show(&args).map(|()| 0),
+    }
+}

@@ -1,2 +1,65 @@
-//! xtask.
-fn main() {}
+//! Developer tasks: the same commands for a person and for continuous integration.
+
+mod bench;
+mod bpf;
+mod build;
+mod check;
+mod demo;
+mod fio;
+mod proofs;
+mod setup;
+mod shell;
+mod stages;
+mod test;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::shell::Tree;
+
+/// Tasks of this repository. The first two to know: `demo` shows it, `test` proves it.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Run fio on a sealed volume; show latency per stage; prove sealing and integrity
+    Demo,
+    /// Set up, build, check, and run every test
+    Test,
+    /// Run the end-to-end tests alone, on the parts that were built last
+    E2e,
+    /// Measure against raw I/O, in interleaved pairs
+    Bench(bench::Options),
+    /// Build the release parts side by side in target/release
+    Build,
+    /// Check format, lints and documentation
+    Check,
+    /// Install what is missing: fio, strace, libaio, the eBPF toolchain
+    Setup,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let done = Tree::find().and_then(|tree| match cli.task {
+        Task::Demo => demo::all(&tree),
+        Task::Test => test::all(&tree),
+        Task::E2e => test::end_to_end(&tree),
+        Task::Bench(options) => bench::all(&tree, &options),
+        Task::Build => build::all(&tree),
+        Task::Check => check::all(&tree),
+        Task::Setup => setup::all(),
+    });
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

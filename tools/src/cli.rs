@@ -1,0 +1,231 @@
+//! The command line, and its refusals in one line.
+
+use std::{ffi::OsString, path::PathBuf};
+
+use clap::{Args, Parser, Subcommand, error::ErrorKind};
+
+use crate::{
+    error::{Exit, Failure},
+    size,
+};
+
+const EXIT_CODES: &str = "\
+Exit codes (of `run`, when the program ran: the program's own, or 128 + signal):
+   0  done                            70  a fault of Postern or its installation
+  64  the command line is wrong       72  no room on the host
+  65  the volume is damaged           73  the volume is in use
+  66  no such volume                  74  the host failed to read or write
+  67  no key, or not this volume's    77  the host refuses access
+  68  no direct I/O on the host      126  the program cannot be run inside
+  69  the daemon is not there        127  no such program";
+
+const RUN_EXAMPLES: &str = "\
+Examples:
+  Make a 1 GiB volume and let fio write to it and verify what it wrote:
+    postern run --volume /sealed/data=/srv/data.vol --create 1G -- \\
+      fio --name=t --filename=/sealed/data --ioengine=libaio --direct=1 \\
+          --rw=randrw --bs=4k --iodepth=32 --size=1g --verify=crc32c
+
+  The same volume again, with a key of one's own and the latency of every stage saved:
+    postern run --volume /sealed/data=/srv/data.vol --key-file /etc/postern/data.key \\
+      --stats stages.json -- mydatabase --datafile /sealed/data";
+
+/// Native AIO on sealed volumes for unmodified programs inside an enclave.
+///
+/// A volume is one host file of sealed 4 KiB blocks. The program sees it as a plain file; the host
+/// sees neither a key nor a plaintext byte.
+#[derive(Debug, Parser)]
+#[command(name = "postern", version, after_help = EXIT_CODES, after_long_help = EXIT_CODES)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a program with sealed volumes under the paths it opens
+    #[command(after_help = RUN_EXAMPLES, after_long_help = format!("{RUN_EXAMPLES}\n\n{EXIT_CODES}"))]
+    Run(RunArgs),
+    /// Make a volume in a new host file
+    #[command(
+        after_help = "Example:\n  postern format /srv/data.vol --size 64G --key-file /etc/postern/data.key"
+    )]
+    Format(FormatArgs),
+    /// Show what a volume is: size, state, journal
+    Info(VolumeArgs),
+    /// Read and authenticate everything in a volume; report each damaged range. Never writes
+    #[command(after_help = "Exit code 0: whole. 65: damage, each range on a line of its own.")]
+    Verify(VolumeArgs),
+    /// Latency per stage of a running daemon
+    Stats(StatsArgs),
+}
+
+/// `postern run`.
+#[derive(Args, Debug)]
+pub struct RunArgs {
+    /// The program sees the volume in HOST_FILE under the absolute path GUEST_PATH; may be repeated
+    #[arg(long, value_name = "GUEST_PATH=HOST_FILE", required = true)]
+    pub volume: Vec<OsString>,
+    /// Key of the volumes: 32 bytes, or 64 hexadecimal digits. Without it a development key beside
+    /// each volume is used, HOST_FILE.key
+    #[arg(long, value_name = "FILE")]
+    pub key_file: Option<PathBuf>,
+    /// Make volumes that do not exist, SIZE bytes each (K, M, G, T: powers of 1024)
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    pub create: Option<u64>,
+    /// Use the daemon that listens here and start none; HOST_FILE is then the daemon's name for it
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["create", "allow_buffered", "no_probes"], requires = "key_file")]
+    pub socket: Option<PathBuf>,
+    /// Save the daemon's statistics (JSON) when the program has ended
+    #[arg(long, value_name = "FILE")]
+    pub stats: Option<PathBuf>,
+    /// Save what the daemon says (its standard error)
+    #[arg(long, value_name = "FILE", conflicts_with = "socket")]
+    pub daemon_log: Option<PathBuf>,
+    /// Go on through the page cache where the host file system does no direct I/O
+    #[arg(long)]
+    pub allow_buffered: bool,
+    /// Load no eBPF probes; stages are then timed by the daemon's own clock
+    #[arg(long)]
+    pub no_probes: bool,
+    /// The program and its arguments
+    #[arg(last = true, required = true, value_name = "PROGRAM")]
+    pub program: Vec<OsString>,
+}
+
+/// `postern format`.
+#[derive(Args, Debug)]
+pub struct FormatArgs {
+    /// The host file to make; it must not exist or be empty
+    pub host_file: PathBuf,
+    /// Bytes that the guest may store (K, M, G, T: powers of 1024)
+    #[arg(long, value_parser = size::parse)]
+    pub size: u64,
+    /// Key: 32 bytes, or 64 hexadecimal digits. Without it a development key HOST_FILE.key is made
+    #[arg(long, value_name = "FILE")]
+    pub key_file: Option<PathBuf>,
+    /// Go on through the page cache where the host file system does no direct I/O
+    #[arg(long)]
+    pub allow_buffered: bool,
+    /// Answer as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `postern info` and `postern verify`.
+#[derive(Args, Debug)]
+pub struct VolumeArgs {
+    /// The host file of the volume
+    pub host_file: PathBuf,
+    /// Key of the volume; without it HOST_FILE.key
+    #[arg(long, value_name = "FILE")]
+    pub key_file: Option<PathBuf>,
+    /// Go on through the page cache where the host file system does no direct I/O
+    #[arg(long)]
+    pub allow_buffered: bool,
+    /// Answer as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `postern stats`.
+#[derive(Args, Debug)]
+pub struct StatsArgs {
+    /// The daemon's control socket
+    #[arg(long, value_name = "PATH")]
+    pub socket: PathBuf,
+    /// Print the daemon's JSON as it is
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Reads the command line. `Ok(None)`: help or the version was printed.
+///
+/// # Errors
+/// [`Exit::Usage`] with the first thing that is wrong.
+pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Option<Cli>, Failure> {
+    let error = match Cli::try_parse_from(arguments) {
+        Ok(cli) => return Ok(Some(cli)),
+        Err(error) => error,
+    };
+    match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+            // A reader that has gone away needs no help.
+            let _ = error.print();
+            Ok(None)
+        }
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            Err(Failure::new(Exit::Usage, "no command", "postern", "see `postern --help`"))
+        }
+        _ => Err(Failure::new(Exit::Usage, first_line(&error), "command line", help_for(&error))),
+    }
+}
+
+/// The first paragraph of clap's message as one line, without its `error:`.
+fn first_line(error: &clap::Error) -> String {
+    let text = error.to_string();
+    let paragraph: Vec<&str> =
+        text.lines().map(str::trim).take_while(|line| !line.is_empty()).collect();
+    let line = paragraph.join(" ");
+    line.strip_prefix("error: ").unwrap_or(&line).to_owned()
+}
+
+/// Which help to read: clap names the command in its usage line.
+fn help_for(error: &clap::Error) -> String {
+    let text = error.to_string();
+    let command = ["run", "format", "info", "verify", "stats"]
+        .into_iter()
+        .find(|name| text.contains(&format!("Usage: postern {name}")));
+    command.map_or_else(
+        || "see `postern --help`".to_owned(),
+        |name| format!("see `postern {name} --help`"),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(line: &str) -> Result<Option<Cli>, Failure> {
+        parse(std::iter::once("postern").chain(line.split_whitespace()).map(OsString::from))
+    }
+
+    #[test]
+    fn the_definition_is_sound() {
+        use clap::CommandFactory as _;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn what_follows_the_dashes_belongs_to_the_program() {
+        let cli = of("run --volume /a=b --create 1G -- fio --size=1g -- x").unwrap().unwrap();
+        let Command::Run(run) = cli.command else { panic!("not run") };
+        assert_eq!(run.program, ["fio", "--size=1g", "--", "x"]);
+        assert_eq!(run.create, Some(1 << 30));
+    }
+
+    #[test]
+    fn each_refusal_is_one_line_with_exit_code_64() {
+        for line in [
+            "",
+            "frobnicate",
+            "run",
+            "run --volume /a=b",
+            "run --volume /a=b --create 1X -- true",
+            "run --volume /a=b --socket s -- true",
+            "run --volume /a=b --key-file k --socket s --create 1G -- true",
+            "run --volume /a=b true",
+            "format v",
+            "format v --size 0",
+            "info",
+            "stats",
+        ] {
+            let failure = of(line).unwrap_err();
+            assert_eq!(failure.exit, Exit::Usage, "{line}");
+            assert!(!failure.to_string().contains('\n'), "{failure}");
+            assert!(failure.to_string().contains("--help`"), "{failure}");
+        }
+    }
+}

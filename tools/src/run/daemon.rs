@@ -1,0 +1,252 @@
+//! The daemon of one run: started, watched until ready, stopped.
+//!
+//! Holds: the daemon does not outlive the launcher (parent-death signal), sits in a process group
+//! of its own so that Ctrl-C does not take it from under the program, and is never left behind.
+
+use std::{
+    ffi::OsString,
+    fs::File,
+    io::{self, Read as _},
+    os::unix::process::CommandExt as _,
+    path::{Path, PathBuf},
+    process::{Child, ChildStdout, Command, ExitStatus, Stdio},
+    time::{Duration, Instant},
+};
+
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
+    process::{Pid, Signal, getppid, kill_process, set_parent_process_death_signal},
+};
+
+use crate::{
+    error::{Exit, Failure},
+    run::signals::Signals,
+};
+
+/// First words of the line that the daemon prints when it listens.
+const READY: &str = "posternd: ready on ";
+/// Loading and verifying the probes is the long part of a start.
+const READY_WITHIN: Duration = Duration::from_secs(20);
+/// A daemon told to stop lets what is in flight complete.
+const STOP_WITHIN: Duration = Duration::from_secs(20);
+
+/// What the daemon is started with.
+pub struct Orders<'a> {
+    /// Its executable.
+    pub executable: &'a Path,
+    /// Where it listens.
+    pub socket: &'a Path,
+    /// Name and absolute path of each host file.
+    pub files: Vec<(&'a str, &'a Path)>,
+    /// Where it leaves its statistics when it stops.
+    pub stats: &'a Path,
+    /// Where its standard error goes.
+    pub log: PathBuf,
+    /// Take host files that refuse `O_DIRECT`.
+    pub allow_buffered: bool,
+    /// Load no probes.
+    pub no_probes: bool,
+}
+
+/// Why no daemon is running.
+pub enum NotStarted {
+    /// It failed.
+    Failed(Failure),
+    /// A signal asked the launcher to end.
+    Interrupted(i32),
+}
+
+/// A running daemon; killed when dropped before [`Daemon::stop`].
+pub struct Daemon {
+    child: Child,
+    /// Kept open so that the daemon can print at any time.
+    _stdout: Option<ChildStdout>,
+    log: PathBuf,
+    ended: Option<ExitStatus>,
+}
+
+impl Daemon {
+    /// Starts the daemon and waits until it listens.
+    ///
+    /// # Errors
+    /// [`Exit::NoDaemon`] with its last words if it does not come up.
+    pub fn start(orders: &Orders<'_>, signals: &Signals) -> Result<Self, NotStarted> {
+        let mut daemon = Self::spawn(orders, signals).map_err(NotStarted::Failed)?;
+        daemon.wait_until_ready(signals)?;
+        Ok(daemon)
+    }
+
+    fn spawn(orders: &Orders<'_>, signals: &Signals) -> Result<Self, Failure> {
+        let log = File::create(&orders.log)
+            .map_err(|e| Failure::io("cannot write the daemon's log", orders.log.display(), &e))?;
+        let mut command = Command::new(orders.executable);
+        command.arg("--socket").arg(orders.socket).arg("--stats-file").arg(orders.stats);
+        for (name, path) in &orders.files {
+            let mut file = OsString::from(name);
+            file.push("=");
+            file.push(path);
+            command.arg("--file").arg(file);
+        }
+        if orders.allow_buffered {
+            command.arg("--allow-buffered");
+        }
+        if orders.no_probes {
+            command.arg("--no-probes");
+        }
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log).process_group(0);
+        signals.restore_in(&mut command);
+        let launcher = rustix::process::getpid();
+        // SAFETY: 1. The closure runs between fork and exec: two system calls, nothing allocates.
+        unsafe {
+            command.pre_exec(move || {
+                set_parent_process_death_signal(Some(Signal::TERM))?;
+                // The launcher may have died before the line above.
+                if getppid() == Some(launcher) { Ok(()) } else { Err(Errno::SRCH.into()) }
+            });
+        }
+        let mut child = command.spawn().map_err(|error| {
+            Failure::new(
+                Exit::Internal,
+                format_args!("cannot start the daemon: {error}"),
+                orders.executable.display(),
+                "it must be an executable file",
+            )
+        })?;
+        let stdout = child.stdout.take();
+        Ok(Self { child, _stdout: stdout, log: orders.log.clone(), ended: None })
+    }
+
+    fn wait_until_ready(&mut self, signals: &Signals) -> Result<(), NotStarted> {
+        let Some(mut stdout) = self._stdout.take() else {
+            return Err(NotStarted::Failed(self.failed_to_start("it has no standard output")));
+        };
+        let started = Instant::now();
+        let mut said = Vec::new();
+        loop {
+            if let Some(number) = signals.wait(Some(Duration::ZERO)).and_then(|s| s.ends()) {
+                return Err(NotStarted::Interrupted(number));
+            }
+            if started.elapsed() > READY_WITHIN {
+                return Err(NotStarted::Failed(
+                    self.failed_to_start("it did not get ready in time"),
+                ));
+            }
+            let tick = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
+            let mut wait = [PollFd::new(&stdout, PollFlags::IN)];
+            match poll(&mut wait, Some(&tick)) {
+                Ok(0) | Err(Errno::INTR) => continue,
+                Ok(_) => {}
+                Err(errno) => {
+                    let why = io::Error::from(errno).to_string();
+                    return Err(NotStarted::Failed(self.failed_to_start(&why)));
+                }
+            }
+            let mut part = [0; 512];
+            match stdout.read(&mut part) {
+                Ok(0) | Err(_) => {
+                    return Err(NotStarted::Failed(self.failed_to_start("it ended")));
+                }
+                Ok(n) => said.extend_from_slice(&part[..n]),
+            }
+            let text = String::from_utf8_lossy(&said);
+            if text.lines().any(|line| line.starts_with(READY)) && text.contains('\n') {
+                self._stdout = Some(stdout);
+                return Ok(());
+            }
+        }
+    }
+
+    /// Its last words, or `otherwise` if it said nothing.
+    fn failed_to_start(&mut self, otherwise: &str) -> Failure {
+        self.kill();
+        Failure::new(
+            Exit::NoDaemon,
+            "the daemon did not start",
+            last_words(&self.log).unwrap_or_else(|| otherwise.to_owned()),
+            "mend what it names, or run posternd by hand to see more",
+        )
+    }
+
+    /// Whether it still runs. Says once on stderr when it has died.
+    pub fn check(&mut self) {
+        if self.ended.is_some() {
+            return;
+        }
+        if let Ok(Some(status)) = self.child.try_wait() {
+            self.ended = Some(status);
+            let words = last_words(&self.log).unwrap_or_else(|| status.to_string());
+            eprintln!(
+                "{}",
+                Failure::new(
+                    Exit::NoDaemon,
+                    "the daemon died",
+                    words,
+                    "the program's I/O now fails with EIO; nothing unsealed was written"
+                )
+            );
+        }
+    }
+
+    /// Asks it to stop and waits until it has written its statistics and gone.
+    ///
+    /// # Errors
+    /// [`Exit::NoDaemon`] if it had to be killed, or had died before.
+    pub fn stop(mut self) -> Result<(), Failure> {
+        if self.ended.is_some() {
+            return Err(Failure::new(
+                Exit::NoDaemon,
+                "the daemon had died",
+                "no statistics",
+                "see the line above",
+            ));
+        }
+        self.signal(Signal::TERM);
+        let started = Instant::now();
+        while started.elapsed() < STOP_WITHIN {
+            match self.child.try_wait() {
+                Ok(Some(status)) => {
+                    self.ended = Some(status);
+                    return Ok(());
+                }
+                Ok(None) => std::thread::sleep(Duration::from_millis(2)),
+                Err(_) => break,
+            }
+        }
+        self.kill();
+        Err(Failure::new(
+            Exit::NoDaemon,
+            "the daemon did not stop and was killed",
+            format_args!("after {} s", STOP_WITHIN.as_secs()),
+            "unsynced writes recover at the next open",
+        ))
+    }
+
+    fn signal(&self, signal: Signal) {
+        let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
+        if let (Some(pid), None) = (pid, self.ended) {
+            // Not yet waited for, so the number still means this child.
+            let _ = kill_process(pid, signal);
+        }
+    }
+
+    fn kill(&mut self) {
+        if self.ended.is_none() {
+            let _ = self.child.kill();
+            self.ended = self.child.wait().ok();
+        }
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// The last line of the log that says something.
+fn last_words(log: &Path) -> Option<String> {
+    let bytes = std::fs::read(log).ok()?;
+    let text = String::from_utf8_lossy(&bytes);
+    text.lines().rev().map(str::trim).find(|line| !line.is_empty()).map(str::to_owned)
+}

@@ -1,0 +1,290 @@
+//! `postern run`: the launcher.
+//!
+//! The way: check everything, make or look at the volumes, start the daemon, start the program
+//! with the enclave's library in it, pass signals on, hand its exit status back, stop the daemon.
+//!
+//! Holds: a program is started only after each volume has authenticated under its key; nothing is
+//! left behind, no process and no file in a temporary place, whatever fails on the way.
+
+mod daemon;
+mod directory;
+mod parts;
+mod plan;
+mod program;
+mod signals;
+
+use std::{
+    ffi::OsString,
+    os::unix::process::{CommandExt as _, ExitStatusExt as _},
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus},
+};
+
+use postern_sim::config::{RUN_VARIABLE, RunConfig, VolumeConfig};
+use rustix::process::{Pid, Signal, kill_process};
+
+use self::{
+    daemon::{Daemon, NotStarted, Orders},
+    directory::RunDirectory,
+    plan::{Plan, PlannedVolume},
+    signals::{Arrived, Signals},
+};
+use crate::{
+    cli::RunArgs,
+    disk::Access,
+    error::{Exit, Failure},
+    key, stats, volume,
+};
+
+/// Runs the program; answers the exit code of `postern`.
+///
+/// # Errors
+/// Whatever kept the program from running, or (after its end) the daemon from stopping well.
+pub fn run(args: &RunArgs) -> Result<u8, Failure> {
+    let plan = Plan::make(args)?;
+    let volumes = match &args.socket {
+        Some(socket) => {
+            stats::connect(socket)?;
+            remote_volumes(args, &plan)?
+        }
+        None => local_volumes(args, &plan)?,
+    };
+    let signals = Signals::hold()
+        .map_err(|error| Failure::io("cannot hold signals", "this process", &error))?;
+    let directory = RunDirectory::make()?;
+    let left_stats = directory.join("stats.json");
+    let (socket, mut daemon) = match &args.socket {
+        Some(socket) => (absolute(socket)?, None),
+        None => {
+            let socket = directory.join("daemon.sock");
+            let orders = Orders {
+                executable: plan.daemon.as_deref().unwrap_or(Path::new("posternd")),
+                socket: &socket,
+                files: volumes.iter().map(|v| (v.name.as_str(), v.host_file.as_path())).collect(),
+                stats: &left_stats,
+                log: args.daemon_log.clone().unwrap_or_else(|| directory.join("daemon.log")),
+                allow_buffered: args.allow_buffered,
+                no_probes: args.no_probes,
+            };
+            let daemon = match Daemon::start(&orders, &signals) {
+                Ok(daemon) => daemon,
+                Err(NotStarted::Failed(failure)) => return Err(failure),
+                Err(NotStarted::Interrupted(signal)) => return Ok(code_of_signal(signal)),
+            };
+            (socket, Some(daemon))
+        }
+    };
+    let run_file = directory.write("run.json", &run_config(&socket, &volumes)?)?;
+    let mut guest = start(args, &plan, &run_file, &signals)?;
+    let status = attend(&mut guest, daemon.as_mut(), &signals)?;
+
+    match (daemon, &args.socket) {
+        (Some(daemon), _) => {
+            // What was asked of the program is its status: a daemon that died was told of above.
+            match daemon.stop() {
+                Ok(()) => save_stats(args, &left_stats)?,
+                Err(failure) => eprintln!("{failure}"),
+            }
+        }
+        (None, Some(socket)) if args.stats.is_some() => {
+            std::fs::write(&left_stats, stats::ask(socket)?)
+                .map_err(|e| Failure::io("cannot write", left_stats.display(), &e))?;
+            save_stats(args, &left_stats)?;
+        }
+        (None, _) => {}
+    }
+    Ok(code_of(status))
+}
+
+/// A volume of this run, ready.
+struct ReadyVolume {
+    guest_path: String,
+    /// The daemon's name for it.
+    name: String,
+    /// Absolute; empty with a daemon of someone else's.
+    host_file: PathBuf,
+    /// Absolute.
+    key_file: PathBuf,
+}
+
+/// Makes what is to be made and looks at what exists: its key, its header, its newest state.
+fn local_volumes(args: &RunArgs, plan: &Plan) -> Result<Vec<ReadyVolume>, Failure> {
+    let mut ready = Vec::with_capacity(plan.volumes.len());
+    for (number, planned) in plan.volumes.iter().enumerate() {
+        let PlannedVolume { guest_path, host_file } = planned;
+        let access = Access { write: true, allow_buffered: args.allow_buffered };
+        let exists = std::fs::symlink_metadata(host_file).is_ok();
+        let key_file = match (exists, args.create) {
+            (false, Some(size)) => {
+                key::choose_and_make(args.key_file.as_deref(), host_file, |key| {
+                    volume::make(host_file, size, key, access)
+                })?
+            }
+            (false, None) => return Err(no_volume(host_file)),
+            (true, _) => {
+                // Before the key: a missing key of a file that is no volume is not the point.
+                volume::check_file(host_file, access)?;
+                let key_file = key::choose(args.key_file.as_deref(), host_file)?;
+                volume::check(host_file, &*key::read(&key_file)?, access)?;
+                key_file
+            }
+        };
+        ready.push(ReadyVolume {
+            guest_path: guest_path.clone(),
+            name: format!("v{number}"),
+            host_file: absolute(host_file)?,
+            key_file: absolute(&key_file)?,
+        });
+    }
+    Ok(ready)
+}
+
+fn no_volume(host_file: &Path) -> Failure {
+    Failure::new(
+        Exit::NoVolume,
+        "no such volume",
+        host_file.display(),
+        "give --create SIZE to make it, or correct the path",
+    )
+}
+
+fn remote_volumes(args: &RunArgs, plan: &Plan) -> Result<Vec<ReadyVolume>, Failure> {
+    // The command line requires a key file with --socket.
+    let key_file = absolute(args.key_file.as_deref().unwrap_or(Path::new("")))?;
+    Ok(plan
+        .volumes
+        .iter()
+        .map(|planned| ReadyVolume {
+            guest_path: planned.guest_path.clone(),
+            name: planned.host_file.to_string_lossy().into_owned(),
+            host_file: PathBuf::new(),
+            key_file: key_file.clone(),
+        })
+        .collect())
+}
+
+fn absolute(path: &Path) -> Result<PathBuf, Failure> {
+    path.canonicalize().map_err(|error| Failure::io("cannot find", path.display(), &error))
+}
+
+fn run_config(socket: &Path, volumes: &[ReadyVolume]) -> Result<Vec<u8>, Failure> {
+    let text = |path: &Path| {
+        path.to_str().map(str::to_owned).ok_or_else(|| {
+            Failure::new(Exit::Usage, "a path is not UTF-8", path.display(), "use another path")
+        })
+    };
+    let config = RunConfig {
+        socket: text(socket)?,
+        volumes: volumes
+            .iter()
+            .map(|volume| {
+                Ok(VolumeConfig {
+                    guest_path: volume.guest_path.clone(),
+                    name: volume.name.clone(),
+                    key_file: text(&volume.key_file)?,
+                })
+            })
+            .collect::<Result<_, Failure>>()?,
+    };
+    serde_json::to_vec(&config)
+        .map_err(|error| Failure::new(Exit::Internal, error, "run file", "report this"))
+}
+
+fn start(
+    args: &RunArgs,
+    plan: &Plan,
+    run_file: &Path,
+    signals: &Signals,
+) -> Result<Child, Failure> {
+    let mut preload = OsString::from(&plan.preload);
+    if let Some(others) = std::env::var_os("LD_PRELOAD").filter(|others| !others.is_empty()) {
+        preload.push(":");
+        preload.push(others);
+    }
+    let mut command = Command::new(&plan.program);
+    command
+        .arg0(args.program.first().map(OsString::as_os_str).unwrap_or_default())
+        .args(args.program.iter().skip(1))
+        .env("LD_PRELOAD", preload)
+        .env(RUN_VARIABLE, run_file);
+    signals.restore_in(&mut command);
+    command.spawn().map_err(|error| {
+        Failure::new(
+            Exit::CannotExecute,
+            format_args!("cannot run the program: {error}"),
+            plan.program.display(),
+            "run it without postern to see whether the host runs it",
+        )
+    })
+}
+
+/// Waits for the program's end, passing signals on.
+fn attend(
+    guest: &mut Child,
+    mut daemon: Option<&mut Daemon>,
+    signals: &Signals,
+) -> Result<ExitStatus, Failure> {
+    loop {
+        // SIGCHLD is held, so a child that ends after this look wakes the wait below.
+        match guest.try_wait() {
+            Ok(Some(status)) => return Ok(status),
+            Ok(None) => {}
+            Err(error) => return Err(Failure::io("cannot wait for", "the program", &error)),
+        }
+        if let Some(daemon) = daemon.as_deref_mut() {
+            daemon.check();
+        }
+        if let Some(Arrived::Sent(number)) = signals.wait(None) {
+            let pid = i32::try_from(guest.id()).ok().and_then(Pid::from_raw);
+            if let (Some(pid), Some(signal)) = (pid, Signal::from_named_raw(number)) {
+                // Not waited for yet, so the number still means the program.
+                let _ = kill_process(pid, signal);
+            }
+        }
+    }
+}
+
+fn save_stats(args: &RunArgs, left: &Path) -> Result<(), Failure> {
+    let Some(file) = &args.stats else { return Ok(()) };
+    std::fs::copy(left, file)
+        .map(|_| ())
+        .map_err(|error| Failure::io("cannot save the statistics", file.display(), &error))
+}
+
+fn code_of(status: ExitStatus) -> u8 {
+    let code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
+    u8::try_from(code).unwrap_or(u8::MAX)
+}
+
+fn code_of_signal(signal: i32) -> u8 {
+    u8::try_from(128 + signal).unwrap_or(u8::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_exit_code_is_the_shells() {
+        assert_eq!(code_of(ExitStatus::from_raw(3 << 8)), 3);
+        assert_eq!(code_of(ExitStatus::from_raw(0)), 0);
+        assert_eq!(code_of(ExitStatus::from_raw(libc::SIGTERM)), 143);
+        assert_eq!(code_of_signal(libc::SIGINT), 130);
+    }
+
+    #[test]
+    fn the_run_file_says_what_the_enclave_reads() {
+        let volumes = [ReadyVolume {
+            guest_path: "/sealed/data".into(),
+            name: "v0".into(),
+            host_file: "/h/data.vol".into(),
+            key_file: "/h/data.vol.key".into(),
+        }];
+        let bytes = run_config(Path::new("/r/daemon.sock"), &volumes).unwrap();
+        let json: serde_json::Value = serde_json::from_slice(&bytes).unwrap();
+        assert_eq!(json["socket"], "/r/daemon.sock");
+        assert_eq!(json["volumes"][0]["guest_path"], "/sealed/data");
+        assert_eq!(json["volumes"][0]["name"], "v0");
+        assert_eq!(json["volumes"][0]["key_file"], "/h/data.vol.key");
+    }
+}

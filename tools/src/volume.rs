@@ -1,0 +1,341 @@
+//! Volumes from outside: made, looked at, verified. All on a plain host file, without a daemon.
+//!
+//! Holds: nothing here writes to a volume that exists; a volume that could not be made is removed
+//! again.
+
+use std::{
+    fs::OpenOptions as FileOptions,
+    io::IsTerminal as _,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use postern_trusted::{
+    disk::{BLOCK, HostError},
+    errno::Errno,
+    exec::run_to_end,
+    platform::{Buffer, Fault},
+    sync::Lock,
+    volume::{FormatOptions, OpenOptions, OpenReport, SlotKey, Volume, VolumeError},
+};
+use serde_json::json;
+
+use crate::{
+    cli::{FormatArgs, VolumeArgs},
+    disk::{Access, FileDisk},
+    error::{Exit, Failure},
+    key, size,
+};
+
+/// Bytes read at once while verifying.
+const STEP: usize = 1 << 20;
+/// Shortest time between two lines of progress.
+const PROGRESS_EVERY: Duration = Duration::from_millis(200);
+
+/// Makes a volume of `bytes` in the new (or empty) host file `path`.
+///
+/// # Errors
+/// If the file has content, the host has no room or does no direct I/O. What was made is removed.
+pub fn make(path: &Path, bytes: u64, key: &[u8; 32], access: Access) -> Result<(), Failure> {
+    let place = &path.display();
+    let existed = is_vacant(path)?;
+    let blocks = Volume::host_blocks(bytes);
+    let made = FileOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .create_new(!existed)
+        .open(path)
+        .and_then(|file| file.set_len(blocks * BLOCK as u64))
+        .map_err(|error| Failure::io("cannot make the volume", place, &error))
+        .and_then(|()| FileDisk::open(path, access))
+        .and_then(|disk| {
+            run_to_end(Volume::format(&disk, &SlotKey::new(*key), &FormatOptions { size: bytes }))
+                .map_err(|error| refused(path, &error))
+        });
+    if made.is_err() {
+        // Ours to remove: it was not there, or had nothing in it.
+        let _ = if existed {
+            FileOptions::new().write(true).open(path).and_then(|file| file.set_len(0))
+        } else {
+            std::fs::remove_file(path)
+        };
+    }
+    made
+}
+
+/// Whether `path` is an empty file (`true`) or nothing (`false`).
+///
+/// # Errors
+/// [`Exit::Usage`] if it is anything else: nothing is formatted over it.
+fn is_vacant(path: &Path) -> Result<bool, Failure> {
+    let what = match std::fs::symlink_metadata(path) {
+        Err(_) => return Ok(false),
+        Ok(kind) if !kind.is_file() => "not a regular file",
+        Ok(kind) if kind.len() > 0 => "the file is not empty",
+        Ok(_) => return Ok(true),
+    };
+    Err(Failure::new(
+        Exit::Usage,
+        what,
+        path.display(),
+        "nothing is formatted over it; give a new name, or remove it first",
+    ))
+}
+
+/// Checks that the host file can be worked with: it exists, may be written, does direct I/O, and
+/// nobody has it open.
+///
+/// # Errors
+/// As [`FileDisk::open`].
+pub fn check_file(path: &Path, access: Access) -> Result<(), Failure> {
+    FileDisk::open(path, access).map(drop)
+}
+
+/// Opens the volume without writing and closes it again: is the key right, is the root whole?
+///
+/// # Errors
+/// [`Exit::Key`], [`Exit::Damaged`] and the host's own.
+pub fn check(path: &Path, key: &[u8; 32], access: Access) -> Result<(), Failure> {
+    let disk = FileDisk::open(path, access)?;
+    open(&disk, path, key).map(drop)
+}
+
+fn open(disk: &FileDisk, path: &Path, key: &[u8; 32]) -> Result<(Volume, OpenReport), Failure> {
+    let options = OpenOptions { read_only: true, ..OpenOptions::default() };
+    run_to_end(Volume::open(disk, &SlotKey::new(*key), &options))
+        .map_err(|error| refused(path, &error))
+}
+
+/// What a volume's refusal means to the operator.
+fn refused(path: &Path, error: &VolumeError) -> Failure {
+    let (exit, advice) = match error {
+        VolumeError::Misuse(_) => (Exit::Usage, "choose another size"),
+        VolumeError::NotAVolume => {
+            (Exit::Damaged, "check the path; if it was a volume, restore it from a copy")
+        }
+        VolumeError::UnsupportedVersion { .. } | VolumeError::UnsupportedFeatures { .. } => {
+            (Exit::Damaged, "use the release of Postern that made it")
+        }
+        VolumeError::WrongKey => (Exit::Key, "give the key that the volume was made with"),
+        VolumeError::Host { error: HostError::Errno(libc::ENOSPC), .. } => {
+            (Exit::NoSpace, "make room on the host")
+        }
+        VolumeError::Host { .. } | VolumeError::Flush(_) => {
+            (Exit::Io, "see the host's log for the cause; do not go on with a failing disk")
+        }
+        VolumeError::NoEntropy => (Exit::Internal, "the system gives no randomness"),
+        _ => (Exit::Damaged, "nothing was changed; restore the host file from a copy"),
+    };
+    Failure::new(exit, error, path.display(), advice)
+}
+
+/// Runs `postern format`.
+///
+/// # Errors
+/// As [`make`]; [`Exit::Key`] for the key file.
+pub fn format(args: &FormatArgs) -> Result<(), Failure> {
+    let access = Access { write: true, allow_buffered: args.allow_buffered };
+    // Before a key is made for it.
+    is_vacant(&args.host_file)?;
+    let key_file = key::choose_and_make(args.key_file.as_deref(), &args.host_file, |key| {
+        make(&args.host_file, args.size, key, access)
+    })?;
+    let host_bytes = Volume::host_blocks(args.size) * BLOCK as u64;
+    if args.json {
+        let made = json!({
+            "host_file": args.host_file.display().to_string(),
+            "key_file": key_file.display().to_string(),
+            "size": args.size,
+            "host_bytes": host_bytes,
+        });
+        println!("{made}");
+    } else {
+        println!(
+            "{}: a volume of {}, {} on the host (sparse until written)",
+            args.host_file.display(),
+            size::show(args.size),
+            size::show(host_bytes)
+        );
+    }
+    Ok(())
+}
+
+/// Runs `postern info`.
+///
+/// # Errors
+/// As [`check`].
+pub fn info(args: &VolumeArgs) -> Result<(), Failure> {
+    let (_disk, volume, report) = look(args)?;
+    let info = volume.info();
+    let uuid: String = info.uuid.iter().map(|byte| format!("{byte:02x}")).collect();
+    let bytes = |blocks: u64| blocks * BLOCK as u64;
+    if args.json {
+        let info = json!({
+            "host_file": args.host_file.display().to_string(),
+            "uuid": uuid,
+            "size": info.size,
+            "capacity": info.capacity,
+            "host_bytes": bytes(info.host_blocks),
+            "used_bytes": bytes(info.used_blocks),
+            "free_bytes": bytes(info.free_blocks),
+            "journal_bytes": bytes(info.journal_blocks),
+            "map_levels": info.map_levels,
+            "generation": info.generation,
+            "sessions": info.session,
+            "clean": report.clean,
+            "replayed_journal_blocks": report.journal_blocks,
+            "replayed_records": report.records_applied,
+            "skipped_records": report.records_skipped,
+        });
+        println!("{info}");
+        return Ok(());
+    }
+    println!("volume    {}", args.host_file.display());
+    println!("uuid      {uuid}");
+    println!("size      {} of {}", size::show(info.size), size::show(info.capacity));
+    println!(
+        "on host   {}: {} used, {} free for new versions of blocks, {} of journal",
+        size::show(bytes(info.host_blocks)),
+        size::show(bytes(info.used_blocks)),
+        size::show(bytes(info.free_blocks)),
+        size::show(bytes(info.journal_blocks))
+    );
+    println!("opened    {} times for writing; superblock {}", info.session, info.generation);
+    if report.clean {
+        println!("state     closed cleanly");
+    } else {
+        println!(
+            "state     not closed: the next open replays {} journal blocks ({} records, and skips \
+             {} unsynced ones that did not reach the host)",
+            report.journal_blocks, report.records_applied, report.records_skipped
+        );
+    }
+    Ok(())
+}
+
+/// Opens the volume of `info` and `verify`, for reading only.
+fn look(args: &VolumeArgs) -> Result<(FileDisk, Volume, OpenReport), Failure> {
+    let access = Access { write: false, allow_buffered: args.allow_buffered };
+    let disk = FileDisk::open(&args.host_file, access)?;
+    let key_file = key::choose(args.key_file.as_deref(), &args.host_file)?;
+    let (volume, report) = open(&disk, &args.host_file, &*key::read(&key_file)?)?;
+    Ok((disk, volume, report))
+}
+
+/// Runs `postern verify`; answers whether the volume is whole.
+///
+/// # Errors
+/// As [`check`]. Damaged data is no error here: it is reported, each range on a line.
+pub fn verify(args: &VolumeArgs) -> Result<bool, Failure> {
+    let (disk, volume, _) = look(args)?;
+    let mut progress = Progress::start(volume.size());
+    let found = damaged_ranges(&disk, &volume, |done| progress.show(done));
+    progress.end();
+    let found = found.map_err(|errno| {
+        Failure::new(
+            Exit::Io,
+            format_args!("reading failed with {errno}"),
+            args.host_file.display(),
+            "see the host's log for the cause",
+        )
+    })?;
+    if args.json {
+        let ranges: Vec<_> = found
+            .iter()
+            .map(|range| json!({ "offset": range.start, "length": range.end - range.start }))
+            .collect();
+        println!("{}", json!({ "size": volume.size(), "damaged": ranges }));
+    } else {
+        for range in &found {
+            println!("damaged: bytes {}..{} of the guest's file", range.start, range.end);
+        }
+        let damaged: u64 = found.iter().map(|range| range.end - range.start).sum();
+        if found.is_empty() {
+            println!("whole: {} read", size::show(volume.size()));
+        } else {
+            println!("{} of {} damaged", size::show(damaged), size::show(volume.size()));
+        }
+    }
+    Ok(found.is_empty())
+}
+
+/// Reads the whole file of the guest; where a part fails, block by block. Answers the ranges of
+/// bytes that cannot be read, joined where they touch.
+fn damaged_ranges(
+    disk: &FileDisk,
+    volume: &Volume,
+    mut progress: impl FnMut(u64),
+) -> Result<Vec<core::ops::Range<u64>>, Errno> {
+    let size = volume.size();
+    let mut found: Vec<core::ops::Range<u64>> = Vec::new();
+    let part = Part(Lock::new(vec![0; STEP]));
+    let block = Part(Lock::new(vec![0; BLOCK]));
+    let mut at = 0;
+    while at < size {
+        let end = (at + STEP as u64).min(size);
+        if !volume.is_hole(at, end - at) && run_to_end(volume.read(disk, at, &part)).is_err() {
+            for place in (at..end).step_by(BLOCK) {
+                match run_to_end(volume.read(disk, place, &block)) {
+                    Ok(_) => {}
+                    Err(Errno::EIO) => {
+                        let bad = place..(place + BLOCK as u64).min(size);
+                        match found.last_mut().filter(|last| last.end == bad.start) {
+                            Some(last) => last.end = bad.end,
+                            None => found.push(bad),
+                        }
+                    }
+                    Err(errno) => return Err(errno),
+                }
+            }
+        }
+        at = end;
+        progress(at);
+    }
+    Ok(found)
+}
+
+/// Plain memory as the target of a read.
+struct Part(Lock<Vec<u8>>);
+
+impl Buffer for Part {
+    fn len(&self) -> usize {
+        self.0.lock().len()
+    }
+
+    fn copy_in(&self, at: usize, out: &mut [u8]) -> Result<(), Fault> {
+        out.copy_from_slice(self.0.lock().get(at..at + out.len()).ok_or(Fault)?);
+        Ok(())
+    }
+
+    fn copy_out(&self, at: usize, data: &[u8]) -> Result<(), Fault> {
+        self.0.lock().get_mut(at..at + data.len()).ok_or(Fault)?.copy_from_slice(data);
+        Ok(())
+    }
+}
+
+/// A line on the terminal that says how far it is; nothing where there is no terminal.
+struct Progress {
+    total: u64,
+    shown: Option<Instant>,
+}
+
+impl Progress {
+    fn start(total: u64) -> Self {
+        let terminal = std::io::stderr().is_terminal();
+        Self { total, shown: terminal.then(Instant::now) }
+    }
+
+    fn show(&mut self, done: u64) {
+        if self.shown.is_some_and(|shown| shown.elapsed() >= PROGRESS_EVERY) {
+            self.shown = Some(Instant::now());
+            eprint!("\r{} of {} ", size::show(done), size::show(self.total));
+        }
+    }
+
+    fn end(&self) {
+        if self.shown.is_some() {
+            eprint!("\r\x1b[K");
+        }
+    }
+}

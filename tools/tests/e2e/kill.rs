@@ -1,0 +1,124 @@
+//! kill -9 in the middle of synced writing: every confirmed write reads back, every time.
+
+use std::{ffi::OsString, path::Path, process::Command};
+
+use crate::common::{World, begin, children, end, name_of, signal, until};
+
+const ROUNDS: u64 = 20;
+const BLOCKS: &str = "512";
+
+/// Words for `synclog` on `file`.
+fn words(program: &Path, mode: &str, file: &Path, log: &Path, seed: u64) -> Vec<OsString> {
+    vec![
+        program.into(),
+        mode.into(),
+        file.into(),
+        log.into(),
+        BLOCKS.into(),
+        seed.to_string().into(),
+    ]
+}
+
+fn confirmed(log: &Path) -> usize {
+    let text = std::fs::read_to_string(log).unwrap_or_default();
+    text.lines().filter(|line| line.starts_with('C')).count()
+}
+
+/// Kills a process below `postern` by its name while it writes; then checks the volume. Twenty
+/// rounds, each killed after another number of confirmed writes.
+fn kill_in_rounds(victim: &str, expected_code: Option<i32>) {
+    let Some(world) = World::new() else { return };
+    let Some(program) = world.guest("synclog") else { return };
+    let volume = world.format("v", "2M");
+    let (sealed, log) = (Path::new("/sealed/data"), world.path("log"));
+    for round in 0..ROUNDS {
+        let before = confirmed(&log);
+        let write = words(&program, "write", sealed, &log, round * 1_000_003);
+        let mut running = begin(&mut world.run(&volume, write));
+        // A different count each round, so that the kill falls into different phases.
+        let enough = before + 1 + usize::try_from(round * round * 3).unwrap();
+        until("enough confirmed writes", || {
+            let seen = confirmed(&log);
+            assert!(running.is_running() || seen >= enough, "the guest ended by itself");
+            (seen >= enough).then_some(())
+        });
+        let pid = if victim == "postern" {
+            running.pid()
+        } else {
+            let all = children(running.pid());
+            all.into_iter().find(|&pid| name_of(pid) == victim).unwrap()
+        };
+        let family = children(running.pid());
+        signal("KILL", pid);
+        let ended = running.wait();
+        if let Some(code) = expected_code {
+            assert_eq!(ended.code(), code, "{}", ended.stderr);
+        }
+        if victim == "postern" {
+            // The guest lost its launcher and goes on; the daemon stops and leaves it with errors.
+            until("the family has gone", || {
+                family
+                    .iter()
+                    .all(|&pid| !["synclog", "posternd"].contains(&&*name_of(pid)))
+                    .then_some(())
+            });
+        }
+        let check = words(&program, "check", sealed, &log, 0);
+        let ended = end(&mut world.run(&volume, check));
+        assert_eq!(ended.code(), 0, "round {round}: {} {}", ended.stdout, ended.stderr);
+    }
+    end(&mut world.postern(["verify", "v"])).expect(0);
+}
+
+#[test]
+fn every_confirmed_write_survives_twenty_kills_of_the_program() {
+    kill_in_rounds("synclog", Some(137));
+}
+
+#[test]
+fn every_confirmed_write_survives_twenty_kills_of_the_daemon() {
+    kill_in_rounds("posternd", None);
+}
+
+#[test]
+fn every_confirmed_write_survives_twenty_kills_of_the_launcher() {
+    kill_in_rounds("postern", Some(137));
+}
+
+/// The control of this file: the checker does find a lost write and a torn block on a plain file.
+#[test]
+fn the_checker_finds_what_a_plain_file_lost() {
+    let Some(world) = World::new() else { return };
+    let Some(program) = world.guest("synclog") else { return };
+    let (plain, log) = (world.path("plain"), world.path("log"));
+    std::fs::write(&plain, vec![0; 2 << 20]).unwrap();
+    let tool = |mode: &str| {
+        let words = words(&program, mode, &plain, &log, 7);
+        let mut command = Command::new(&words[0]);
+        command.args(&words[1..]);
+        command
+    };
+    let mut running = begin(&mut tool("write"));
+    until("some confirmed writes", || {
+        assert!(running.is_running());
+        (confirmed(&log) >= 50).then_some(())
+    });
+    signal("KILL", running.pid());
+    running.wait();
+    end(&mut tool("check")).expect(0);
+
+    let first = std::fs::read_to_string(&log).unwrap();
+    let first = first.lines().find(|line| line.starts_with('C')).unwrap();
+    let block: usize = first.split(' ').nth(1).unwrap().parse().unwrap();
+    let whole = std::fs::read(&plain).unwrap();
+    let mut lost = whole.clone();
+    lost[block * 4096..(block + 1) * 4096].fill(0);
+    std::fs::write(&plain, lost).unwrap();
+    let said = end(&mut tool("check")).expect(1).stdout;
+    assert!(said.contains(&format!("block {block}: version 0")), "{said}");
+    let mut torn = whole;
+    torn[block * 4096 + 512..(block + 1) * 4096].fill(0);
+    std::fs::write(&plain, torn).unwrap();
+    let said = end(&mut tool("check")).expect(1).stdout;
+    assert!(said.contains(&format!("block {block}: torn")), "{said}");
+}

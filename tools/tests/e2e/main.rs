@@ -1,0 +1,17 @@
+//! End to end: the built release parts, real fio, real signals, real damage.
+//!
+//! `cargo xtask test` (or `cargo xtask e2e`) names the parts' directory in `POSTERN_E2E_PARTS`.
+//! Without it every test here says that it skips, so that a plain `cargo test` stays green.
+
+// Helpers outside of test functions panic too: that is how a test fails.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+mod full;
+mod kill;
+mod launcher;
+mod matrix;
+mod memory;
+mod refusals;
+mod sight;
+mod tamper;

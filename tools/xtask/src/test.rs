@@ -1,0 +1,39 @@
+//! `cargo xtask test`: everything, from a bare checkout.
+
+use anyhow::Result;
+
+use crate::{
+    build, check, setup,
+    shell::{Tree, run, step},
+};
+
+/// Tells the end-to-end tests where the release parts lie; without it they skip.
+const PARTS_VARIABLE: &str = "POSTERN_E2E_PARTS";
+
+/// Sets up, builds, checks, and runs every test.
+///
+/// # Errors
+/// At the first thing that fails.
+pub fn all(tree: &Tree) -> Result<()> {
+    setup::all()?;
+    build::all(tree)?;
+    check::all(tree)?;
+    step("tests", || {
+        run(tree.cargo().args(["test", "--workspace", "--quiet"]).env_remove(PARTS_VARIABLE))
+    })?;
+    end_to_end(tree)
+}
+
+/// The end-to-end tests alone, against the parts that were built last.
+///
+/// # Errors
+/// If one fails.
+pub fn end_to_end(tree: &Tree) -> Result<()> {
+    step("end-to-end tests", || {
+        run(tree
+            .cargo()
+            .args(["test", "--package", "postern", "--test", "e2e", "--"])
+            .args(["--nocapture", "--test-threads", "2"])
+            .env(PARTS_VARIABLE, tree.release()))
+    })
+}
