@@ -5,7 +5,7 @@
 
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, Mode, OFlags};
@@ -141,12 +141,35 @@ impl Listener {
             });
             if let Ok(accepted) = accepted {
                 let fd = accepted?;
-                let peer = rustix::net::sockopt::socket_peercred(&fd)?;
-                let pid = peer.pid.as_raw_nonzero().get();
-                return Ok((Channel::new(fd)?, peer.uid.as_raw(), pid));
+                let peer = peer_credentials(&fd)?;
+                return Ok((Channel::new(fd)?, peer.uid, peer.pid));
             }
         }
     }
+}
+
+/// SO_PEERCRED. Its process id is 0 for a peer in another namespace, which rustix's type for it can
+/// not hold.
+fn peer_credentials(fd: &OwnedFd) -> Result<libc::ucred, Errno> {
+    let mut peer = libc::ucred { pid: 0, uid: u32::MAX, gid: u32::MAX };
+    let mut length = libc::socklen_t::try_from(size_of_val(&peer)).map_err(|_| Errno::INVAL)?;
+    // SAFETY: 1. `peer` has `length` bytes, all of them integers. 2. The kernel does not keep the
+    //    pointers.
+    let result = unsafe {
+        let place = (&raw mut peer).cast();
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            place,
+            &raw mut length,
+        )
+    };
+    if result != 0 {
+        let error = std::io::Error::last_os_error();
+        return Err(Errno::from_io_error(&error).unwrap_or(Errno::IO));
+    }
+    Ok(peer)
 }
 
 impl Drop for Listener {
@@ -268,6 +291,14 @@ fn receive_now(fd: &OwnedFd, bytes: &mut [u8]) -> Result<Option<(usize, Vec<Owne
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_peers_credentials_are_the_kernels() {
+        let (one, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+        let peer = peer_credentials(&one.into()).unwrap();
+        assert_eq!(u32::try_from(peer.pid), Ok(std::process::id()));
+        assert_eq!(peer.uid, rustix::process::geteuid().as_raw());
+    }
 
     #[test]
     fn only_the_daemons_user_and_root_may_connect() {

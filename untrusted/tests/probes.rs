@@ -1,6 +1,6 @@
 //! The probes against the running kernel: real io_submit on real files, counted request by request.
 //!
-//! Needs root, BTF and the object that `cargo xtask setup` builds; says so and passes where one is
+//! Needs root, BTF and the object that `cargo xtask build` builds; says so and passes where one is
 //! missing. Every expectation is either a number of requests that the test made, or a pair of
 //! CLOCK_MONOTONIC times that enclose what was measured.
 #![allow(clippy::unwrap_used, reason = "a test's helpers fail the test")]
@@ -40,7 +40,7 @@ fn probes_on(tgid: u32) -> Option<(MutexGuard<'static, ()>, Probes)> {
     let named = std::env::var_os(OBJECT_VARIABLE).map(PathBuf::from);
     let places = ["", "debug", "release"].map(|sub| target.join(sub).join(OBJECT_NAME));
     let Some(object) = named.into_iter().chain(places).find(|path| path.is_file()) else {
-        say("SKIPPED: no postern-probes.o; build it by `cargo xtask setup`");
+        say("SKIPPED: no postern-probes.o; build it by `cargo xtask build`");
         return None;
     };
     match Probes::load(Some(&object), tgid) {

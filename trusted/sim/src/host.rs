@@ -152,6 +152,8 @@ impl AioHost for SimHost {
 
     fn file(&self, fd: i32) -> Result<Arc<dyn AioFile>, Errno> {
         match files::lookup(fd) {
+            // An O_PATH descriptor counts as not open.
+            Some(file) if file.is_path() => Err(Errno::EBADF),
             Some(file) => Ok(file),
             None => Ok(Arc::new(Ordinary::find(fd)?)),
         }
@@ -342,7 +344,9 @@ impl AioFile for OpenFile {
                 && (request.flags.append()
                     || request.offset.is_multiple_of(files::DIRECT_ALIGNMENT)))
         {
-            return done.finish(Err(Errno::EINVAL));
+            // ext4 looks for the end of the file before it looks at the alignment.
+            let beyond = request.op == Op::Read && request.offset >= self.volume().size();
+            return done.finish(if beyond { Ok(0) } else { Err(Errno::EINVAL) });
         }
         let process = process::current();
         let disk = match process.disk_for_guest(self.volume(), request.submitted_ns) {

@@ -147,11 +147,6 @@ impl Space {
         self.busy_active + self.busy_frozen
     }
 
-    /// Blocks in use by the durable map, of those that can be given out at all.
-    pub(crate) fn free_durable(&self) -> u64 {
-        self.free_durable
-    }
-
     pub(crate) fn is_loaded(&self, region: u64) -> bool {
         self.regions.get(&region).is_some_and(|r| r.durable.is_some())
     }

@@ -221,6 +221,21 @@ fn a_context_destroyed_during_the_wait_is_einval_or_the_count() {
     }
 }
 
+#[test]
+fn a_reader_overtaken_while_it_copies_gets_what_the_other_left() {
+    let (postern, file, ctx) = in_flight(3);
+    (0..3).for_each(|_| file.complete(Ok(0)));
+    let other = postern.clone();
+    *postern.process.on_write.lock().unwrap() = Some(Box::new(move || {
+        let events = Events::new(2);
+        assert_eq!(other.reap(ctx, 2, &events), 2);
+        assert_eq!([events.data(0), events.data(1)], [0, 1]);
+    }));
+    let events = Events::new(8);
+    assert_eq!(postern.reap(ctx, 8, &events), 1);
+    assert_eq!(events.data(0), 2);
+}
+
 /// `{ mask, size }` in guest memory.
 fn usig(mask: u64, size: u64) -> Area {
     let area = Area::new(1);

@@ -11,6 +11,7 @@ mod model;
 mod native;
 mod process;
 mod setup;
+mod slots;
 mod submit;
 mod threads;
 

@@ -78,6 +78,8 @@ pub struct Process {
     pub probed_ring: AtomicU64,
     /// What it has noted.
     pub tails_at_signal: Arc<Mutex<Vec<u32>>>,
+    /// Called once, before guest memory is written the next time.
+    pub on_write: Mutex<Option<Box<dyn FnOnce() + Send>>>,
     /// Called at every wake-up.
     pub on_wake: Mutex<Option<Box<dyn Fn() + Send>>>,
     files: Mutex<HashMap<i32, Arc<Controlled>>>,
@@ -97,6 +99,7 @@ impl Process {
             clock: AtomicU64::new(1_000_000_000),
             probed_ring: AtomicU64::new(0),
             tails_at_signal: Arc::default(),
+            on_write: Mutex::default(),
             on_wake: Mutex::default(),
             files: Mutex::default(),
             sleep: Mutex::default(),
@@ -145,6 +148,10 @@ impl GuestMemory for Process {
         guest::read(from, out)
     }
     fn write(&self, to: u64, data: &[u8]) -> Result<(), Fault> {
+        let before = self.on_write.lock().unwrap().take();
+        if let Some(before) = before {
+            before();
+        }
         guest::write(to, data)
     }
 }

@@ -39,6 +39,13 @@ fn too_many_events_are_einval_and_numbers_that_wrap_are_eagain() {
 }
 
 #[test]
+fn a_number_that_doubles_to_zero_is_eagain_whatever_the_limit() {
+    let postern = Postern::on(Machine { max_nr: u64::MAX, ..Machine::default() });
+    let place = Area::new(1);
+    assert_eq!(postern.io_setup(1 << 31, place.at(0)), EAGAIN);
+}
+
+#[test]
 fn more_than_aio_max_nr_is_eagain_before_anything_is_mapped() {
     let postern = Postern::on(Machine { max_nr: 100, ..Machine::default() });
     postern.process.rings_left.store(0, Ordering::Relaxed);

@@ -99,7 +99,7 @@ fn competing_readers_and_writers_see_every_event_exactly_once() {
     });
     let submitters: Vec<_> = (0..SUBMITTERS)
         .map(|number| {
-            let (postern, fd) = (postern.clone(), file.fd());
+            let (postern, fd, seen) = (postern.clone(), file.fd(), seen.clone());
             thread::spawn(move || {
                 let mut next = number * EACH;
                 let end = next + EACH;
@@ -108,7 +108,11 @@ fn competing_readers_and_writers_see_every_event_exactly_once() {
                         .map(|data| Iocb { data, fd, ..Iocb::default() })
                         .collect();
                     match postern.submit(ctx, &Batch::new(&iocbs)) {
-                        EAGAIN => thread::yield_now(),
+                        EAGAIN => {
+                            let seen = seen.load(Ordering::Relaxed);
+                            assert!(seen < SUBMITTERS * EACH, "events were handed out twice");
+                            thread::yield_now();
+                        }
                         accepted => {
                             assert!(accepted > 0, "{accepted}");
                             next += accepted.cast_unsigned();

@@ -91,6 +91,8 @@ struct Slot {
     /// When the last request of this index was reaped, until its delivery was recorded; else 0.
     undelivered_ns: u64,
     undelivered_op: u64,
+    /// When the last request of this index was delivered (claimed), if that is known; else 0.
+    delivered_ns: u64,
 }
 
 /// A flush for which the file has no asynchronous operation: to be done on a thread, then told by
@@ -268,20 +270,19 @@ impl Engine {
         }
     }
 
-    /// Answers the delivered stamp of an index if its last request has one, recording it.
-    fn settle_slot(&mut self, index: usize) -> u64 {
+    /// Records when the last request of an index was delivered, if the enclave has said so.
+    fn settle_slot(&mut self, index: usize) {
         let slot = &mut self.slots[index];
         if slot.undelivered_ns == 0 {
-            return 0;
+            return;
         }
         let stamp_word = self.region.geometry().stamp_word(index);
         let stamp = self.region.word(stamp_word).load(Ordering::Relaxed);
-        if stamp < slot.undelivered_ns {
-            return 0; // Not delivered yet, or of the request before.
+        // Below: not delivered yet, or the stamp of the request before.
+        if stamp >= slot.undelivered_ns {
+            self.stats.record(Stage::CrossingIn, slot.undelivered_op, stamp - slot.undelivered_ns);
+            (slot.undelivered_ns, slot.delivered_ns) = (0, stamp);
         }
-        self.stats.record(Stage::CrossingIn, slot.undelivered_op, stamp - slot.undelivered_ns);
-        slot.undelivered_ns = 0;
-        stamp
     }
 
     fn word(&self, index: usize) -> &std::sync::atomic::AtomicU64 {
@@ -344,10 +345,11 @@ impl Engine {
                 return Ok(());
             }
         };
-        let delivered_ns = self.settle_slot(index);
+        self.settle_slot(index);
         if self.slots[index].undelivered_ns != 0 {
             self.stats.add(|c| &c.claims_refused, 1);
         }
+        let delivered_ns = self.slots[index].delivered_ns;
         self.stats.record_claimed(Stage::CrossingOut, op, submission.enqueued_ns, picked_ns);
         self.slots[index] = Slot {
             in_flight: true,
@@ -356,8 +358,7 @@ impl Engine {
             file,
             picked_ns,
             submitted_ns: picked_ns,
-            undelivered_ns: 0,
-            undelivered_op: 0,
+            ..Slot::default()
         };
         self.files.begin(file);
         let address = if op == op::FLUSH { 0 } else { self.region.address(submission.data) };

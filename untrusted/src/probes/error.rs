@@ -46,7 +46,7 @@ impl fmt::Display for ProbesUnavailable {
         match self {
             Self::Object { path, reason } => write!(
                 f,
-                "the probes' object {} can not be used ({reason}): build it by `cargo xtask setup`, \
+                "the probes' object {} can not be used ({reason}): build it by `cargo xtask build`, \
                  or name another one in POSTERN_PROBES",
                 path.display()
             ),

@@ -397,7 +397,7 @@ mod tests {
         assert!(matches!(&error, ProbesUnavailable::Object { path: p, .. } if p == path));
         let text = error.to_string();
         assert!(text.contains("/nowhere/postern-probes.o"), "{text}");
-        assert!(text.contains("cargo xtask setup"), "{text}");
+        assert!(text.contains("cargo xtask build"), "{text}");
         assert!(!text.contains('\n'), "{text}");
     }
 

@@ -6,7 +6,10 @@
 //!
 //! Follows libaio 0.3.113 (src/*.c).
 
-use core::ffi::{c_int, c_long, c_void};
+use core::{
+    ffi::{c_int, c_long, c_void},
+    sync::atomic::{AtomicBool, Ordering},
+};
 
 use postern_sim::{guest, host};
 use postern_trusted::errno::Errno;
@@ -41,8 +44,17 @@ type Callback = unsafe extern "C" fn(context: u64, iocb: u64, res: c_long, res2:
 
 static NO_TIME: libc::timespec = libc::timespec { tv_sec: 0, tv_nsec: 0 };
 
+/// Whether this process or the one that forked it has ever made a context.
+static USED: AtomicBool = AtomicBool::new(false);
+
+/// Whether there may be rings in this process.
+pub fn is_used() -> bool {
+    USED.load(Ordering::Relaxed)
+}
+
 /// io_setup(2).
 pub fn setup(events: u64, context: u64) -> Result<usize, Errno> {
+    USED.store(true, Ordering::Relaxed);
     // The kernel's parameter has 32 bits.
     host::contexts().io_setup(events as u32, context).map(|()| 0)
 }

@@ -17,6 +17,7 @@ mod aio;
 mod attributes;
 mod data;
 mod descriptors;
+mod exec;
 mod guest_paths;
 mod mapping;
 mod namespace;

@@ -1,7 +1,7 @@
 //! Signal dispositions and masks: SIGSEGV and SIGBUS reach the copy leaf first, and the guest is
 //! told what it set itself.
 
-use core::ffi::c_int;
+use core::ffi::{c_int, c_void};
 
 use libc::sigset_t;
 use postern_sim::guest::{
@@ -80,8 +80,9 @@ fn set_other_action(
     let next: Call = unsafe { core::mem::transmute(at) };
     let before = fault::asked_mask(signal);
     // SAFETY: null or the caller's action, as the C function demands.
-    let asked = unsafe { new.as_ref() }.map(|new| low_word(&raw const new.sa_mask));
-    let copy = unsafe { new.as_ref() }.map(|new| {
+    let new = unsafe { new.as_ref() };
+    let asked = new.map(|new| low_word(&raw const new.sa_mask));
+    let copy = new.map(|new| {
         let mut copy = *new;
         let mask = low_word(&raw const new.sa_mask) & !mask::FAULTS;
         // SAFETY: a set is longer than eight bytes.
@@ -128,8 +129,9 @@ fn change_mask(
         kernel(set)
     } else {
         let change = Change::new(how, low_word(set));
-        // SAFETY: the caller's set, as the C function demands; a set is longer than eight bytes.
+        // SAFETY: the caller's set, as the C function demands.
         let mut copy = unsafe { set.read_unaligned() };
+        // SAFETY: a set is longer than eight bytes.
         unsafe { (&raw mut copy).cast::<u64>().write_unaligned(change.kernel) };
         let result = kernel(&raw const copy);
         if result == 0 {
@@ -165,7 +167,7 @@ macro_rules! export_mask {
             );
             let Some(at) = NEXT.find() else { return libc::ENOSYS };
             // SAFETY: the C function of this name; sets are the caller's or our copy.
-            let next = |set| unsafe { core::mem::transmute::<_, Call>(at)(how, set, old) };
+            let next = |set| unsafe { core::mem::transmute::<*mut c_void, Call>(at)(how, set, old) };
             if fault::installed() { change_mask(how, set, old, next) } else { next(set) }
         }
     )+ };

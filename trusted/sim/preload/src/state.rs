@@ -54,9 +54,10 @@ fn begin() {
     crate::process::watch_forks();
 }
 
-/// Waits for what is in flight and closes what is open: the process is about to end.
+/// Waits for what is in flight and closes what is open: the process is about to end or to become
+/// another program. A vfork child that leaves does so in its parent's memory: nothing is done.
 pub fn drain() {
-    if STATE.load(Ordering::Acquire) == ACTIVE {
+    if STATE.load(Ordering::Acquire) == ACTIVE && identity::process_id() == sys::getpid() {
         runtime::exit_drain();
     }
 }

@@ -43,7 +43,14 @@ impl Ground {
         // Without warnings: wrong arguments are what the program is about.
         run(
             "cc",
-            ["-w".as_ref(), "-O1".as_ref(), "-o".as_ref(), program.as_os_str(), source.as_os_str()],
+            [
+                "-w".as_ref(),
+                "-O1".as_ref(),
+                "-o".as_ref(),
+                program.as_os_str(),
+                source.as_os_str(),
+                "-laio".as_ref(),
+            ],
         )?;
         Ok(Self { postern: built.join("postern"), program, directory })
     }
@@ -102,22 +109,31 @@ fn run<A: AsRef<OsStr>>(
     ))
 }
 
-#[test]
-fn file_calls_answer_on_a_protected_path_what_they_answer_on_ext4() {
-    let ground = match Ground::find("files") {
+fn compare(name: &str, what: &str) {
+    let ground = match Ground::find(name) {
         Ok(ground) => ground,
         Err(missing) => {
-            eprintln!("SKIPPED: file calls against ext4 were not compared: {missing}");
+            eprintln!("SKIPPED: {what} on ext4 and under Postern were not compared: {missing}");
             return;
         }
     };
-    let native = ground.native().unwrap();
-    let protected = ground.protected().unwrap();
+    let native = ground.native().unwrap_or_else(|why| panic!("{why}"));
+    let protected = ground.protected().unwrap_or_else(|why| panic!("{why}"));
     let [native, protected] =
         [&native, &protected].map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
     assert!(native.ends_with("done\n"), "the native run broke off:\n{native}");
     for (number, (there, here)) in native.lines().zip(protected.lines()).enumerate() {
         assert_eq!(there, here, "line {} (left: ext4, right: protected)", number + 1);
     }
-    assert_eq!(native.lines().count(), protected.lines().count());
+    assert_eq!(native.lines().count(), protected.lines().count(), "{protected}");
+}
+
+#[test]
+fn file_calls_answer_on_a_protected_path_what_they_answer_on_ext4() {
+    compare("files", "file calls");
+}
+
+#[test]
+fn children_threads_and_moved_rings_behave_on_a_protected_path_as_on_ext4() {
+    compare("processes", "children and rings");
 }

@@ -1,1 +1,47 @@
+//! Each rule of the design is broken once on purpose: the simulation must notice. A canary that
+//! survives means that the simulation no longer tests its rule.
 
+use alloc::{boxed::Box, vec::Vec};
+use std::{panic, println};
+
+use super::{Canary, crash::check};
+
+/// Seeds after which a canary counts as not caught.
+const LIMIT: u64 = 1500;
+
+fn caught(canary: Canary) {
+    let hook = panic::take_hook();
+    panic::set_hook(Box::new(|_| ()));
+    let found = (1..LIMIT).find_map(|seed| check(seed, canary).err().map(|why| (seed, why)));
+    panic::set_hook(hook);
+    match found {
+        Some((seed, why)) => {
+            let why: Vec<&str> = why.split(',').take(2).collect();
+            println!("{canary:?}: caught by seed {seed}: {}", why.join(","));
+        }
+        None => panic!("{canary:?} was not caught by {LIMIT} seeds"),
+    }
+}
+
+macro_rules! canaries {
+    ($($name:ident => $canary:ident,)*) => {
+        $(#[test]
+        fn $name() {
+            caught(Canary::$canary);
+        })*
+    };
+}
+
+canaries! {
+    a_superblock_before_its_nodes_are_flushed_is_caught => NoNodeFlush,
+    a_sync_before_its_journal_blocks_are_written_is_caught => EarlySync,
+    a_durable_mark_that_runs_ahead_is_caught => EarlyMark,
+    a_recovery_that_does_not_verify_is_caught => NoVerify,
+    a_recovery_that_does_not_persist_its_decisions_is_caught => NoPersist,
+    reuse_before_the_checkpoint_is_caught => EarlyReuse,
+    letting_the_last_completion_win_is_caught => LastCompletes,
+    a_failed_eager_write_that_is_not_taken_back_is_caught => NoVoid,
+    eager_writes_lost_at_the_cut_are_caught => NoCarry,
+    a_superblock_that_overtakes_carried_writes_is_caught => NoCarryWait,
+    a_superblock_over_the_last_one_is_caught => SameSlot,
+}

@@ -115,10 +115,13 @@ impl Model {
                     entry.done = (n as u64) < done;
                 }
             }
-            // What can never be seen again is forgotten.
-            if sector.len() > 12 {
+            // What can never be seen again, not even by a read under way, is forgotten.
+            if sector.len() > 40 {
                 let all = sector.clone();
-                sector.retain(|e| !all.iter().any(|o| o.synced && o.done && after(o, e)));
+                let long_ago = |o: &Entry| o.ended.is_some_and(|ended| ended + 500 < now);
+                sector.retain(|e| {
+                    !all.iter().any(|o| o.synced && o.done && after(o, e) && long_ago(o))
+                });
             }
         }
     }

@@ -1,1 +1,369 @@
+//! The volume as a file: sizes, holes, errors, costs; on a host file that answers at once.
 
+use alloc::{collections::BTreeMap, sync::Arc, vec, vec::Vec};
+use std::sync::Mutex;
+
+use super::{
+    audit,
+    crash::{Bytes, formatted, key, open, tiny},
+    disk::SimDisk,
+    nonces,
+    run::Runner,
+};
+use crate::{
+    disk::{BLOCK, Block, Disk, HostError, Transfer},
+    errno::Errno,
+    exec::run_to_end,
+    platform::{NoEntropy, Platform},
+    volume::{Chore, FormatOptions, OpenOptions, Volume},
+};
+
+/// A host file in memory that answers at once.
+#[derive(Clone, Default)]
+struct MemDisk {
+    blocks: Arc<Mutex<BTreeMap<u64, Block>>>,
+    calls: Arc<Mutex<(u64, u64, u64)>>,
+    size: u64,
+    seed: Arc<Mutex<u64>>,
+}
+
+struct MemTransfer(MemDisk, Vec<Block>);
+
+impl Platform for MemDisk {
+    fn now_ns(&self) -> u64 {
+        1
+    }
+
+    fn random(&self, out: &mut [u8]) -> Result<(), NoEntropy> {
+        for byte in out {
+            let mut seed = self.seed.lock().unwrap();
+            *seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(99);
+            *byte = (*seed >> 33) as u8;
+        }
+        Ok(())
+    }
+}
+
+impl Disk for MemDisk {
+    type Transfer = MemTransfer;
+    const MAX_BLOCKS: usize = 32;
+
+    async fn transfer(&self, blocks: usize) -> Result<MemTransfer, HostError> {
+        Ok(MemTransfer(self.clone(), vec![[0; BLOCK]; blocks]))
+    }
+
+    fn try_transfer(&self, blocks: usize) -> Option<MemTransfer> {
+        Some(MemTransfer(self.clone(), vec![[0; BLOCK]; blocks]))
+    }
+
+    async fn flush(&self) -> Result<(), HostError> {
+        self.calls.lock().unwrap().2 += 1;
+        Ok(())
+    }
+
+    fn host_blocks(&self) -> u64 {
+        self.size
+    }
+}
+
+impl Transfer for MemTransfer {
+    fn blocks(&self) -> usize {
+        self.1.len()
+    }
+
+    fn put(&mut self, index: usize, block: &Block) {
+        self.1[index] = *block;
+    }
+
+    fn get(&self, index: usize, block: &mut Block) {
+        *block = self.1[index];
+    }
+
+    async fn read(&mut self, place: u64) -> Result<(), HostError> {
+        self.0.calls.lock().unwrap().0 += 1;
+        let blocks = self.0.blocks.lock().unwrap();
+        for (i, block) in (0..).zip(&mut self.1) {
+            *block = blocks.get(&(place + i)).copied().unwrap_or([0; BLOCK]);
+        }
+        Ok(())
+    }
+
+    async fn write(&mut self, place: u64, count: usize) -> Result<(), HostError> {
+        self.0.calls.lock().unwrap().1 += count as u64;
+        let mut blocks = self.0.blocks.lock().unwrap();
+        for (i, block) in (0..).zip(&self.1[..count]) {
+            if *block == [0; BLOCK] {
+                blocks.remove(&(place + i));
+            } else {
+                blocks.insert(place + i, *block);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn made(size: u64) -> MemDisk {
+    nonces::reset();
+    let disk = MemDisk { size: Volume::host_blocks(size), ..MemDisk::default() };
+    run_to_end(Volume::format(&disk, &key(), &FormatOptions { size })).unwrap();
+    disk
+}
+
+fn reopen(disk: &MemDisk) -> Volume {
+    run_to_end(Volume::open(disk, &key(), &OpenOptions::default())).unwrap().0
+}
+
+fn write(disk: &MemDisk, volume: &Volume, offset: u64, bytes: &[u8]) -> Result<usize, Errno> {
+    run_to_end(volume.write(disk, offset, &Bytes::new(bytes.to_vec())))
+}
+
+fn read(disk: &MemDisk, volume: &Volume, offset: u64, len: usize) -> Result<Vec<u8>, Errno> {
+    let buffer = Bytes::new(vec![0x55; len]);
+    let done = run_to_end(volume.read(disk, offset, &buffer))?;
+    let mut bytes = buffer.take();
+    bytes.truncate(done);
+    Ok(bytes)
+}
+
+#[test]
+fn bytes_written_anywhere_read_back_and_the_rest_is_zeros() {
+    let disk = made(1 << 22);
+    let volume = reopen(&disk);
+    assert_eq!(write(&disk, &volume, 5000, &[7; 10_000]), Ok(10_000));
+    assert_eq!(write(&disk, &volume, (1 << 22) - 3, &[9; 10]), Ok(3), "short at the capacity");
+    let mut expected = vec![0; 1 << 22];
+    expected[5000..15_000].fill(7);
+    expected[(1 << 22) - 3..].fill(9);
+    assert_eq!(read(&disk, &volume, 0, 1 << 23).unwrap(), expected);
+    run_to_end(volume.close(&disk)).unwrap();
+    assert_eq!(write(&disk, &volume, 0, &[1]), Err(Errno::EROFS));
+    assert_eq!(read(&disk, &reopen(&disk), 0, 1 << 22).unwrap(), expected);
+}
+
+#[test]
+fn requests_beyond_the_ends_answer_as_linux_does() {
+    let disk = made(1 << 16);
+    let volume = reopen(&disk);
+    assert_eq!(read(&disk, &volume, 1 << 16, 10), Ok(vec![]));
+    assert_eq!(write(&disk, &volume, 1 << 16, &[1]), Err(Errno::ENOSPC));
+    assert_eq!(write(&disk, &volume, 1 << 17, &[]), Ok(0));
+    assert_eq!(run_to_end(volume.truncate(&disk, (1 << 16) + 1)), Err(Errno::EFBIG));
+}
+
+#[test]
+fn what_a_shrink_cut_off_reads_as_zeros_after_growing() {
+    let disk = made(1 << 16);
+    let volume = reopen(&disk);
+    write(&disk, &volume, 0, &[3; 1 << 16]).unwrap();
+    run_to_end(volume.truncate(&disk, 10_001)).unwrap();
+    assert_eq!(volume.size(), 10_001);
+    assert_eq!(run_to_end(volume.append(&disk, &Bytes::new(vec![4; 5]))), Ok(5));
+    run_to_end(volume.truncate(&disk, 1 << 16)).unwrap();
+    let mut expected = vec![0; 1 << 16];
+    expected[..10_001].fill(3);
+    expected[10_001..10_006].fill(4);
+    assert_eq!(read(&disk, &volume, 0, 1 << 16).unwrap(), expected);
+    assert!(volume.is_hole(16_384, 4096) && !volume.is_hole(8192, 4096));
+    drop(volume);
+    assert_eq!(read(&disk, &reopen(&disk), 0, 1 << 16).unwrap(), expected);
+}
+
+#[test]
+fn a_punched_range_is_a_hole_and_its_edges_stay() {
+    let disk = made(1 << 16);
+    let volume = reopen(&disk);
+    write(&disk, &volume, 0, &[3; 1 << 16]).unwrap();
+    run_to_end(volume.punch(&disk, 5000, 20_000)).unwrap();
+    run_to_end(volume.punch(&disk, 40_000, 100)).unwrap();
+    let mut expected = vec![3; 1 << 16];
+    expected[5000..25_000].fill(0);
+    expected[40_000..40_100].fill(0);
+    assert_eq!(read(&disk, &volume, 0, 1 << 16).unwrap(), expected);
+    assert!(volume.is_hole(8192, 16_384));
+    run_to_end(volume.close(&disk)).unwrap();
+    let volume = reopen(&disk);
+    assert_eq!(read(&disk, &volume, 0, 1 << 16).unwrap(), expected);
+}
+
+#[test]
+fn an_unreadable_buffer_is_efault_or_a_short_count() {
+    struct Half;
+    impl crate::platform::Buffer for Half {
+        fn len(&self) -> usize {
+            8 * BLOCK
+        }
+        fn copy_in(&self, at: usize, out: &mut [u8]) -> Result<(), crate::platform::Fault> {
+            out.fill(6);
+            if at + out.len() > 3 * BLOCK { Err(crate::platform::Fault) } else { Ok(()) }
+        }
+        fn copy_out(&self, at: usize, data: &[u8]) -> Result<(), crate::platform::Fault> {
+            if at + data.len() > 3 * BLOCK { Err(crate::platform::Fault) } else { Ok(()) }
+        }
+    }
+    let disk = made(1 << 16);
+    let volume = reopen(&disk);
+    assert_eq!(run_to_end(volume.write(&disk, 0, &Half)), Ok(3 * BLOCK));
+    assert_eq!(run_to_end(volume.read(&disk, 0, &Half)), Ok(3 * BLOCK));
+    let mut expected = vec![6; 3 * BLOCK];
+    expected.resize(8 * BLOCK, 0);
+    assert_eq!(read(&disk, &volume, 0, 8 * BLOCK).unwrap(), expected);
+}
+
+#[test]
+fn a_sync_of_one_block_costs_one_flush_and_at_most_two_blocks_and_nothing_when_clean() {
+    let disk = made(1 << 24);
+    let volume = reopen(&disk);
+    write(&disk, &volume, 0, &[1; BLOCK]).unwrap();
+    run_to_end(volume.sync(&disk)).unwrap();
+    for n in 0..20 {
+        *disk.calls.lock().unwrap() = (0, 0, 0);
+        write(&disk, &volume, n * 4096, &[1; BLOCK]).unwrap();
+        run_to_end(volume.sync(&disk)).unwrap();
+        let (reads, written, flushes) = *disk.calls.lock().unwrap();
+        assert_eq!((reads, flushes), (0, 1));
+        assert!(written <= 1 + 2, "{written} blocks written");
+        run_to_end(volume.sync(&disk)).unwrap();
+        assert_eq!(*disk.calls.lock().unwrap(), (0, written, 1), "a clean sync asks the host");
+    }
+}
+
+#[test]
+fn a_gibibyte_is_formatted_and_opened_with_few_requests_and_little_memory() {
+    let disk = made(1 << 30);
+    let (_, written, _) = *disk.calls.lock().unwrap();
+    assert!(written < 12_000, "{written} blocks written by format");
+    *disk.calls.lock().unwrap() = (0, 0, 0);
+    let volume = reopen(&disk);
+    let (reads, written, flushes) = *disk.calls.lock().unwrap();
+    assert!(reads < 300 && written <= 4 && flushes <= 3, "{reads} {written} {flushes}");
+    assert_eq!(volume.capacity(), 1 << 30);
+    write(&disk, &volume, 123_456_789, &[8; 100_000]).unwrap();
+    assert_eq!(read(&disk, &volume, 123_456_789, 100_000).unwrap(), vec![8; 100_000]);
+}
+
+#[test]
+fn a_hundred_sessions_leave_every_epoch_readable() {
+    let disk = made(1 << 20);
+    for n in 0..100_u64 {
+        let volume = reopen(&disk);
+        write(&disk, &volume, n * 4096, &[n as u8 + 1; BLOCK]).unwrap();
+        // Every third one is killed after a sync.
+        if n % 3 == 0 {
+            run_to_end(volume.sync(&disk)).unwrap();
+        } else {
+            run_to_end(volume.close(&disk)).unwrap();
+        }
+    }
+    let volume = reopen(&disk);
+    for n in 0..100_u64 {
+        assert_eq!(read(&disk, &volume, n * 4096, BLOCK).unwrap(), vec![n as u8 + 1; BLOCK]);
+    }
+    assert!(volume.info().epoch > 100);
+}
+
+#[test]
+fn killed_sessions_without_a_checkpoint_never_run_out_of_epochs() {
+    let disk = made(1 << 20);
+    let volume = reopen(&disk);
+    write(&disk, &volume, 0, &[5; BLOCK]).unwrap();
+    run_to_end(volume.sync(&disk)).unwrap();
+    drop(volume);
+    for _ in 0..80 {
+        drop(reopen(&disk));
+    }
+    let volume = reopen(&disk);
+    assert_eq!(read(&disk, &volume, 0, BLOCK).unwrap(), vec![5; BLOCK]);
+}
+
+#[test]
+fn a_full_volume_keeps_taking_overwrites_without_any_chores() {
+    nonces::reset();
+    let mut runner =
+        Runner::new(SimDisk::new(3, tiny().host_blocks, formatted(3, tiny())));
+    let disk = runner.disk.clone();
+    let volume = runner.block_on(async move {
+        let (volume, _) = open(disk.clone(), OpenOptions::default()).await.unwrap();
+        for round in 0..40_u64 {
+            for n in 0..tiny().capacity {
+                let block = n * 37 % tiny().capacity;
+                let bytes = Bytes::new(vec![(block + round) as u8; BLOCK]);
+                volume.write(&disk, block * 4096, &bytes).await.unwrap();
+            }
+        }
+        volume.close(&disk).await.unwrap();
+        volume
+    });
+    assert!(volume.counters().checkpoints > 10);
+    let disk = runner.disk.clone();
+    runner.block_on(audit::audit(disk, volume)).unwrap();
+}
+
+#[test]
+fn an_epoch_that_has_sealed_enough_gives_way_to_a_new_one() {
+    let disk = made(1 << 20);
+    let volume = reopen(&disk);
+    volume.core.lock().rotate_at = 20;
+    let first = volume.info().epoch;
+    for n in 0..200_u64 {
+        write(&disk, &volume, n * 4096, &[n as u8; BLOCK]).unwrap();
+        if n % 50 == 49 {
+            run_to_end(volume.run_chore(&disk, Chore::Checkpoint)).unwrap();
+        }
+    }
+    assert!(volume.info().epoch >= first + 3);
+    run_to_end(volume.sync(&disk)).unwrap();
+    drop(volume);
+    let volume = reopen(&disk);
+    for n in 0..200_u64 {
+        assert_eq!(read(&disk, &volume, n * 4096, BLOCK).unwrap(), vec![n as u8; BLOCK]);
+    }
+}
+
+#[test]
+fn chores_publish_flush_and_checkpoint_in_their_time() {
+    let disk = made(1 << 20);
+    let volume = reopen(&disk);
+    let ms = 1_000_000;
+    assert_eq!(volume.due(0), None);
+    write(&disk, &volume, 0, &[1; BLOCK]).unwrap();
+    assert_eq!(volume.due(10 * ms), None);
+    assert_eq!(volume.due(40 * ms), Some(Chore::Publish));
+    assert_eq!(volume.due(50 * ms), None, "claimed");
+    run_to_end(volume.run_chore(&disk, Chore::Publish)).unwrap();
+    assert_eq!(volume.due(60 * ms), None);
+    assert_eq!(volume.due(1100 * ms), Some(Chore::Flush));
+    run_to_end(volume.run_chore(&disk, Chore::Flush)).unwrap();
+    // The durable mark, for an idle volume.
+    assert_eq!(volume.due(1200 * ms), None);
+    assert_eq!(volume.due(1300 * ms), Some(Chore::Publish));
+    run_to_end(volume.run_chore(&disk, Chore::Publish)).unwrap();
+    assert_eq!(volume.due(2000 * ms), None);
+    assert_eq!(volume.due(40_000 * ms), Some(Chore::Checkpoint));
+    run_to_end(volume.run_chore(&disk, Chore::Checkpoint)).unwrap();
+    assert_eq!(volume.due(90_000 * ms), None);
+}
+
+#[test]
+fn verify_counts_what_is_there() {
+    let disk = made(1 << 20);
+    let volume = reopen(&disk);
+    write(&disk, &volume, 8192, &[1; 3 * BLOCK]).unwrap();
+    let mut calls = 0;
+    let report = run_to_end(volume.verify(&disk, |_, _| calls += 1));
+    assert_eq!((report.intact, report.holes, report.damaged.len()), (3, 253, 0));
+    assert!(calls > 0);
+}
+
+/// The embedder runs these on several threads.
+#[allow(dead_code)]
+fn every_future_is_send(disk: &MemDisk, volume: &Volume, buffer: &Bytes) {
+    fn send<T: Send>(_: T) {}
+    send(volume.read(disk, 0, buffer));
+    send(volume.write(disk, 0, buffer));
+    send(volume.append(disk, buffer));
+    send(volume.sync(disk));
+    send(volume.truncate(disk, 0));
+    send(volume.punch(disk, 0, 1));
+    send(volume.close(disk));
+    send(volume.run_chore(disk, Chore::Flush));
+}
