@@ -67,20 +67,24 @@ impl Control {
     /// [`Exit::NoDaemon`] if it does not answer, or not as posternd does.
     pub fn stats(&mut self) -> Result<Vec<u8>, Failure> {
         let request = PosternStatsRequest { capacity: STATS_BYTES as u64 };
-        self.enclave.postern_stats(&request).map(|reply| reply.text).map_err(|error| {
-            let why = match error {
-                CallError::Refused(errno) => {
-                    io::Error::from_raw_os_error(errno.cast_signed()).to_string()
-                }
-                other => other.to_string(),
-            };
+        let failure = |why: &dyn core::fmt::Display| {
             Failure::new(
                 Exit::NoDaemon,
                 format_args!("the daemon gave no statistics: {why}"),
                 self.path.display(),
                 "use a posternd of this version",
             )
-        })
+        };
+        let reply = self.enclave.postern_stats(&request).map_err(|error| match error {
+            CallError::Refused(errno) => {
+                failure(&io::Error::from_raw_os_error(errno.cast_signed()))
+            }
+            other => failure(&other),
+        })?;
+        if reply.length > reply.text.len() as u64 {
+            return Err(failure(&format_args!("{} bytes are too many", reply.length)));
+        }
+        Ok(reply.text)
     }
 }
 

@@ -226,11 +226,10 @@ impl AioHost for SimHost {
         loop {
             process.drive();
             if (wait.ready)() {
-                if masked {
-                    // Pending signals that the mask lets through are handled first.
-                    process.sleep(&|| false, Some(0), signals);
-                }
-                return WaitEnd::Ready;
+                // Pending signals that the mask lets through are handled first.
+                let handled = masked
+                    && process.sleep(&|| false, Some(0), signals) == wait::WaitEnd::Interrupted;
+                return if handled { WaitEnd::Interrupted } else { WaitEnd::Ready };
             }
             let left = match wait.deadline_ns {
                 None => None,

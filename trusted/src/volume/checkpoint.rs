@@ -200,8 +200,9 @@ impl Volume {
             let mut core = self.core.lock();
             for record in carried {
                 match record {
-                    Record::Map { block, ptr } => {
+                    Record::Map { block, ptr, .. } => {
                         core.active.insert(block, ptr);
+                        core.active.carried.insert(block);
                         core.space.keep(ptr.place());
                     }
                     Record::Zero { first, count, order } => {

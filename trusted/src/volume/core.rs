@@ -326,9 +326,16 @@ impl Core {
             (a, f) => a.or(f),
         };
         match newest {
-            Some((order, ptr)) if order >= self.map.cut => Found::Here(ptr),
+            Some((order, ptr)) if order >= self.map.cut || self.is_carried(block) => {
+                Found::Here(ptr)
+            }
             older => Found::InMap(self.map, older),
         }
+    }
+
+    fn is_carried(&self, block: u64) -> bool {
+        let frozen = self.frozen.as_ref().is_some_and(|frozen| frozen.carried.contains(&block));
+        frozen || self.active.carried.contains(&block)
     }
 
     /// Whether `records` more changed blocks, which take `blocks` places, leave enough free that

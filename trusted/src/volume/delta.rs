@@ -3,7 +3,10 @@
 //! Holds: the entry of a block is the one with the highest order that was ever applied to it;
 //! order of arrival plays no part.
 
-use alloc::{collections::BTreeMap, vec::Vec};
+use alloc::{
+    collections::{BTreeMap, BTreeSet},
+    vec::Vec,
+};
 
 use super::layout::{Order, Ptr};
 
@@ -27,6 +30,9 @@ pub(crate) struct Zero {
 pub(crate) struct Delta {
     pub(crate) maps: BTreeMap<u64, Ptr>,
     pub(crate) zeroes: Vec<Zero>,
+    /// Blocks whose entry is newer than what the map holds, whatever its order: their leaf could
+    /// not be read when they should have been merged.
+    pub(crate) carried: BTreeSet<u64>,
 }
 
 impl Delta {
@@ -73,6 +79,7 @@ impl Delta {
             self.insert(*block, *ptr);
         }
         self.zeroes.extend_from_slice(&older.zeroes);
+        self.carried.extend(&older.carried);
     }
 }
 

@@ -29,14 +29,17 @@ const EXTENT: u8 = 2;
 const ZERO: u8 = 3;
 const SIZE: u8 = 4;
 const VOID: u8 = 5;
+/// Flag of a MAP record, in the bits of an extent's count.
+const CARRIED: u64 = 1;
 /// Blocks that one extent may describe.
 const EXTENT_MAX: usize = (PAYLOAD - EXTENT_HEADER) / TAG;
 
 /// A change of the volume.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Record {
-    /// `block` of the guest's file is what `ptr` points to.
-    Map { block: u64, ptr: Ptr },
+    /// `block` of the guest's file is what `ptr` points to. `carried`: this is newer than what the
+    /// map holds, although its order is below the map's cut (its leaf could not be read).
+    Map { block: u64, ptr: Ptr, carried: bool },
     /// Blocks `first..first + count` are holes.
     Zero { first: u64, count: u64, order: Order },
     /// The guest's file has `size` bytes.
@@ -102,7 +105,8 @@ pub(crate) fn records(bytes: &Block) -> Vec<Record> {
         let (a, b) = (get64(payload, at + 8), Order(get64(payload, at + 16)));
         match kind {
             MAP if block < MAX_CAPACITY => {
-                out.push(Record::Map { block, ptr: Ptr::decode(payload, at + 8) });
+                let carried = word >> 40 & CARRIED != 0;
+                out.push(Record::Map { block, ptr: Ptr::decode(payload, at + 8), carried });
             }
             EXTENT => {
                 let count = (word >> 40 & 0xffff) as usize;
@@ -115,7 +119,7 @@ pub(crate) fn records(bytes: &Block) -> Vec<Record> {
                     let tag = get_array(payload, at + EXTENT_HEADER + i * TAG);
                     let n = i as u64;
                     let ptr = Ptr { word: first.word + n, order: first.order.plus(n), tag };
-                    Record::Map { block: block + n, ptr }
+                    Record::Map { block: block + n, ptr, carried: false }
                 }));
                 at = end.next_multiple_of(8);
                 continue;
@@ -182,8 +186,8 @@ impl Builder {
 
     fn single(&mut self, record: &Record) {
         match *record {
-            Record::Map { block, ptr } => {
-                let at = self.word(MAP, 0, block);
+            Record::Map { block, ptr, carried } => {
+                let at = self.word(MAP, if carried { CARRIED } else { 0 }, block);
                 ptr.encode(&mut self.bytes, at + 8);
             }
             Record::Zero { first, count, order } => self.numbers(ZERO, first, count, order),
@@ -200,7 +204,7 @@ impl Builder {
     }
 
     fn extent(&mut self, run: &[Record]) {
-        let Some(Record::Map { block, ptr }) = run.first() else { return };
+        let Some(Record::Map { block, ptr, .. }) = run.first() else { return };
         let at = self.word(EXTENT, run.len() as u64, *block);
         put64(&mut self.bytes, at + 8, ptr.word);
         put64(&mut self.bytes, at + 16, ptr.order.0);
@@ -235,13 +239,13 @@ impl Builder {
 /// Records at the front of `group` that one extent can describe: neighbours in the file, on the
 /// host and in order.
 fn extent(group: &[Record]) -> usize {
-    let Some(Record::Map { block, ptr }) = group.first() else { return 1 };
+    let Some(Record::Map { block, ptr, carried: false }) = group.first() else { return 1 };
     group
         .iter()
         .take(EXTENT_MAX)
         .zip(0_u64..)
         .take_while(|(record, n)| {
-            matches!(record, Record::Map { block: b, ptr: p }
+            matches!(record, Record::Map { block: b, ptr: p, carried: false }
                 if *b == block + n && p.word == ptr.word + n && p.order.0 == ptr.order.0 + n)
         })
         .count()
@@ -261,7 +265,8 @@ mod tests {
 
     fn map(block: u64, place: u64, counter: u64) -> Record {
         let tag = [(counter % 251) as u8; 16];
-        Record::Map { block, ptr: Ptr::new(place, 1, Order::new(9, counter), tag) }
+        let ptr = Ptr::new(place, 1, Order::new(9, counter), tag);
+        Record::Map { block, ptr, carried: counter % 5 == 4 && block > 1 << 19 }
     }
 
     fn round_trip(list: &[Record]) -> (usize, Vec<Record>) {

@@ -354,7 +354,7 @@ fn apply(frozen: &Delta, leaf: u64, content: &mut Block, merged: &mut Merged) ->
 fn carry(frozen: &Delta, leaf: u64, merged: &mut Merged) {
     let base = leaf * FANOUT;
     for (block, ptr) in frozen.maps.range(base..base + FANOUT) {
-        merged.carried.push(Record::Map { block: *block, ptr: *ptr });
+        merged.carried.push(Record::Map { block: *block, ptr: *ptr, carried: true });
     }
     for zero in zeroes(frozen, leaf) {
         let first = zero.first.max(base);

@@ -215,7 +215,7 @@ impl Volume {
             let mut winners: BTreeMap<u64, (Ptr, u64)> = BTreeMap::new();
             for found in &scan.chain {
                 for record in &found.records {
-                    let Record::Map { block, ptr } = *record else { continue };
+                    let Record::Map { block, ptr, carried } = *record else { continue };
                     if void.contains(&ptr.order)
                         || block >= self.geometry.capacity
                         || open.as_ref().is_some_and(|open| !open.contains(&block))
@@ -223,6 +223,9 @@ impl Volume {
                         continue;
                     }
                     let winner = winners.entry(block).or_insert((ptr, found.header.seq));
+                    if carried {
+                        replay.delta.carried.insert(block);
+                    }
                     if ptr.order >= winner.0.order {
                         *winner = (ptr, found.header.seq);
                     }

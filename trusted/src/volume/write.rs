@@ -442,7 +442,7 @@ impl Volume {
         write.eager = Eager::Queued;
         let eager = Some((id, write.serial));
         for i in 0..count {
-            let record = Record::Map { block: block + i, ptr: ptr(i) };
+            let record = Record::Map { block: block + i, ptr: ptr(i), carried: false };
             core.journal.queue(Pending { eager, ..Pending::new(record) });
         }
         Some(core.journal.queued)
@@ -469,7 +469,7 @@ impl Volume {
         for i in 0..count {
             let ptr = ptr(i);
             let applied = core.apply(block + i, ptr);
-            let record = Record::Map { block: block + i, ptr };
+            let record = Record::Map { block: block + i, ptr, carried: false };
             let pending = Pending { glued, ..Pending::new(record) };
             match eager {
                 Eager::No if applied => core.journal.queue(pending),

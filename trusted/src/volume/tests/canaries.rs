@@ -7,7 +7,7 @@ use std::{panic, println};
 use super::{Canary, crash::check};
 
 /// Seeds after which a canary counts as not caught.
-const LIMIT: u64 = 1500;
+const LIMIT: u64 = 600;
 
 fn caught(canary: Canary) {
     let hook = panic::take_hook();

@@ -129,7 +129,7 @@ struct Sim {
 }
 
 impl Sim {
-    fn new(seed: u64) -> Self {
+    fn new(seed: u64, canary: Canary) -> Self {
         nonces::reset();
         let mut rng = Rng(seed ^ 0x5eed);
         let faulty = rng.chance(35.0);
@@ -146,6 +146,18 @@ impl Sim {
                 read: if faulty && rng.chance(20.0) { 0.5 } else { 0.0 },
                 flush: if faulty && rng.chance(20.0) { 1.0 } else { 0.0 },
             },
+        };
+        let plan = match canary {
+            // Needs an eager write that fails twice.
+            Canary::NoVoid => Plan {
+                depth: 2,
+                syncs: 45.0,
+                faults: Faults { write: 12.0, ..Faults::default() },
+                ..plan
+            },
+            // Need eager writes on their way when a checkpoint cuts.
+            Canary::NoCarry | Canary::NoCarryWait => Plan { depth: 4, syncs: 45.0, ..plan },
+            _ => plan,
         };
         let image = formatted(seed, tiny());
         let disk = SimDisk::new(seed.wrapping_mul(77), tiny().host_blocks, image);
@@ -380,7 +392,7 @@ impl Sim {
 /// Runs one seed; the panic's message, if it found something.
 pub(super) fn check(seed: u64, canary: Canary) -> Result<(), String> {
     CANARY.set(canary);
-    let result = panic::catch_unwind(|| Sim::new(seed).run());
+    let result = panic::catch_unwind(|| Sim::new(seed, canary).run());
     CANARY.set(Canary::None);
     result.map_err(|cause| {
         cause

@@ -4,7 +4,7 @@
 use alloc::{sync::Arc, vec, vec::Vec};
 
 use super::{
-    crash::{Bytes, formatted, key, open, read_all, tiny},
+    crash::{Bytes, formatted, open, read_all, tiny},
     disk::{Image, Rng, SimDisk},
     nonces,
     run::Runner,
@@ -72,6 +72,12 @@ fn refusal(image: &Image) -> VolumeError {
 
 /// Reads each block; what reads must be right. Returns those that do not read.
 fn unreadable(runner: &mut Runner, volume: &Arc<Volume>) -> Vec<u64> {
+    unreadable_or_older(runner, volume, false)
+}
+
+/// `older`: a block may also read as it was before it was written. Cutting off the tail of a
+/// journal looks like a power cut; without a counter nobody can tell.
+fn unreadable_or_older(runner: &mut Runner, volume: &Arc<Volume>, older: bool) -> Vec<u64> {
     let (disk, volume) = (runner.disk.clone(), volume.clone());
     runner.block_on(async move {
         let mut bad = Vec::new();
@@ -80,7 +86,9 @@ fn unreadable(runner: &mut Runner, volume: &Arc<Volume>) -> Vec<u64> {
             match volume.read(&disk, block * 4096, &buffer).await {
                 Ok(done) => {
                     assert_eq!(done, BLOCK);
-                    assert!(buffer.take() == plain(block), "block {block} reads as wrong bytes");
+                    let bytes = buffer.take();
+                    let right = bytes == plain(block) || older && bytes == [0; BLOCK];
+                    assert!(right, "block {block} reads as wrong bytes");
                 }
                 Err(errno) => {
                     assert_eq!(errno, Errno::EIO);
@@ -283,8 +291,7 @@ fn no_flipped_bit_yields_a_wrong_byte_or_a_panic() {
         }
         let (mut runner, volume) = opened(&image, options());
         if let Ok(volume) = volume {
-            unreadable(&mut runner, &volume);
+            unreadable_or_older(&mut runner, &volume, n % 2 == 1);
         }
     }
-    assert_eq!(key().0, [42; 32]);
 }

@@ -134,10 +134,10 @@ fn bytes_written_anywhere_read_back_and_the_rest_is_zeros() {
     let mut expected = vec![0; 1 << 22];
     expected[5000..15_000].fill(7);
     expected[(1 << 22) - 3..].fill(9);
-    assert_eq!(read(&disk, &volume, 0, 1 << 23).unwrap(), expected);
+    assert!(read(&disk, &volume, 0, 1 << 23).unwrap() == expected);
     run_to_end(volume.close(&disk)).unwrap();
     assert_eq!(write(&disk, &volume, 0, &[1]), Err(Errno::EROFS));
-    assert_eq!(read(&disk, &reopen(&disk), 0, 1 << 22).unwrap(), expected);
+    assert!(read(&disk, &reopen(&disk), 0, 1 << 22).unwrap() == expected);
 }
 
 #[test]
@@ -162,10 +162,11 @@ fn what_a_shrink_cut_off_reads_as_zeros_after_growing() {
     let mut expected = vec![0; 1 << 16];
     expected[..10_001].fill(3);
     expected[10_001..10_006].fill(4);
-    assert_eq!(read(&disk, &volume, 0, 1 << 16).unwrap(), expected);
+    assert!(read(&disk, &volume, 0, 1 << 16).unwrap() == expected);
     assert!(volume.is_hole(16_384, 4096) && !volume.is_hole(8192, 4096));
+    run_to_end(volume.sync(&disk)).unwrap();
     drop(volume);
-    assert_eq!(read(&disk, &reopen(&disk), 0, 1 << 16).unwrap(), expected);
+    assert!(read(&disk, &reopen(&disk), 0, 1 << 16).unwrap() == expected);
 }
 
 #[test]
@@ -178,11 +179,11 @@ fn a_punched_range_is_a_hole_and_its_edges_stay() {
     let mut expected = vec![3; 1 << 16];
     expected[5000..25_000].fill(0);
     expected[40_000..40_100].fill(0);
-    assert_eq!(read(&disk, &volume, 0, 1 << 16).unwrap(), expected);
+    assert!(read(&disk, &volume, 0, 1 << 16).unwrap() == expected);
     assert!(volume.is_hole(8192, 16_384));
     run_to_end(volume.close(&disk)).unwrap();
     let volume = reopen(&disk);
-    assert_eq!(read(&disk, &volume, 0, 1 << 16).unwrap(), expected);
+    assert!(read(&disk, &volume, 0, 1 << 16).unwrap() == expected);
 }
 
 #[test]
@@ -206,7 +207,7 @@ fn an_unreadable_buffer_is_efault_or_a_short_count() {
     assert_eq!(run_to_end(volume.read(&disk, 0, &Half)), Ok(3 * BLOCK));
     let mut expected = vec![6; 3 * BLOCK];
     expected.resize(8 * BLOCK, 0);
-    assert_eq!(read(&disk, &volume, 0, 8 * BLOCK).unwrap(), expected);
+    assert!(read(&disk, &volume, 0, 8 * BLOCK).unwrap() == expected);
 }
 
 #[test]
@@ -238,7 +239,7 @@ fn a_gibibyte_is_formatted_and_opened_with_few_requests_and_little_memory() {
     assert!(reads < 300 && written <= 4 && flushes <= 3, "{reads} {written} {flushes}");
     assert_eq!(volume.capacity(), 1 << 30);
     write(&disk, &volume, 123_456_789, &[8; 100_000]).unwrap();
-    assert_eq!(read(&disk, &volume, 123_456_789, 100_000).unwrap(), vec![8; 100_000]);
+    assert!(read(&disk, &volume, 123_456_789, 100_000).unwrap() == vec![8; 100_000]);
 }
 
 #[test]
@@ -256,7 +257,7 @@ fn a_hundred_sessions_leave_every_epoch_readable() {
     }
     let volume = reopen(&disk);
     for n in 0..100_u64 {
-        assert_eq!(read(&disk, &volume, n * 4096, BLOCK).unwrap(), vec![n as u8 + 1; BLOCK]);
+        assert!(read(&disk, &volume, n * 4096, BLOCK).unwrap() == vec![n as u8 + 1; BLOCK]);
     }
     assert!(volume.info().epoch > 100);
 }
@@ -272,7 +273,7 @@ fn killed_sessions_without_a_checkpoint_never_run_out_of_epochs() {
         drop(reopen(&disk));
     }
     let volume = reopen(&disk);
-    assert_eq!(read(&disk, &volume, 0, BLOCK).unwrap(), vec![5; BLOCK]);
+    assert!(read(&disk, &volume, 0, BLOCK).unwrap() == vec![5; BLOCK]);
 }
 
 #[test]
@@ -315,7 +316,7 @@ fn an_epoch_that_has_sealed_enough_gives_way_to_a_new_one() {
     drop(volume);
     let volume = reopen(&disk);
     for n in 0..200_u64 {
-        assert_eq!(read(&disk, &volume, n * 4096, BLOCK).unwrap(), vec![n as u8; BLOCK]);
+        assert!(read(&disk, &volume, n * 4096, BLOCK).unwrap() == vec![n as u8; BLOCK]);
     }
 }
 
