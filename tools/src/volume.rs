@@ -11,7 +11,7 @@ use std::{
 };
 
 use postern_trusted::{
-    disk::{BLOCK, HostError},
+    disk::{BLOCK, Disk as _, HostError},
     errno::Errno,
     exec::run_to_end,
     platform::{Buffer, Fault},
@@ -103,8 +103,15 @@ pub fn check(path: &Path, key: &[u8; 32], access: Access) -> Result<(), Failure>
 
 fn open(disk: &FileDisk, path: &Path, key: &[u8; 32]) -> Result<(Volume, OpenReport), Failure> {
     let options = OpenOptions { read_only: true, ..OpenOptions::default() };
-    run_to_end(Volume::open(disk, &SlotKey::new(*key), &options))
-        .map_err(|error| refused(path, &error))
+    run_to_end(Volume::open(disk, &SlotKey::new(*key), &options)).map_err(|error| match error {
+        VolumeError::Host { place, .. } if place >= disk.host_blocks() => Failure::new(
+            Exit::Damaged,
+            format_args!("the host file ends before block {place}, which every volume has"),
+            path.display(),
+            "it is no volume, or was cut off: restore it from a copy",
+        ),
+        error => refused(path, &error),
+    })
 }
 
 /// What a volume's refusal means to the operator.
@@ -274,7 +281,9 @@ fn damaged_ranges(
     let mut at = 0;
     while at < size {
         let end = (at + STEP as u64).min(size);
-        if !volume.is_hole(at, end - at) && run_to_end(volume.read(disk, at, &part)).is_err() {
+        // A read that meets damage is short, or fails if the damage comes first.
+        let whole = || run_to_end(volume.read(disk, at, &part)) == Ok((end - at) as usize);
+        if !volume.is_hole(at, end - at) && !whole() {
             for place in (at..end).step_by(BLOCK) {
                 match run_to_end(volume.read(disk, place, &block)) {
                     Ok(_) => {}

@@ -16,7 +16,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use postern_ebpf_common::{TracedIocb, aio_data};
-use posternd::probes::{OBJECT_NAME, OBJECT_VARIABLE, Probes};
+use posternd::probes::{OBJECT_NAME, OBJECT_VARIABLE, Probes, ProbesUnavailable};
 use posternd::stats::StageRow;
 
 const READ: u64 = 1;
@@ -45,12 +45,13 @@ fn probes_on(tgid: u32) -> Option<(MutexGuard<'static, ()>, Probes)> {
     };
     match Probes::load(Some(&object), tgid) {
         Ok(probes) => Some((guard, probes)),
-        // SAFETY: no arguments.
-        Err(error) if unsafe { libc::geteuid() } != 0 => {
+        Err(error @ (ProbesUnavailable::Object { .. } | ProbesUnavailable::Refused { .. })) => {
+            panic!("{error}")
+        }
+        Err(error) => {
             say(&format!("SKIPPED: {error}"));
             None
         }
-        Err(error) => panic!("root can not load the probes: {error}"),
     }
 }
 
@@ -257,13 +258,12 @@ fn row(probes: &Probes, stage: &str, operation: &str) -> StageRow {
     rows.find(|r| r.stage == stage && r.operation == operation).unwrap_or_default()
 }
 
-/// All counters that are not zero, without `requests_seen` and without those that only say how a
-/// request went (and so depend on the device's speed).
+/// All counters that are not zero, without those that are no trouble: how many were seen, how fast
+/// the device was, what another daemon on this machine does.
 fn troubles(probes: &Probes) -> BTreeMap<String, u64> {
+    let harmless = ["requests_seen", "completed_in_submit", "stamp_foreign"];
     let mut counters = probes.counters();
-    counters.retain(|name, n| {
-        *n != 0 && !matches!(name.as_str(), "requests_seen" | "completed_in_submit")
-    });
+    counters.retain(|name, n| *n != 0 && !harmless.contains(&name.as_str()));
     counters
 }
 
@@ -469,7 +469,8 @@ fn a_claimed_delivery_outside_of_its_possible_time_is_refused() {
 
 #[test]
 fn another_process_is_not_recorded_even_with_our_tag() {
-    let Some((_guard, probes)) = probes_on(1) else { return };
+    // Number 0 is the idle task's.
+    let Some((_guard, probes)) = probes_on(0) else { return };
     let file = TestFile::new(MIB, MIB);
     let mut program = Program::new(10, MIB);
     let mut batch: Vec<_> = (0..16)
@@ -477,10 +478,13 @@ fn another_process_is_not_recorded_even_with_our_tag() {
         .collect();
     program.run(&mut batch);
     assert_eq!(probes.rows(), []);
-    let expected =
-        if file.direct && probes.traces_device() { only("stamp_foreign", 16) } else { none() };
-    // A merged or split request may carry more than one bio, never fewer than one.
-    assert_eq!(troubles(&probes).keys().collect::<Vec<_>>(), expected.keys().collect::<Vec<_>>());
+    assert_eq!(troubles(&probes), none());
+    let counters = probes.counters();
+    assert_eq!(counters["requests_seen"], 0);
+    if file.direct && probes.traces_device() {
+        // Merged into one block request or not, each has a bio of its own.
+        assert!(counters["stamp_foreign"] >= 16, "{counters:?}");
+    }
 }
 
 #[test]

@@ -1,8 +1,8 @@
 //! The launcher as a parent: statuses, signals, standard streams, what stays behind.
 
-use std::{ffi::OsStr, io::Write as _};
+use std::{ffi::OsStr, io::Write as _, path::Path};
 
-use crate::common::{World, begin, children, end, name_of, signal, until};
+use crate::common::{Running, World, begin, children, end, name_of, signal, until};
 
 #[test]
 fn the_exit_code_of_the_program_comes_through() {
@@ -78,9 +78,10 @@ fn nothing_stays_behind_no_process_no_socket_no_directory() {
         find("posternd").zip(find("sleep"))
     });
     signal("KILL", running.pid());
-    running.wait();
     until("the daemon has gone", || (name_of(daemon) != "posternd").then_some(()));
+    // The program has our pipes: they close with it.
     signal("KILL", program);
+    running.wait();
 }
 
 #[test]
@@ -95,6 +96,19 @@ fn the_program_keeps_its_name_its_arguments_and_its_environment() {
     let ended = end(command.env("LD_PRELOAD", "/no/such/library.so")).expect(0);
     let list = ended.stdout.trim_end();
     assert!(list.ends_with("libpostern_preload.so:/no/such/library.so"), "{list}");
+}
+
+/// Waits until the daemon of a run has the host file open; answers its number.
+fn daemon_at_work(running: &mut Running, volume: &Path) -> u32 {
+    let volume = volume.canonicalize().unwrap();
+    until("the daemon has the volume open", || {
+        assert!(running.is_running());
+        let all = children(running.pid());
+        let daemon = all.into_iter().find(|&pid| name_of(pid) == "posternd")?;
+        let mut open = std::fs::read_dir(format!("/proc/{daemon}/fd")).ok()?;
+        open.any(|fd| fd.is_ok_and(|fd| fd.path().read_link().is_ok_and(|to| to == volume)))
+            .then_some(daemon)
+    })
 }
 
 #[test]
@@ -114,10 +128,8 @@ fn a_volume_is_locked_while_a_program_works_on_it() {
         "--runtime=600",
     ];
     let mut running = begin(&mut world.run(&volume, fio));
-    until("fio has the volume open", || {
-        assert!(running.is_running());
-        (end(&mut world.postern(["info", "v"])).code() == 73).then_some(())
-    });
+    daemon_at_work(&mut running, &volume);
+    end(&mut world.postern(["info", "v"])).expect_line(73, "in use");
     end(&mut world.run(&volume, ["true"])).expect_line(73, "in use");
     signal("TERM", running.pid());
     running.wait();
@@ -206,11 +218,7 @@ fn a_daemon_that_dies_gives_errors_and_not_wrong_data() {
         "--runtime=600",
     ];
     let mut running = begin(&mut world.run(&volume, fio));
-    let daemon = until("fio has the volume open", || {
-        assert!(running.is_running());
-        (end(&mut world.postern(["info", "v"])).code() == 73).then_some(())?;
-        children(running.pid()).into_iter().find(|&pid| name_of(pid) == "posternd")
-    });
+    let daemon = daemon_at_work(&mut running, &volume);
     signal("KILL", daemon);
     let ended = running.wait();
     assert_ne!(ended.code(), 0, "{}", ended.stderr);

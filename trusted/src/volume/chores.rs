@@ -6,9 +6,7 @@ use core::fmt;
 use super::{
     Chore, Counters, Volume,
     cache::NodeCache,
-    core::{
-        Checkpoints, Core, Expect, Flushes, Health, Journal, Map, Timers, Waiters, wake,
-    },
+    core::{Checkpoints, Core, Expect, Flushes, Health, Journal, Map, Timers, Waiters, wake},
     crypto::{EpochKey, Salt, VolumeKey},
     delta::Delta,
     layout::{BLOCK_BYTES, RING_RESERVE},
@@ -67,12 +65,7 @@ pub struct Info {
 
 impl Core {
     /// The state of a volume whose superblock has been read and whose journal is empty.
-    pub(crate) fn new(
-        superblock: &Superblock,
-        map: Map,
-        key: Arc<EpochKey>,
-        salt: Salt,
-    ) -> Self {
+    pub(crate) fn new(superblock: &Superblock, map: Map, key: Arc<EpochKey>, salt: Salt) -> Self {
         let geometry = superblock.geometry;
         let free = spacemap::total_free(&geometry, &superblock.space_root);
         Self {
@@ -135,8 +128,8 @@ impl Core {
         }
         let waiting = self.journal.pending.len() + self.journal.carry.len();
         // A mark is worth a block only if it says something about records.
-        let unmarked = self.journal.durable > self.journal.marked
-            && self.journal.last > self.journal.marked;
+        let unmarked =
+            self.journal.durable > self.journal.marked && self.journal.last > self.journal.marked;
         let timers = &mut self.timers;
         if !timers.checkpoint_claimed && !self.checkpoints.running && !self.checkpoints.wedged {
             let changed = !self.active.is_empty();

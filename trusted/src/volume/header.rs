@@ -186,7 +186,8 @@ fn open_keyring(
     uuid: &[u8; 16],
 ) -> Result<(Secret, u32), VolumeError> {
     let ring = &bytes[KEYRING_AT..KEYRING_AT + BLOCK];
-    let mut body = zeroize::Zeroizing::new(get_array::<{ BLOCK - KEYRING_BODY }>(ring, KEYRING_BODY));
+    let mut body =
+        zeroize::Zeroizing::new(get_array::<{ BLOCK - KEYRING_BODY }>(ring, KEYRING_BODY));
     keyring_key(master, &ring[..24], uuid)
         .open(SINGLE, uuid, &get_array(ring, 24), &mut body[..])
         .map_err(|_| VolumeError::DamagedHeader)?;

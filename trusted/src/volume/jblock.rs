@@ -8,9 +8,7 @@ use alloc::vec::Vec;
 
 use super::{
     crypto::{EpochKey, Forged, Kind, Salt, TAG, Tag},
-    layout::{
-        FANOUT, MAX_CAPACITY, Order, Ptr, get_array, get32, get64, put, put32, put64,
-    },
+    layout::{FANOUT, MAX_CAPACITY, Order, Ptr, get_array, get32, get64, put, put32, put64},
 };
 use crate::disk::{BLOCK, Block};
 
@@ -148,7 +146,6 @@ impl Builder {
     pub(crate) const fn new() -> Self {
         Self { bytes: [0; BLOCK], used: 0 }
     }
-
 
     const fn left(&self) -> usize {
         PAYLOAD - self.used

@@ -118,11 +118,9 @@ impl Volume {
             }
             debug_assert!(rest.is_empty(), "every record taken has a place");
             let resolved: Vec<u64> = batch.records.iter().filter_map(|p| p.resolves).collect();
-            let maps = batch
-                .records
-                .iter()
-                .filter(|p| matches!(p.record, Record::Map { .. }))
-                .count() as u64;
+            let maps =
+                batch.records.iter().filter(|p| matches!(p.record, Record::Map { .. })).count()
+                    as u64;
             let wakers = {
                 let mut core = self.core.lock();
                 core.journal.prev = header.prev;

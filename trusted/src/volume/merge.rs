@@ -288,7 +288,8 @@ impl Volume {
         for (n, (index, content)) in (0..).zip(nodes) {
             let mut sealed = **content;
             let order = first.plus(n);
-            let tag = key.seal(Kind::Node, order, &aad(Kind::Node, level as u8, *index), &mut sealed);
+            let tag =
+                key.seal(Kind::Node, order, &aad(Kind::Node, level as u8, *index), &mut sealed);
             transfer.put(n as usize, &sealed);
             written.push((*index, Ptr::new(run.place + n, birth, order, tag)));
         }

@@ -54,17 +54,17 @@ mod tree;
 mod verify;
 mod write;
 
-use alloc::{collections::BTreeMap, sync::Arc};
 use ::core::fmt;
+use alloc::{collections::BTreeMap, sync::Arc};
 
 use zeroize::{Zeroize, ZeroizeOnDrop};
 
-use crate::sync::Lock;
 use self::{
     core::Core,
     crypto::{EpochKey, VolumeKey},
     layout::Geometry,
 };
+use crate::sync::Lock;
 
 pub use self::{
     chores::Info,

@@ -44,10 +44,7 @@ impl RangeLocks {
         let (first, last, exclusive) =
             (self.entries[me].first, self.entries[me].last, self.entries[me].exclusive);
         let blocked = self.entries.iter().any(|e| {
-            e.ticket < ticket
-                && (exclusive || e.exclusive)
-                && e.first <= last
-                && first <= e.last
+            e.ticket < ticket && (exclusive || e.exclusive) && e.first <= last && first <= e.last
         });
         if blocked && let Some(waker) = waker {
             self.entries[me].waker = Some(waker.clone());

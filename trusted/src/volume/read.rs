@@ -116,12 +116,7 @@ impl Volume {
     }
 
     /// Reads a span of at most [`PIECE`] blocks.
-    async fn read_window<D: Disk>(
-        &self,
-        disk: &D,
-        span: Span,
-        buffer: &impl Buffer,
-    ) -> Progress {
+    async fn read_window<D: Disk>(&self, disk: &D, span: Span, buffer: &impl Buffer) -> Progress {
         let blocks = span.blocks();
         let mut ptrs = [Ptr::NULL; PIECE];
         let (mut found, mut limit, mut failure) = (0, blocks, None);
@@ -184,9 +179,10 @@ impl Volume {
                 let mut key = None;
                 let mut failed = None;
                 for (i, ptr) in ptrs.iter().enumerate() {
-                    if key.as_ref().is_none_or(|k: &alloc::sync::Arc<EpochKey>| {
-                        k.id != ptr.order.epoch()
-                    }) {
+                    if key
+                        .as_ref()
+                        .is_none_or(|k: &alloc::sync::Arc<EpochKey>| k.id != ptr.order.epoch())
+                    {
                         key = self.keys.lock().get(&ptr.order.epoch()).cloned();
                     }
                     let part = span.part(i, i + 1);
@@ -209,12 +205,9 @@ impl Volume {
         };
         // From the first failure on, block by block.
         let Some((from, _)) = failed else { return (span.len, None) };
-        for i in from..ptrs.len() {
+        for (i, ptr) in ptrs.iter().enumerate().skip(from) {
             let part = span.part(i, i + 1);
-            let before = match failed.take() {
-                Some((_, bad)) => Some((ptrs[i], bad)),
-                None => None,
-            };
+            let before = failed.take().map(|(_, bad)| (*ptr, bad));
             let read = self.read_again(disk, span.first() + i as u64, before).await;
             let done = match read {
                 Ok(None) => zero(part, buffer),

@@ -33,11 +33,7 @@ use crate::{
 /// Data blocks verified at a time.
 const VERIFY: usize = 32;
 
-async fn read_blocks<D: Disk>(
-    disk: &D,
-    place: u64,
-    out: &mut [Block],
-) -> Result<(), VolumeError> {
+async fn read_blocks<D: Disk>(disk: &D, place: u64, out: &mut [Block]) -> Result<(), VolumeError> {
     let failed = |error| VolumeError::Host { place, error };
     let mut transfer = disk.transfer(out.len()).await.map_err(failed)?;
     transfer.read(place).await.map_err(failed)?;
@@ -399,9 +395,10 @@ impl Opening {
             core.stamp += 1;
             (core.stamp, core.journal.last)
         };
-        volume.flush(disk, stamp, last).await.map_err(|errno| {
-            VolumeError::Flush(HostError::Errno(errno.0))
-        })?;
+        volume
+            .flush(disk, stamp, last)
+            .await
+            .map_err(|errno| VolumeError::Flush(HostError::Errno(errno.0)))?;
         let superblock = {
             let core = volume.core.lock();
             let keep = core.epochs.len().saturating_sub(RECENT);

@@ -120,11 +120,8 @@ impl Volume {
         end: u64,
         size: u64,
     ) -> Result<(), Errno> {
-        let mut cutoff = Cutoff {
-            first: offset.div_ceil(BLOCK_BYTES),
-            end: end / BLOCK_BYTES,
-            size: None,
-        };
+        let mut cutoff =
+            Cutoff { first: offset.div_ceil(BLOCK_BYTES), end: end / BLOCK_BYTES, size: None };
         if end == size {
             // Bytes after the end are zeros already.
             cutoff.end = end.div_ceil(BLOCK_BYTES);
@@ -187,8 +184,7 @@ impl Volume {
         if offset >= end {
             return true;
         }
-        (offset / BLOCK_BYTES..end.div_ceil(BLOCK_BYTES)).all(|block| {
-            super::tree::look(&mut core, block).is_ok_and(|ptr| ptr.is_null())
-        })
+        (offset / BLOCK_BYTES..end.div_ceil(BLOCK_BYTES))
+            .all(|block| super::tree::look(&mut core, block).is_ok_and(|ptr| ptr.is_null()))
     }
 }

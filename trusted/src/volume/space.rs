@@ -59,11 +59,14 @@ fn ones(map: &Bitmap) -> u64 {
 impl Region {
     fn used(&self, word: usize) -> u64 {
         let bits = |map: &Option<Box<Bitmap>>| map.as_ref().map_or(0, |m| m[word]);
-        self.durable.as_ref().map_or(u64::MAX, |m| m[word]) | bits(&self.active) | bits(&self.frozen)
+        self.durable.as_ref().map_or(u64::MAX, |m| m[word])
+            | bits(&self.active)
+            | bits(&self.frozen)
     }
 
     fn recount(&mut self) {
-        self.free = (0..(REGION / 64) as usize).map(|w| u64::from(self.used(w).count_zeros())).sum();
+        self.free =
+            (0..(REGION / 64) as usize).map(|w| u64::from(self.used(w).count_zeros())).sum();
     }
 
     /// First free run in bits `from..to`, at most `max` long.
@@ -409,11 +412,8 @@ impl Space {
     #[cfg(test)]
     pub(crate) fn forget(&mut self, place: u64) {
         if let Some(region) = self.regions.get_mut(&(place / REGION)) {
-            for bits in [&mut region.durable, &mut region.active, &mut region.frozen] {
-                if let Some(bits) = bits {
-                    set(bits, place % REGION, 1, false);
-                }
-            }
+            let maps = [&mut region.durable, &mut region.active, &mut region.frozen];
+            maps.into_iter().flatten().for_each(|bits| set(bits, place % REGION, 1, false));
             region.recount();
         }
     }

@@ -71,12 +71,7 @@ impl Volume {
 
     /// Waits for, or makes, a flush that covers completions up to `stamp` and journal blocks up
     /// to `seq`, which have been written.
-    pub(crate) async fn flush<D: Disk>(
-        &self,
-        disk: &D,
-        stamp: u64,
-        seq: u64,
-    ) -> Result<(), Errno> {
+    pub(crate) async fn flush<D: Disk>(&self, disk: &D, stamp: u64, seq: u64) -> Result<(), Errno> {
         loop {
             let turn = poll_fn(|cx| {
                 let mut core = self.core.lock();

@@ -2,12 +2,7 @@
 
 use alloc::vec::Vec;
 
-use super::{
-    Volume,
-    crypto::Kind,
-    layout::BLOCK_BYTES,
-    tree::Bad,
-};
+use super::{Volume, crypto::Kind, layout::BLOCK_BYTES, tree::Bad};
 use crate::disk::{Disk, HostError};
 
 /// Blocks that cannot be read.
@@ -51,7 +46,9 @@ impl Volume {
                     report.holes += 1;
                     continue;
                 }
-                Ok(ptr) => self.read_sealed(disk, ptr.place(), &ptr, Kind::Data, 0, block).await.err(),
+                Ok(ptr) => {
+                    self.read_sealed(disk, ptr.place(), &ptr, Kind::Data, 0, block).await.err()
+                }
                 Err(bad) => Some(bad),
             };
             let Some(bad) = bad else {

@@ -16,8 +16,8 @@ use super::{
     jblock::Record,
     layout::{BLOCK_BYTES, Order, Ptr},
     ranges::EOF,
-    resize::Cutoff,
     read::{PIECE, PIECES, join, outcome},
+    resize::Cutoff,
     space::{Run, Want},
     sync::{EXPECT_AFTER, EXPECT_NS},
 };
@@ -118,11 +118,7 @@ impl Volume {
     ///
     /// # Errors
     /// As [`Self::write`].
-    pub async fn append<D: Disk>(
-        &self,
-        disk: &D,
-        buffer: &impl Buffer,
-    ) -> Result<usize, Errno> {
+    pub async fn append<D: Disk>(&self, disk: &D, buffer: &impl Buffer) -> Result<usize, Errno> {
         let ticket = self.enter(EOF, EOF, true).await;
         let offset = self.core.lock().size;
         let result = match self.clip(offset, buffer.len()) {
@@ -221,7 +217,8 @@ impl Volume {
         let mut total = (0, None);
         if count <= PIECE as u64 {
             let source = Source::Guest(buffer, at);
-            total = self.write_piece(disk, first, count, source, started, Then::Extend, false).await;
+            total =
+                self.write_piece(disk, first, count, source, started, Then::Extend, false).await;
         } else {
             let (mut next, mut going) = (0, FuturesOrdered::new());
             loop {
@@ -402,9 +399,8 @@ impl Volume {
                 write.run = run;
             }
         }
-        let ptr = |i: u64| {
-            Ptr::new(run.place + i, birth, first.plus(i), tags[(i as usize) % PIECE])
-        };
+        let ptr =
+            |i: u64| Ptr::new(run.place + i, birth, first.plus(i), tags[(i as usize) % PIECE]);
         let eager = eager && !matches!(then, Then::Cutoff(_));
         let queued = if eager { self.queue_eager(id, block, run.count, ptr) } else { None };
         let data = async {

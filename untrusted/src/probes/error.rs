@@ -52,8 +52,8 @@ impl fmt::Display for ProbesUnavailable {
             ),
             Self::NotPermitted { what } => write!(
                 f,
-                "not permitted: {what}: run posternd as root, or give it CAP_BPF, CAP_PERFMON and, \
-                 for device times, CAP_SYSLOG"
+                "not permitted: {what}: run posternd as root, or give it CAP_BPF, CAP_PERFMON, \
+                 CAP_DAC_READ_SEARCH (for tracefs) and CAP_SYSLOG (for device times)"
             ),
             Self::NoTypes { reason } => write!(
                 f,

@@ -263,11 +263,15 @@ fn object_path(given: Option<&Path>) -> Result<PathBuf, ProbesUnavailable> {
 
 /// Sees that the tracepoints' file system is mounted.
 fn provide_tracefs(notes: &mut Vec<String>) -> Result<(), ProbesUnavailable> {
-    let mounted = || {
-        [TRACEFS, "/sys/kernel/debug/tracing"].iter().any(|p| Path::new(p).join("events").exists())
-    };
+    let places = [TRACEFS, "/sys/kernel/debug/tracing"].map(|p| Path::new(p).join("events"));
+    let mounted = || places.iter().any(|events| events.exists());
     if mounted() {
         return Ok(());
+    }
+    if let Err(error) = places[0].try_exists()
+        && error.kind() == std::io::ErrorKind::PermissionDenied
+    {
+        return Err(ProbesUnavailable::NotPermitted { what: format!("reading {TRACEFS}") });
     }
     // SAFETY: all three are constant strings that end in a zero; tracefs takes no data.
     let result = unsafe {
@@ -376,7 +380,11 @@ fn chain(error: &(dyn std::error::Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(this) = cause {
-        text = format!("{text}: {this}");
+        // Some errors tell their cause themselves.
+        let more = this.to_string();
+        if !text.ends_with(&more) {
+            text = format!("{text}: {more}");
+        }
         cause = this.source();
     }
     let line = text.split_whitespace().collect::<Vec<_>>().join(" ");

@@ -17,7 +17,9 @@ use crate::{
     errno::Errno,
     platform::{Buffer, Fault},
     volume::{
-        OpenOptions, OpenReport, SlotKey, Volume, VolumeError, format,
+        OpenOptions, OpenReport, SlotKey, Volume, VolumeError,
+        core::Health,
+        format,
         layout::{BLOCK_BYTES, FANOUT, Geometry, RING_START},
     },
 };
@@ -102,11 +104,22 @@ pub(super) async fn read_all(disk: SimDisk, volume: Arc<Volume>) -> Result<Vec<u
     let mut out = Vec::new();
     let size = volume.size();
     while (out.len() as u64) < size {
-        let buffer = Bytes::new(vec![0xee; (32 * BLOCK_BYTES).min(size - out.len() as u64) as usize]);
+        let buffer =
+            Bytes::new(vec![0xee; (32 * BLOCK_BYTES).min(size - out.len() as u64) as usize]);
         let done = volume.read(&disk, out.len() as u64, &buffer).await?;
         out.extend_from_slice(&buffer.take()[..done]);
     }
     Ok(out)
+}
+
+/// Whether every completed write is in a journal block that the host has.
+fn is_published(volume: &Volume) -> bool {
+    let core = volume.core.lock();
+    let journal = &core.journal;
+    core.health == Health::Good
+        && !journal.sealing
+        && journal.pending.is_empty()
+        && journal.writing.is_empty()
 }
 
 /// What one seed does.
@@ -171,10 +184,14 @@ impl Sim {
 
     fn crash(&mut self) {
         self.runner.kill();
-        if self.rng.chance(70.0) {
+        let power = self.rng.chance(70.0);
+        if power {
             self.runner.disk.power_cut();
         } else {
             self.runner.disk.guest_kill();
+        }
+        if power || self.plan.faults.flush > 0.0 {
+            self.model.lock().unwrap().power_lost();
         }
     }
 
@@ -220,7 +237,11 @@ impl Sim {
             let (op, bytes) = model.lock().unwrap().write(first, count);
             let written = volume.write(&disk, first * SECTOR, &Bytes::new(bytes)).await;
             assert!(faulty || written.is_ok(), "a write fails on a good disk: {written:?}");
-            model.lock().unwrap().end(&op, written.unwrap_or(0) as u64 / SECTOR);
+            let mut model = model.lock().unwrap();
+            model.end(&op, written.unwrap_or(0) as u64 / SECTOR);
+            if is_published(&volume) {
+                model.published();
+            }
         });
     }
 

@@ -18,6 +18,8 @@ struct Entry {
     /// It is known to have taken effect.
     done: bool,
     synced: bool,
+    /// A death of the guest alone does not undo it.
+    published: bool,
 }
 
 /// A write (or truncate, punch) of sectors.
@@ -36,6 +38,8 @@ pub(super) struct Model {
     forgotten: usize,
     time: u64,
     next: u32,
+    /// Since the last check the host has lost nothing that had completed.
+    kept: bool,
 }
 
 /// What sector `index` holds when write `id` wrote it.
@@ -43,7 +47,8 @@ pub(super) fn content(id: u32, index: u64) -> [u8; SECTOR as usize] {
     let mut out = [0; SECTOR as usize];
     if id != 0 {
         for (i, word) in out.chunks_exact_mut(8).enumerate() {
-            let n = (u64::from(id) << 32 | index << 8 | i as u64).wrapping_mul(0x2545_f491_4f6c_dd1d);
+            let n =
+                (u64::from(id) << 32 | index << 8 | i as u64).wrapping_mul(0x2545_f491_4f6c_dd1d);
             word.copy_from_slice(&n.to_le_bytes());
         }
         out[..4].copy_from_slice(&id.to_le_bytes());
@@ -60,13 +65,21 @@ fn id_of(bytes: &[u8], index: u64) -> Option<u32> {
 
 impl Model {
     pub(super) fn new(sectors: u64) -> Self {
-        let zero = Entry { id: 0, submitted: 0, ended: Some(0), done: true, synced: true };
+        let zero = Entry {
+            id: 0,
+            submitted: 0,
+            ended: Some(0),
+            done: true,
+            synced: true,
+            published: true,
+        };
         Self {
             sectors: vec![vec![zero]; sectors as usize],
             sizes: vec![sectors * SECTOR],
             forgotten: 0,
             time: 1,
             next: 1,
+            kept: true,
         }
     }
 
@@ -99,7 +112,14 @@ impl Model {
     fn begin(&mut self, first: u64, count: u64, id: u32) -> Op {
         let submitted = self.now();
         for sector in &mut self.sectors[first as usize..(first + count) as usize] {
-            sector.push(Entry { id, submitted, ended: None, done: false, synced: false });
+            sector.push(Entry {
+                id,
+                submitted,
+                ended: None,
+                done: false,
+                synced: false,
+                published: false,
+            });
         }
         Op { first, count, id, submitted }
     }
@@ -152,6 +172,18 @@ impl Model {
         self.forgotten += settled;
     }
 
+    /// Everything that has completed is in the journal on the host.
+    pub(super) fn published(&mut self) {
+        for entry in self.sectors.iter_mut().flatten() {
+            entry.published |= entry.done;
+        }
+    }
+
+    /// What the host had not made durable may be gone.
+    pub(super) fn power_lost(&mut self) {
+        self.kept = false;
+    }
+
     /// For [`Self::synced`]: the time, and how many sizes there were.
     pub(super) fn sync_point(&mut self) -> (u64, usize) {
         (self.now(), self.forgotten + self.sizes.len())
@@ -185,17 +217,29 @@ impl Model {
                 let data = &bytes[at..at + SECTOR as usize];
                 let id = id_of(data, index)
                     .unwrap_or_else(|| panic!("sector {index} reads as bytes nobody wrote"));
+                let kept = self.kept;
+                let holds = |o: &Entry| o.synced || kept && o.done && o.published;
                 let allowed = sector
                     .iter()
-                    .any(|e| e.id == id && !sector.iter().any(|o| o.synced && after(o, e)));
+                    .any(|e| e.id == id && !sector.iter().any(|o| holds(o) && after(o, e)));
                 assert!(allowed, "sector {index} reads as write {id} after a crash: {sector:?}");
                 id
             } else {
                 0
             };
-            *sector = vec![Entry { id, submitted: 0, ended: Some(0), done: true, synced: true }];
+            let settled = Entry {
+                id,
+                submitted: 0,
+                ended: Some(0),
+                done: true,
+                synced: true,
+                published: true,
+            };
+            *sector = vec![settled];
         }
         self.sizes = vec![size];
+        self.forgotten = 0;
+        self.kept = true;
     }
 }
 

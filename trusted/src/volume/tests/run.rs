@@ -41,9 +41,8 @@ impl Runner {
 
     /// One step. `false`: nothing can move any more.
     pub(super) fn step(&mut self) -> bool {
-        let ready: Vec<usize> = (0..self.tasks.len())
-            .filter(|i| self.tasks[*i].1.0.load(Ordering::SeqCst))
-            .collect();
+        let ready: Vec<usize> =
+            (0..self.tasks.len()).filter(|i| self.tasks[*i].1.0.load(Ordering::SeqCst)).collect();
         let draw = {
             let mut state = self.disk.state();
             state.now += state.rng.0 % 50_000;

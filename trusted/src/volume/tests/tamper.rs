@@ -59,6 +59,8 @@ fn flip(image: &mut Image, place: u64, byte: usize) {
 }
 
 fn opened(image: &Image, options: OpenOptions) -> (Runner, Result<Arc<Volume>, VolumeError>) {
+    // Each simulated disk draws the same salts again.
+    nonces::reset();
     let mut runner = runner(image);
     let volume = runner.block_on(open(runner.disk.clone(), options)).map(|(volume, _)| volume);
     (runner, volume)
@@ -259,8 +261,7 @@ fn a_damaged_journal_is_refused_until_the_loss_is_accepted() {
     assert!(matches!(why, VolumeError::JournalLost { tip: 1, .. }), "{why:?}");
     let (_, looked) = opened(&damaged, OpenOptions { read_only: true, ..options() });
     assert!(looked.is_ok());
-    let (mut runner, accepted) =
-        opened(&damaged, OpenOptions { accept_loss: true, ..options() });
+    let (mut runner, accepted) = opened(&damaged, OpenOptions { accept_loss: true, ..options() });
     let volume = accepted.unwrap();
     let disk = runner.disk.clone();
     runner.block_on(async move {

@@ -279,8 +279,7 @@ fn killed_sessions_without_a_checkpoint_never_run_out_of_epochs() {
 #[test]
 fn a_full_volume_keeps_taking_overwrites_without_any_chores() {
     nonces::reset();
-    let mut runner =
-        Runner::new(SimDisk::new(3, tiny().host_blocks, formatted(3, tiny())));
+    let mut runner = Runner::new(SimDisk::new(3, tiny().host_blocks, formatted(3, tiny())));
     let disk = runner.disk.clone();
     let volume = runner.block_on(async move {
         let (volume, _) = open(disk.clone(), OpenOptions::default()).await.unwrap();
