@@ -3,7 +3,7 @@
 use std::{
     fs::{DirBuilder, OpenOptions},
     io::Write as _,
-    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
 };
 
@@ -13,6 +13,9 @@ use crate::error::{Exit, Failure};
 
 /// Longest path of the directory: a socket's path has at most 107 bytes (unix(7)).
 const LONGEST: usize = 90;
+
+/// Beginning of the directory's name; the number of its process and a random number follow.
+const PREFIX: &str = "postern-";
 
 /// A directory that only its owner can enter; removed with all it holds when dropped.
 pub struct RunDirectory(PathBuf);
@@ -42,9 +45,10 @@ impl RunDirectory {
     }
 
     fn make_in(base: &Path) -> std::io::Result<Self> {
+        sweep(base);
         let mut number = [0_u8; 8];
         getrandom(&mut number, GetRandomFlags::empty())?;
-        let name = format!("postern-{}-{:016x}", std::process::id(), u64::from_ne_bytes(number));
+        let name = format!("{PREFIX}{}-{:016x}", std::process::id(), u64::from_ne_bytes(number));
         let path = base.join(name);
         if path.as_os_str().len() > LONGEST {
             return Err(std::io::Error::from(std::io::ErrorKind::InvalidFilename));
@@ -85,6 +89,32 @@ impl Drop for RunDirectory {
     }
 }
 
+/// Removes what runs of this user left behind that were killed. A directory whose process number
+/// is in use again stays for the next time.
+fn sweep(base: &Path) {
+    let Ok(entries) = base.read_dir() else { return };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let Some(pid) = name.to_str().and_then(process_of) else { continue };
+        // Not followed: a link of that name is none of ours.
+        let ours = entry
+            .path()
+            .symlink_metadata()
+            .is_ok_and(|kind| kind.is_dir() && kind.uid() == rustix::process::geteuid().as_raw());
+        if ours && !Path::new("/proc").join(pid.to_string()).exists() {
+            // Another run may be sweeping too.
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+/// The process that a directory of this name belongs to.
+fn process_of(name: &str) -> Option<u32> {
+    let (pid, random) = name.strip_prefix(PREFIX)?.split_once('-')?;
+    let hex = random.len() == 16 && random.bytes().all(|digit| digit.is_ascii_hexdigit());
+    pid.parse().ok().filter(|_| hex)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -101,6 +131,23 @@ mod tests {
         assert!(directory.write("run.json", b"{}").is_err(), "never over an existing file");
         drop(directory);
         assert_eq!(std::fs::read_dir(base.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_a_killed_run_left_is_swept_and_nothing_else() {
+        let base = tempfile::tempdir().unwrap();
+        // No process has this number: the kernel's limit is 2^22.
+        let dead = "postern-4194305-0123456789abcdef";
+        let living = format!("postern-{}-0123456789abcdef", std::process::id());
+        let others =
+            [&living, "postern-4194305-0123", "postern-x-0123456789abcdef", "postern-data"];
+        for name in others.iter().copied().chain([dead]) {
+            std::fs::create_dir(base.path().join(name)).unwrap();
+            std::fs::write(base.path().join(name).join("run.json"), b"{}").unwrap();
+        }
+        drop(RunDirectory::make_in(base.path()).unwrap());
+        assert!(!base.path().join(dead).exists());
+        assert!(others.iter().all(|name| base.path().join(name).join("run.json").exists()));
     }
 
     #[test]

@@ -95,6 +95,8 @@ impl World {
     pub fn postern<A: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = A>) -> Command {
         let mut command = Command::new(self.parts.join("postern"));
         command.args(arguments).current_dir(self.directory()).env("LC_ALL", "C");
+        // What a killed run leaves goes with the test's directory.
+        command.env("XDG_RUNTIME_DIR", self.directory());
         command
     }
 

@@ -9,7 +9,11 @@ use crate::shell::{Tree, run, step};
 /// # Errors
 /// At the first check that fails.
 pub fn all(tree: &Tree) -> Result<()> {
-    step("format", || run(tree.cargo().args(["fmt", "--all", "--", "--check"])))?;
+    step("format", || {
+        run(tree.cargo().args(["fmt", "--all", "--", "--check"]))?;
+        // The probes are a workspace of their own.
+        run(tree.cargo().args(["fmt", "--manifest-path", "ebpf/Cargo.toml", "--", "--check"]))
+    })?;
     step("clippy", || {
         run(tree
             .cargo()

@@ -22,7 +22,7 @@ const SIZE_BYTES: u64 = 1 << 30;
 /// # Errors
 /// If a station does not hold what it promises.
 pub fn all(tree: &Tree) -> Result<()> {
-    setup::all()?;
+    setup::all(tree)?;
     build::all(tree)?;
     fio::need()?;
     let started = Instant::now();

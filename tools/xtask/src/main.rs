@@ -53,7 +53,7 @@ fn main() -> ExitCode {
         Task::Bench(options) => bench::all(&tree, &options),
         Task::Build => build::all(&tree),
         Task::Check => check::all(&tree),
-        Task::Setup => setup::all(),
+        Task::Setup => setup::all(&tree),
     });
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -8,8 +8,8 @@ use std::{path::Path, process::Command};
 use anyhow::Result;
 
 use crate::{
-    bpf,
-    shell::{is_root, on_path, run, step},
+    bpf, build,
+    shell::{Tree, is_root, on_path, run, step},
 };
 
 /// A Debian package and how to tell that it is there.
@@ -47,8 +47,11 @@ fn has_libaio() -> bool {
 /// # Errors
 /// Only if something that can be installed here fails to; what is missing and cannot be installed
 /// is told and left to the steps that need it.
-pub fn all() -> Result<()> {
+pub fn all(tree: &Tree) -> Result<()> {
     packages()?;
+    if build::probes_are_fresh(tree) {
+        return Ok(());
+    }
     step("eBPF toolchain", || {
         match bpf::ensure_toolchain(|what| eprintln!("    {what}")) {
             Ok(toolchain) => eprintln!("    {toolchain}"),

@@ -15,7 +15,7 @@ const PARTS_VARIABLE: &str = "POSTERN_E2E_PARTS";
 /// # Errors
 /// At the first thing that fails.
 pub fn all(tree: &Tree) -> Result<()> {
-    setup::all()?;
+    setup::all(tree)?;
     build::all(tree)?;
     check::all(tree)?;
     step("tests", || {
@@ -30,6 +30,8 @@ pub fn all(tree: &Tree) -> Result<()> {
 /// If one fails.
 pub fn end_to_end(tree: &Tree) -> Result<()> {
     step("end-to-end tests", || {
+        // What an interrupted run may have left.
+        tree.fresh_directory("release/e2e")?;
         run(tree
             .cargo()
             .args(["test", "--package", "postern", "--test", "e2e", "--"])

@@ -111,14 +111,12 @@ fn ready() -> bool {
 
 fn make() -> bool {
     let protection = (libc::PROT_READ | libc::PROT_WRITE) as usize;
-    let flags = (libc::MAP_SHARED
-        | libc::MAP_ANONYMOUS
-        | libc::MAP_NORESERVE
-        | libc::MAP_FIXED_NOREPLACE) as usize;
+    let flags =
+        (libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED_NOREPLACE)
+            as usize;
     // SAFETY: a new mapping at an address where nothing is mapped (NOREPLACE).
-    let at = unsafe {
-        sys::syscall6(libc::SYS_mmap, BASE, BYTES, protection, flags, usize::MAX, 0)
-    };
+    let at =
+        unsafe { sys::syscall6(libc::SYS_mmap, BASE, BYTES, protection, flags, usize::MAX, 0) };
     if at.cast_unsigned() != BASE {
         return false;
     }

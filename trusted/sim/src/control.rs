@@ -46,9 +46,8 @@ impl Connection {
         let length = size_of::<libc::sa_family_t>() + path.len() + 1;
         let at = (&raw const address) as usize;
         // SAFETY: `address` is valid for `length` bytes during the call.
-        let answer = sys::check(unsafe {
-            sys::syscall6(libc::SYS_connect, socket, at, length, 0, 0, 0)
-        });
+        let answer =
+            sys::check(unsafe { sys::syscall6(libc::SYS_connect, socket, at, length, 0, 0, 0) });
         let connection =
             Self { socket: i32::try_from(socket).map_err(|_| Errno::EMFILE)?, beside: None };
         answer?;
@@ -114,10 +113,8 @@ struct Rights {
 fn send(socket: i32, request: &[u8], beside: Option<[i32; DESCRIPTORS]>) -> Result<(), Errno> {
     // SAFETY: all-zero is a valid cmsghdr and msghdr.
     let (mut rights, mut message): (Rights, libc::msghdr) = unsafe { (zeroed(), zeroed()) };
-    let mut part = libc::iovec {
-        iov_base: request.as_ptr().cast_mut().cast(),
-        iov_len: request.len(),
-    };
+    let mut part =
+        libc::iovec { iov_base: request.as_ptr().cast_mut().cast(), iov_len: request.len() };
     message.msg_iov = &raw mut part;
     message.msg_iovlen = 1;
     if let Some(descriptors) = beside {

@@ -259,25 +259,24 @@ impl Family {
             message::say(&format!("{path}: key file {}: {bad}", config.key_file));
             Errno::EIO
         })?;
-        let file = process.open_host_file(&config.name).map_err(|errno| {
-            let hint = match errno {
+        let file = process.open_host_file(&config.name).inspect_err(|errno| {
+            let hint = match *errno {
                 Errno::EBUSY => "another program has this volume open; wait until it ends",
                 Errno::EINVAL => "the host's file system refuses O_DIRECT",
                 Errno::ENOENT => "the host file is gone, or the daemon was not told of it",
                 _ => "the daemon refused the host file; its own messages say more",
             };
             message::say(&format!("{path}: {}: {errno}: {hint}", config.name));
-            errno
         })?;
         let disk = process.lane_file(file.handle, file.blocks);
         let key = SlotKey::new(key);
         let opened = disk.and_then(|disk| {
-            process
-                .block_on(Volume::open(&disk, &key, &OpenOptions::default()))
-                .map_err(|error: VolumeError| {
+            process.block_on(Volume::open(&disk, &key, &OpenOptions::default())).map_err(
+                |error: VolumeError| {
                     message::say(&format!("{path}: {error}"));
                     Errno::EIO
-                })
+                },
+            )
         });
         match opened {
             Ok((volume, report)) => {

@@ -122,8 +122,7 @@ impl AioHost for SimHost {
             let file = sys::check(sys::syscall6(libc::SYS_memfd_create, name, flags, 0, 0, 0, 0))
                 .map_err(|_| Errno::ENOMEM)?;
             let map = || {
-                let answer =
-                    sys::syscall6(libc::SYS_mmap, 0, bytes, protection, shared, file, 0);
+                let answer = sys::syscall6(libc::SYS_mmap, 0, bytes, protection, shared, file, 0);
                 sys::check(answer).map_err(|_| Errno::ENOMEM)
             };
             let seals = (libc::F_SEAL_SHRINK | libc::F_SEAL_GROW) as usize;
@@ -174,9 +173,8 @@ impl AioHost for SimHost {
         }
         let keep = libc::F_DUPFD_CLOEXEC as usize;
         // SAFETY: takes numbers only.
-        let copy = sys::check(unsafe {
-            sys::syscall6(libc::SYS_fcntl, fd as usize, keep, 0, 0, 0, 0)
-        })?;
+        let copy =
+            sys::check(unsafe { sys::syscall6(libc::SYS_fcntl, fd as usize, keep, 0, 0, 0, 0) })?;
         let copy = i32::try_from(copy).map_err(|_| Errno::EMFILE)?;
         service::take_over();
         Ok(Arc::new(Counter(files::protect_internal(copy))))
@@ -329,9 +327,7 @@ impl AioFile for OpenFile {
         match request.op {
             // As ext4 does: extending O_DIRECT writes are synchronous.
             Op::Write => request.flags.append() || end > self.volume().size(),
-            Op::Read => {
-                self.volume().volume.is_hole(request.offset, request.buffer.len() as u64)
-            }
+            Op::Read => self.volume().volume.is_hole(request.offset, request.buffer.len() as u64),
             Op::Fsync | Op::Fdatasync => false,
         }
     }
@@ -365,9 +361,7 @@ impl AioFile for OpenFile {
                         volume.write(&disk, offset, &buffer).await
                     };
                     match written {
-                        Ok(length) if flags.dsync() => {
-                            volume.sync(&disk).await.map(|()| length)
-                        }
+                        Ok(length) if flags.dsync() => volume.sync(&disk).await.map(|()| length),
                         other => other,
                     }
                 }

@@ -16,5 +16,6 @@ pub mod message;
 pub mod process;
 pub mod runtime;
 pub mod service;
+pub mod spin;
 pub mod sys;
 pub mod wait;

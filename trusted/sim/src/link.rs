@@ -4,6 +4,8 @@
 //! a child makes a link of its own and joins the session.
 #![allow(unsafe_code)]
 
+use core::sync::atomic::{AtomicBool, Ordering};
+
 use postern_edl::{
     calls::{
         CallError, Enclave, PosternAttachRequest, PosternCloseRequest, PosternFile,
@@ -35,6 +37,8 @@ pub struct Link {
     control: Lock<Enclave<Connection>>,
     socket: i32,
     bells: [i32; 3],
+    /// The lane's fault was told.
+    told: AtomicBool,
 }
 
 struct DaemonBell(i32);
@@ -92,7 +96,7 @@ impl Link {
         let attached = attached.map_err(|error| refused(path, "attach", &error))?.attached;
         *session = Some(Session { number: attached.session, token: attached.token });
         drop(session);
-        Ok(Self { lane, control: Lock::new(control), socket, bells })
+        Ok(Self { lane, control: Lock::new(control), socket, bells, told: AtomicBool::new(false) })
     }
 
     /// Opens a host file by its name at the daemon.
@@ -126,7 +130,7 @@ impl Link {
         [self.bells[0], self.bells[1], self.bells[2], self.socket]
     }
 
-    /// Ends all requests if the daemon has hung up.
+    /// Ends all requests if the daemon has hung up, and says once why a lane is poisoned.
     pub fn check_daemon(&self) {
         let mut poll = libc::pollfd { fd: self.socket, events: libc::POLLRDHUP, revents: 0 };
         // SAFETY: one pollfd that lives through the call; a zero timeout does not wait.
@@ -135,11 +139,13 @@ impl Link {
             sys::syscall6(libc::SYS_poll, at, 1, 0, 0, 0, 0)
         };
         let gone = libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR;
-        if answer > 0 && poll.revents & gone != 0 && self.lane.fault().is_none() {
-            message::say(
-                "the daemon has gone away: requests end with EIO; start the program again",
-            );
+        if answer > 0 && poll.revents & gone != 0 {
             self.lane.poison(HostFault::DaemonGone);
+        }
+        if let Some(fault) = self.lane.fault()
+            && !self.told.swap(true, Ordering::Relaxed)
+        {
+            message::say(&format!("{fault}: requests end with EIO; start the program again"));
         }
     }
 }
@@ -150,7 +156,9 @@ fn refused(what: &str, call: &str, error: &CallError<Errno>) -> Errno {
             format!("the daemon refused: {}", Errno(i32::try_from(*errno).unwrap_or(5)))
         }
         CallError::Carrier(errno) => format!("the daemon did not answer: {errno}"),
-        CallError::Malformed(_) => "the daemon's answer makes no sense; is it of this version?".into(),
+        CallError::Malformed(_) => {
+            "the daemon's answer makes no sense; is it of this version?".into()
+        }
     };
     message::say(&format!("{what}: {call}: {why}"));
     Errno::EIO

@@ -30,7 +30,9 @@ use crate::{
     family::{self, Family, OpenVolume},
     files, identity,
     link::Link,
-    service, sys,
+    service,
+    spin::Spinner,
+    sys,
     wait::{self, Place, Signals, Sleepers, WaitEnd},
 };
 
@@ -44,12 +46,13 @@ pub struct Process {
     /// Where the service thread sleeps: other bells, so that what wakes a driver leaves it alone.
     pub service: Arc<Sleepers>,
     link: OnceBox<Link>,
+    spinner: Spinner,
     /// One process attaches once; held across the attach.
     attaching: Lock<()>,
     /// Open volumes' host files over this process's lane, by volume index, with their handles.
     disks: Lock<Vec<Option<(u32, LaneFile)>>>,
-    /// When chores were last looked for.
-    chores_ns: AtomicU64,
+    /// Times that somebody drove.
+    drives: AtomicU64,
     /// Number of the last guest request, for the claims in descriptors.
     requests: AtomicU64,
 }
@@ -117,8 +120,7 @@ pub fn current() -> &'static Process {
         match Process::new() {
             Ok(made) => {
                 let made = Box::into_raw(Box::new(made));
-                let won =
-                    CURRENT.compare_exchange(at, made, Ordering::AcqRel, Ordering::Acquire);
+                let won = CURRENT.compare_exchange(at, made, Ordering::AcqRel, Ordering::Acquire);
                 if won.is_ok() {
                     inherited.into_iter().for_each(files::close_internal);
                     // SAFETY: leaked above.
@@ -188,9 +190,10 @@ impl Process {
             sleepers,
             service,
             link: OnceBox::new(),
+            spinner: Spinner::new(),
             attaching: Lock::new(()),
             disks: Lock::new(Vec::new()),
-            chores_ns: AtomicU64::new(0),
+            drives: AtomicU64::new(0),
             requests: AtomicU64::new(0),
         })
     }
@@ -295,6 +298,7 @@ impl Process {
 
     /// Takes completions and runs tasks until there is nothing to do without waiting.
     pub fn drive(&self) -> bool {
+        self.drives.fetch_add(1, Ordering::Relaxed);
         let _active = self.executor.activate();
         let mut progress = false;
         let lane = self.link.get().map(|link| &link.lane);
@@ -310,36 +314,37 @@ impl Process {
         }
     }
 
-    /// Drives, and does what is due of the family's background work.
-    pub fn tend(&'static self, family: &'static Family) {
-        let _active = self.executor.activate();
-        self.drive();
-        self.chores(family);
-        self.drive();
+    /// How often somebody has driven so far: unchanged between two looks, the guest is silent.
+    #[must_use]
+    pub fn drives(&self) -> u64 {
+        self.drives.load(Ordering::Relaxed)
     }
 
-    /// Starts background work of the family's volumes that is due. Cheap if called often.
-    pub fn chores(&'static self, family: &'static Family) {
-        const EVERY_NS: u64 = 1_000_000;
-        let now = wait::now_ns();
-        let last = self.chores_ns.load(Ordering::Relaxed);
-        let mine = now.saturating_sub(last) >= EVERY_NS
-            && self
-                .chores_ns
-                .compare_exchange(last, now, Ordering::Relaxed, Ordering::Relaxed)
-                .is_ok();
-        if !mine {
-            return;
+    /// Does what is due of the family's background work, and drives if that started something or
+    /// if `take_over`.
+    pub fn tend(&'static self, family: &'static Family, take_over: bool) {
+        let _active = self.executor.activate();
+        if self.chores(family) || take_over || self.executor.has_ready() {
+            self.drive();
         }
+    }
+
+    /// Starts background work of the family's volumes that is due; answers whether there was any.
+    fn chores(&'static self, family: &'static Family) -> bool {
+        let now = wait::now_ns();
+        let mut started = false;
         for volume in family.open_volumes() {
             let Some(chore) = volume.volume.due(now) else { continue };
             let Ok(disk) = self.disk(&volume) else { continue };
+            started = true;
             self.executor.spawn(async move {
                 if let Err(errno) = volume.volume.run_chore(&disk, chore).await {
-                    volume.report(family.guest_path(volume.index), "background write failed", errno);
+                    let path = family.guest_path(volume.index);
+                    volume.report(path, "background write failed", errno);
                 }
             });
         }
+        started
     }
 
     /// Runs `future` to its end, driving everything else meanwhile. Signals are handled after it.
@@ -374,6 +379,12 @@ impl Process {
         timeout_ns: Option<u64>,
         signals: Signals,
     ) -> WaitEnd {
+        if timeout_ns != Some(0)
+            && let Some(link) = self.link.get()
+            && self.spinner.spin(|| link.lane.needs_drive() || self.executor.has_ready())
+        {
+            return WaitEnd::Woken;
+        }
         let Ok(place) = self.sleepers.enter(keep) else {
             pause_blind();
             return WaitEnd::Woken;

@@ -6,10 +6,7 @@ use std::sync::Arc;
 use postern_trusted::{errno::Errno, platform::Buffer, volume::Volume};
 
 pub use crate::family::OpenVolume;
-use crate::{
-    family::family,
-    files, host, identity, process, wait,
-};
+use crate::{family::family, files, host, identity, process, wait};
 
 /// Whether `postern run` started this program: otherwise every symbol just passes on.
 #[must_use]

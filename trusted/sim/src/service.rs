@@ -46,10 +46,8 @@ pub fn start() {
     // libc's functions, which the preload library replaces.
     let blocked = !wait::synchronous_signals();
     let before = set_mask(blocked);
-    let _ = std::thread::Builder::new()
-        .name("postern-service".into())
-        .stack_size(256 << 10)
-        .spawn(run);
+    let _ =
+        std::thread::Builder::new().name("postern-service".into()).stack_size(256 << 10).spawn(run);
     set_mask(before);
 }
 
@@ -69,9 +67,14 @@ fn run() {
     let Some(family) = family::family() else { return };
     let process = process::current();
     let mut census_ns = now_ns();
+    let mut drives = 0;
     loop {
         let now = now_ns();
-        process.tend(family);
+        // Silent since the last look, and nobody sleeps inside a call: then nobody else drives.
+        let silent = process.drives() == drives && process.sleepers.sleeping() == 0;
+        let listening = now < LISTEN_UNTIL.load(Ordering::Relaxed);
+        process.tend(family, silent || listening);
+        drives = process.drives();
         if now - census_ns > CENSUS_NS {
             census_ns = now;
             family.check_the_dead();
@@ -79,7 +82,7 @@ fn run() {
                 link.check_daemon();
             }
         }
-        rest(process, family, now < LISTEN_UNTIL.load(Ordering::Relaxed));
+        rest(process, family, listening);
     }
 }
 

@@ -112,9 +112,8 @@ impl Sleepers {
     fn make(&self, keep: impl Fn(i32) -> i32) -> Result<i32, Errno> {
         let cloexec = libc::EPOLL_CLOEXEC as usize;
         // SAFETY: takes no pointers.
-        let made = sys::check(unsafe {
-            sys::syscall6(libc::SYS_epoll_create1, cloexec, 0, 0, 0, 0, 0)
-        })?;
+        let made =
+            sys::check(unsafe { sys::syscall6(libc::SYS_epoll_create1, cloexec, 0, 0, 0, 0, 0) })?;
         let epoll = keep(i32::try_from(made).map_err(|_| Errno::EMFILE)?);
         for bell in self.bells.lock().iter() {
             let event = libc::epoll_event {

@@ -1,7 +1,7 @@
 //! What is due in the background, and what an open volume tells about itself.
 
 use alloc::{collections::BTreeMap, sync::Arc};
-use core::fmt;
+use core::{fmt, sync::atomic::AtomicBool};
 
 use super::{
     Chore, Counters, Volume,
@@ -176,6 +176,7 @@ impl Volume {
             key,
             keys: Lock::new(BTreeMap::new()),
             core: Lock::new(core),
+            expecting: AtomicBool::new(false),
         }
     }
 

@@ -54,7 +54,7 @@ mod tree;
 mod verify;
 mod write;
 
-use ::core::fmt;
+use ::core::{fmt, sync::atomic::AtomicBool};
 use alloc::{collections::BTreeMap, sync::Arc};
 
 use zeroize::{Zeroize, ZeroizeOnDrop};
@@ -138,4 +138,6 @@ pub struct Volume {
     key: VolumeKey,
     keys: Lock<BTreeMap<u32, Arc<EpochKey>>>,
     core: Lock<Core>,
+    /// The guest syncs after each few writes: a hint for writers.
+    expecting: AtomicBool,
 }

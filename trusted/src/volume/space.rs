@@ -117,10 +117,15 @@ pub(crate) struct Space {
     pub(crate) root: Ptr,
     /// Regions whose page could not be had: nothing is given out there, nothing is written down.
     pub(crate) bad: BTreeSet<u64>,
+    /// How often the host failed on the page of a region.
+    failures: BTreeMap<u64, u32>,
     /// Counts up when `root` changes.
     pub(crate) version: u64,
     /// Where the search for places away from home goes on.
     cursor: u64,
+    /// No run longer than this is free in the pages in memory: spares searching all of them
+    /// again and again on a fragmented volume. Only a checkpoint or another page can make one.
+    longest: u64,
 }
 
 impl Space {
@@ -135,8 +140,10 @@ impl Space {
             busy_frozen: 0,
             root,
             bad: BTreeSet::new(),
+            failures: BTreeMap::new(),
             version: 0,
             cursor: geometry.home_start + homes,
+            longest: REGION,
         }
     }
 
@@ -157,6 +164,13 @@ impl Space {
     /// Whether a region's places were given out since the last durable checkpoint.
     pub(crate) fn is_touched(&self, region: u64) -> bool {
         self.regions.get(&region).is_some_and(|r| r.active.is_some() || r.frozen.is_some())
+    }
+
+    /// Counts that the host failed on the page of `region`; how often it did.
+    pub(crate) fn fails(&mut self, region: u64) -> u32 {
+        let count = self.failures.entry(region).or_default();
+        *count += 1;
+        *count
     }
 
     /// A copy of the durable bitmap of a region in memory.
@@ -200,6 +214,7 @@ impl Space {
         }
         region.durable = Some(durable);
         region.recount();
+        self.longest = REGION;
     }
 
     /// Declares places that a replayed journal names: not to be given out in this interval.
@@ -243,6 +258,7 @@ impl Space {
             set(bits, run.place % REGION, run.count, false);
             region.free += run.count;
             self.busy_active -= run.count;
+            self.longest = REGION;
         }
     }
 
@@ -273,6 +289,17 @@ impl Space {
 
     /// Searches all pages in memory, from the cursor on, around.
     fn anywhere(&mut self, least: u64, most: u64) -> Option<Run> {
+        if least > self.longest {
+            return None;
+        }
+        let found = self.search_around(least, most);
+        if found.is_none() {
+            self.longest = least - 1;
+        }
+        found
+    }
+
+    fn search_around(&mut self, least: u64, most: u64) -> Option<Run> {
         let (low, high) = (self.geometry.home_start, self.geometry.host_blocks);
         let here = self.cursor.clamp(low, high - 1);
         let first = here / REGION;
@@ -392,6 +419,7 @@ impl Space {
         self.free_durable = free_durable;
         self.root = root;
         self.version += 1;
+        self.longest = REGION;
     }
 
     /// The checkpoint was given up: its interval goes on.
@@ -414,6 +442,7 @@ impl Space {
         if let Some(region) = self.regions.get_mut(&(place / REGION)) {
             let maps = [&mut region.durable, &mut region.active, &mut region.frozen];
             maps.into_iter().flatten().for_each(|bits| set(bits, place % REGION, 1, false));
+            self.longest = REGION;
             region.recount();
         }
     }

@@ -31,6 +31,8 @@ use crate::{
 /// Level of the root; pages have level 0.
 const ROOT: u32 = 3;
 const SLOT_BIT: u32 = 39;
+/// Times the host may fail on a page before its region is given up.
+const HOST_FAILURES: u32 = 3;
 
 /// What a checkpoint made of the space map.
 pub(crate) struct SpaceUpdate {
@@ -129,7 +131,7 @@ impl Volume {
     pub(crate) async fn bring_in<D: Disk>(&self, disk: &D, want: Want) -> Result<bool, Bad> {
         match want {
             Want::Page(region) => {
-                self.load_region(disk, region).await;
+                self.load_region(disk, region).await?;
                 Ok(true)
             }
             Want::More => {
@@ -140,7 +142,7 @@ impl Volume {
                     let root = self.core.lock().space.root;
                     let ptr = self.space_ptr(disk, root, 0, region).await.unwrap_or(Ptr::NULL);
                     if free(&self.geometry, &ptr, 0, region) > 0 {
-                        self.load_region(disk, region).await;
+                        self.load_region(disk, region).await?;
                         return Ok(true);
                     }
                 }
@@ -149,8 +151,9 @@ impl Volume {
         }
     }
 
-    /// A page that cannot be had makes its region unallocatable for this session.
-    async fn load_region<D: Disk>(&self, disk: &D, region: u64) {
+    /// A page that is forged, or that the host fails to read again and again, makes its region
+    /// unallocatable for this session.
+    async fn load_region<D: Disk>(&self, disk: &D, region: u64) -> Result<(), Bad> {
         loop {
             let (root, version) = {
                 let core = self.core.lock();
@@ -159,19 +162,22 @@ impl Volume {
             let page = self.page(disk, root, region).await;
             let mut core = self.core.lock();
             if core.space.is_loaded(region) {
-                return;
+                return Ok(());
             }
             if core.space.version != version {
                 continue;
             }
             match page {
                 Ok((_, map)) => core.space.load(region, map),
+                Err(bad @ Bad::Host(_)) if core.space.fails(region) <= HOST_FAILURES => {
+                    return Err(bad);
+                }
                 Err(_) => {
                     core.space.bad.insert(region);
                     core.space.load(region, Box::new([u64::MAX; (REGION / 64) as usize]));
                 }
             }
-            return;
+            return Ok(());
         }
     }
 

@@ -4,7 +4,7 @@
 //! covers had completed and after every journal block up to the one with their records had been
 //! written. A failed flush is final: a later success proves nothing about what it lost.
 
-use core::{future::poll_fn, task::Poll};
+use core::{future::poll_fn, sync::atomic::Ordering, task::Poll};
 
 use super::{
     Volume,
@@ -13,7 +13,7 @@ use super::{
 use crate::{disk::Disk, errno::Errno};
 
 /// Syncs in a row that must have been small before the next one is expected.
-pub(crate) const EXPECT_AFTER: u32 = 4;
+const EXPECT_AFTER: u32 = 4;
 /// Blocks that a small sync covers at most.
 const SMALL: u64 = 8;
 /// A sync is expected for this long after the last one, in nanoseconds.
@@ -49,6 +49,7 @@ impl Volume {
                 expect.since = 0;
             }
             expect.last_ns = now.max(1);
+            self.expecting.store(expect.small >= EXPECT_AFTER, Ordering::Relaxed);
             (core.stamp, core.journal.queued)
         };
         self.sync_to(disk, stamp, queued).await

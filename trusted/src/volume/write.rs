@@ -5,7 +5,7 @@
 //! transfer buffer; a write of a part of a block excludes all other writes of that block.
 
 use alloc::{boxed::Box, sync::Arc};
-use core::{future::poll_fn, task::Poll};
+use core::{future::poll_fn, sync::atomic::Ordering, task::Poll};
 use futures_util::{StreamExt, future, stream::FuturesOrdered};
 
 use super::{
@@ -19,7 +19,7 @@ use super::{
     read::{PIECE, PIECES, join, outcome},
     resize::Cutoff,
     space::{Run, Want},
-    sync::{EXPECT_AFTER, EXPECT_NS},
+    sync::EXPECT_NS,
 };
 use crate::{
     disk::{BLOCK, Block, Disk, HostError, Transfer},
@@ -102,12 +102,12 @@ impl Volume {
         offset: u64,
         buffer: &impl Buffer,
     ) -> Result<usize, Errno> {
-        let len = self.clip(offset, buffer.len())?;
+        let (len, size) = self.clip(Some(offset), buffer.len())?;
         if len == 0 {
             return Ok(0);
         }
         // Writes beyond the end go on beside each other, but not beside an append or truncate.
-        let extends = offset + len as u64 > self.core.lock().size;
+        let extends = offset + len as u64 > size;
         let ticket = if extends { Some(self.enter(EOF, EOF, false).await) } else { None };
         let result = self.write_span(disk, offset, len, buffer).await;
         self.leave(ticket);
@@ -120,23 +120,25 @@ impl Volume {
     /// As [`Self::write`].
     pub async fn append<D: Disk>(&self, disk: &D, buffer: &impl Buffer) -> Result<usize, Errno> {
         let ticket = self.enter(EOF, EOF, true).await;
-        let offset = self.core.lock().size;
-        let result = match self.clip(offset, buffer.len()) {
-            Ok(0) => Ok(0),
-            Ok(len) => self.write_span(disk, offset, len, buffer).await,
+        let result = match self.clip(None, buffer.len()) {
+            Ok((0, _)) => Ok(0),
+            Ok((len, offset)) => self.write_span(disk, offset, len, buffer).await,
             Err(errno) => Err(errno),
         };
         self.leave(Some(ticket));
         result
     }
 
-    fn clip(&self, offset: u64, len: usize) -> Result<usize, Errno> {
-        self.core.lock().writable()?;
+    /// Bytes that fit below the capacity from `offset` (or the end) on, and the file's size.
+    fn clip(&self, offset: Option<u64>, len: usize) -> Result<(usize, u64), Errno> {
+        let core = self.core.lock();
+        core.writable()?;
+        let offset = offset.unwrap_or(core.size);
         let capacity = self.geometry.capacity * BLOCK_BYTES;
         if len > 0 && offset >= capacity {
             return Err(Errno::ENOSPC);
         }
-        Ok(capacity.saturating_sub(offset).min(len as u64) as usize)
+        Ok((capacity.saturating_sub(offset).min(len as u64) as usize, core.size))
     }
 
     async fn write_span<D: Disk>(
@@ -236,9 +238,13 @@ impl Volume {
                 join(&mut total, done);
             }
         }
-        self.leave(Some(ticket));
-        if self.core.lock().journal.pending.len() >= PUBLISH_AT {
-            let queued = self.core.lock().journal.queued;
+        let (wakers, queued) = {
+            let mut core = self.core.lock();
+            let many = core.journal.pending.len() >= PUBLISH_AT;
+            (core.ranges.leave(ticket), many.then_some(core.journal.queued))
+        };
+        wake(wakers);
+        if let Some(queued) = queued {
             // A failure here shows at the next sync; the write itself has been done.
             let _ = self.publish(disk, queued).await;
         }
@@ -526,8 +532,8 @@ impl Volume {
 
     /// The time, where it matters for expecting a sync.
     fn expecting_clock<D: Disk>(&self, disk: &D) -> Option<u64> {
-        let expecting = self.core.lock().expect.small >= EXPECT_AFTER;
-        expecting.then(|| disk.now_ns())
+        // Relaxed: only a hint, nothing else hangs on it.
+        self.expecting.load(Ordering::Relaxed).then(|| disk.now_ns())
     }
 }
 

@@ -5,6 +5,7 @@
 //! its spread. Both files lie in one directory and are written in full before anything is measured.
 
 mod numbers;
+mod opening;
 mod report;
 
 use std::{
@@ -120,13 +121,15 @@ pub fn all(tree: &Tree, options: &Options) -> Result<()> {
     for case in cases {
         measured.push(step(case.name, || bench.measure(case, idle))?);
     }
+    let openings = step("making and opening", || opening::measure(tree, &directory))?;
     let machine = report::machine(&directory, options.no_probes);
-    print!("\n{}", report::markdown(&machine, &measured, options));
+    let table = report::markdown(&machine, &measured, &openings, options);
+    print!("\n{table}");
     if let Some(file) = &options.markdown {
-        save(file, &report::markdown(&machine, &measured, options))?;
+        save(file, &table)?;
     }
     if let Some(file) = &options.json {
-        save(file, &report::json(&machine, &measured, options)?)?;
+        save(file, &report::json(&machine, &measured, &openings, options)?)?;
     }
     Ok(())
 }

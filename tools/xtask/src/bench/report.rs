@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use super::{
     Measured, Options, Run,
     numbers::{Spread, median},
+    opening::Opening,
 };
 use crate::shell::answer;
 
@@ -24,7 +25,7 @@ pub fn machine(directory: &Path, no_probes: bool) -> Machine {
     };
     let kernel = ask("uname", &["-r"]);
     let fio = ask("fio", &["--version"]);
-    let system = ask("stat", &["-f", "-c", "%T", &directory.display().to_string()]);
+    let system = ask("findmnt", &["-n", "-o", "FSTYPE", "-T", &directory.display().to_string()]);
     let cpus = std::thread::available_parallelism().map_or(0, usize::from);
     let model = std::fs::read_to_string("/proc/cpuinfo")
         .ok()
@@ -38,7 +39,12 @@ pub fn machine(directory: &Path, no_probes: bool) -> Machine {
 }
 
 /// The table for `docs/PERFORMANCE.md`.
-pub fn markdown(machine: &Machine, measured: &[Measured], options: &Options) -> String {
+pub fn markdown(
+    machine: &Machine,
+    measured: &[Measured],
+    openings: &[Opening],
+    options: &Options,
+) -> String {
     let mut text = format!(
         "{}; files of {}, {} pairs of {} s per case, raw and Postern in turns. Ratio: Postern's \
          requests per second over raw's within a pair. CPU: all processes of a run.\n\n",
@@ -77,6 +83,18 @@ pub fn markdown(machine: &Machine, measured: &[Measured], options: &Options) -> 
             of(|(_, postern)| postern.cpu_us),
         );
     }
+    text.push_str(
+        "\nMilliseconds, process start included:\n\n\
+         | volume | `postern format` | `postern info` | `postern run -- true`, no probes |\n\
+         |---|---|---|---|\n",
+    );
+    for opening in openings {
+        let _ = writeln!(
+            text,
+            "| {} | {:.0} | {:.0} | {:.0} |",
+            opening.size, opening.format_ms, opening.info_ms, opening.run_ms
+        );
+    }
     text
 }
 
@@ -84,13 +102,24 @@ pub fn markdown(machine: &Machine, measured: &[Measured], options: &Options) -> 
 ///
 /// # Errors
 /// If a number is none (JSON knows no NaN).
-pub fn json(machine: &Machine, measured: &[Measured], options: &Options) -> Result<String> {
+pub fn json(
+    machine: &Machine,
+    measured: &[Measured],
+    openings: &[Opening],
+    options: &Options,
+) -> Result<String> {
     let cases: Vec<Value> = measured.iter().map(case_json).collect();
     let all = json!({
         "machine": machine.words,
         "size": options.size,
         "runtime_seconds": options.runtime,
         "cases": cases,
+        "opening": openings.iter().map(|opening| json!({
+            "size": opening.size,
+            "format_ms": opening.format_ms,
+            "info_ms": opening.info_ms,
+            "run_ms": opening.run_ms,
+        })).collect::<Vec<_>>(),
     });
     Ok(serde_json::to_string_pretty(&all)? + "\n")
 }

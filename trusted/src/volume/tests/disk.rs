@@ -75,6 +75,8 @@ pub(super) struct Faults {
 pub(super) struct State {
     pub(super) rng: Rng,
     pub(super) faults: Faults,
+    /// Percent of completions that go to the newest request, so that old ones wait long.
+    pub(super) newest: f64,
     pub(super) now: u64,
     pub(super) host_blocks: u64,
     durable: Image,
@@ -99,6 +101,7 @@ impl SimDisk {
         Self(Arc::new(Mutex::new(State {
             rng: Rng(seed),
             faults: Faults::default(),
+            newest: 0.0,
             now: 1,
             host_blocks,
             durable: image.clone(),
@@ -126,9 +129,11 @@ impl SimDisk {
             if state.ops.is_empty() {
                 return false;
             }
-            let n = state.ops.len() as u64;
-            let at = state.rng.below(n) as usize;
-            let op = state.ops.swap_remove(at);
+            let n = state.ops.len();
+            let newest = state.newest;
+            let at =
+                if state.rng.chance(newest) { n - 1 } else { state.rng.below(n as u64) as usize };
+            let op = state.ops.remove(at);
             state.complete(op)
         };
         if let Some(waker) = waker {

@@ -243,6 +243,33 @@ fn a_gibibyte_is_formatted_and_opened_with_few_requests_and_little_memory() {
 }
 
 #[test]
+fn a_tebibyte_opens_like_a_small_volume_and_takes_writes_everywhere() {
+    let size = 1 << 40;
+    let disk = made(size);
+    *disk.calls.lock().unwrap() = (0, 0, 0);
+    let volume = reopen(&disk);
+    let (reads, written, _) = *disk.calls.lock().unwrap();
+    assert!(reads < 1100 && written <= 4, "{reads} reads, {written} blocks written");
+    let spots = |n: u64| n * 0x5555_5555_5555 % (size / 4096) * 4096;
+    for n in 1..600 {
+        write(&disk, &volume, spots(n), &[n as u8; BLOCK]).unwrap();
+    }
+    run_to_end(volume.run_chore(&disk, Chore::Checkpoint)).unwrap();
+    for n in 1..300 {
+        write(&disk, &volume, spots(n), &[(n % 200) as u8 + 7; BLOCK]).unwrap();
+    }
+    run_to_end(volume.sync(&disk)).unwrap();
+    drop(volume);
+    let volume = reopen(&disk);
+    run_to_end(volume.close(&disk)).unwrap();
+    let volume = reopen(&disk);
+    for n in 1..600_u64 {
+        let byte = if n < 300 { (n % 200) as u8 + 7 } else { n as u8 };
+        assert!(read(&disk, &volume, spots(n), BLOCK).unwrap() == [byte; BLOCK], "spot {n}");
+    }
+}
+
+#[test]
 fn a_hundred_sessions_leave_every_epoch_readable() {
     let disk = made(1 << 20);
     for n in 0..100_u64 {
