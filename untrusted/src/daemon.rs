@@ -49,7 +49,7 @@ pub struct Options {
     #[arg(long, value_name = "FILE")]
     pub stats_file: Option<PathBuf>,
     /// Longest time a lane spins for work before it sleeps, microseconds; 0 never spins.
-    #[arg(long, value_name = "US", default_value_t = 5)]
+    #[arg(long, value_name = "US", default_value_t = 50)]
     pub spin_us: u32,
 }
 

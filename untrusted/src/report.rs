@@ -39,8 +39,10 @@ pub fn report(sessions: &Sessions, source: &Source) -> StatsReport {
     let (sessions, lanes) = sessions.counts();
     let (name, note, stages): (_, _, Vec<StageRow>) = match source {
         Source::Probes(probes) => {
-            counters.extend(probes.counters());
-            ("ebpf", None, probes.rows())
+            let named = probes.counters().into_iter();
+            counters.extend(named.map(|(name, count)| (format!("probe_{name}"), count)));
+            let notes = probes.notes().join("; ");
+            ("ebpf", Some(notes).filter(|notes| !notes.is_empty()), probes.rows())
         }
         Source::Daemon(why) => ("daemon", Some(why.clone()), daemon_stages.clone()),
     };

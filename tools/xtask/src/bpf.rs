@@ -27,6 +27,15 @@ pub struct Toolchain {
     llvm: PathBuf,
 }
 
+impl Toolchain {
+    /// A cargo that can build `core` and `alloc` for targets that rustup has no library for.
+    pub fn cargo_from_source(&self) -> Command {
+        let mut cargo = clean(&self.cargo);
+        cargo.env("RUSTC", &self.rustc).env("RUSTC_BOOTSTRAP", "1");
+        cargo
+    }
+}
+
 impl std::fmt::Display for Toolchain {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} with {}", self.rustc.display(), self.linker.display())

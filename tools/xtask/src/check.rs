@@ -2,7 +2,13 @@
 
 use anyhow::Result;
 
-use crate::shell::{Tree, run, step};
+use crate::{
+    bpf,
+    shell::{Tree, run, step},
+};
+
+/// The target of enclave images.
+const ENCLAVE_TARGET: &str = "x86_64-fortanix-unknown-sgx";
 
 /// Checks the whole workspace, the cheapest first.
 ///
@@ -25,5 +31,18 @@ pub fn all(tree: &Tree) -> Result<()> {
             .cargo()
             .args(["doc", "--workspace", "--no-deps", "--quiet"])
             .env("RUSTDOCFLAGS", "--deny warnings"))
+    })?;
+    step("trusted side for SGX", || match bpf::ensure_toolchain(|what| eprintln!("    {what}")) {
+        Ok(toolchain) => run(toolchain
+            .cargo_from_source()
+            .args(["check", "--quiet", "--package", "postern-trusted"])
+            .args(["--target", ENCLAVE_TARGET, "-Zbuild-std=core,alloc"])
+            .arg("--target-dir")
+            .arg(tree.target.join("enclave"))
+            .current_dir(&tree.root)),
+        Err(error) => {
+            eprintln!("    SKIPPED: no toolchain that can build `core`: {error:#}");
+            Ok(())
+        }
     })
 }

@@ -209,8 +209,12 @@ impl AioHost for SimHost {
         wait::now_ns()
     }
 
+    fn start(&self) {
+        process::current().start();
+    }
+
     fn drive(&self) {
-        process::current().drive();
+        process::current().step();
     }
 
     fn wait(&self, wait: Wait<'_>) -> WaitEnd {
@@ -222,12 +226,15 @@ impl AioHost for SimHost {
         };
         let masked = matches!(wait.signals, Signals::Masked(_));
         loop {
-            process.drive();
+            let progress = process.step();
             if (wait.ready)() {
                 // Pending signals that the mask lets through are handled first.
                 let handled = masked
                     && process.sleep(&|| false, Some(0), signals) == wait::WaitEnd::Interrupted;
                 return if handled { WaitEnd::Interrupted } else { WaitEnd::Ready };
+            }
+            if progress {
+                continue;
             }
             let left = match wait.deadline_ns {
                 None => None,
@@ -348,7 +355,8 @@ impl AioFile for OpenFile {
             Ok(disk) => disk,
             Err(errno) => return done.finish(Err(errno)),
         };
-        process.executor.spawn(async move {
+        // io_submit drives before it returns.
+        process.executor.spawn_to_run(async move {
             // The open file is held until the request is done: close(2) does not end it.
             let volume = &self.volume().volume;
             let Request { op, offset, buffer, flags, .. } = request;

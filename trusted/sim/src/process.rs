@@ -298,20 +298,34 @@ impl Process {
 
     /// Takes completions and runs tasks until there is nothing to do without waiting.
     pub fn drive(&self) -> bool {
-        self.drives.fetch_add(1, Ordering::Relaxed);
-        let _active = self.executor.activate();
         let mut progress = false;
-        let lane = self.link.get().map(|link| &link.lane);
-        // One ring of the daemon's doorbell for all that the tasks submit.
-        let _plug = lane.map(|lane| lane.plug());
-        loop {
-            let taken = lane.map_or(0, |lane| lane.poll(16));
-            let polled = self.executor.run(16);
-            if taken + polled == 0 {
-                return progress;
-            }
+        while self.step() {
             progress = true;
         }
+        progress
+    }
+
+    /// Takes a few completions and runs what they wake; answers whether there was anything. A
+    /// caller that waits for one event gets it before the rest is worked on: the guest's next
+    /// submission then overlaps with that, instead of all requests travelling as one convoy.
+    pub fn step(&self) -> bool {
+        const FEW: usize = 4;
+        self.drives.fetch_add(1, Ordering::Relaxed);
+        let _active = self.executor.activate();
+        let lane = self.link.get().map(|link| &link.lane);
+        let taken = lane.map_or(0, |lane| lane.poll(FEW));
+        taken + self.start_up_to(2 * FEW) > 0
+    }
+
+    /// Runs ready tasks, so that new requests reach the daemon, with one ring of its doorbell.
+    pub fn start(&self) {
+        let _active = self.executor.activate();
+        while self.start_up_to(16) > 0 {}
+    }
+
+    fn start_up_to(&self, limit: usize) -> usize {
+        let _plug = self.link.get().map(|link| link.lane.plug());
+        self.executor.run(limit)
     }
 
     /// How often somebody has driven so far: unchanged between two looks, the guest is silent.
@@ -320,12 +334,14 @@ impl Process {
         self.drives.load(Ordering::Relaxed)
     }
 
-    /// Does what is due of the family's background work, and drives if that started something or
-    /// if `take_over`.
+    /// Starts what is due of the family's background work, and drives if `take_over`. Otherwise
+    /// the guest's threads go on with it: a second driver would only get in their way.
     pub fn tend(&'static self, family: &'static Family, take_over: bool) {
-        let _active = self.executor.activate();
-        if self.chores(family) || take_over || self.executor.has_ready() {
+        let started = self.chores(family);
+        if take_over {
             self.drive();
+        } else if started && self.sleepers.sleeping() == 0 {
+            self.executor.run(1);
         }
     }
 

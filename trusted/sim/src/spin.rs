@@ -10,7 +10,7 @@ use core::sync::atomic::{AtomicU32, Ordering};
 use crate::wait;
 
 /// Longest spin in nanoseconds.
-const LONGEST_NS: u64 = 20_000;
+const LONGEST_NS: u64 = 100_000;
 const MOST_CREDIT: u32 = 8;
 const TRY_EVERY: u32 = 32;
 /// Looks between two readings of the clock.

@@ -62,9 +62,15 @@ pub trait AioHost: GuestMemory + 'static {
     /// Monotonic nanoseconds, the clock of [`Wait::deadline_ns`].
     fn now_ns(&self) -> u64;
 
-    /// Lets the process's requests progress as far as they go without sleeping: runs ready tasks,
-    /// takes completions, tells the daemon of new work. Called once for each io_submit that
-    /// accepted something and at the start of io_getevents.
+    /// Sends accepted requests on their way: runs ready tasks, tells the daemon of new work. Called
+    /// once for each io_submit that accepted something.
+    fn start(&self) {
+        self.drive();
+    }
+
+    /// Lets the process's requests progress without sleeping: runs ready tasks, takes completions.
+    /// A bounded step, so that the first events reach a guest that waits for them while others are
+    /// still being worked on. Called at the start of io_getevents.
     fn drive(&self);
 
     /// Sleeps until `wait.ready` holds, its deadline passes, or a signal handler ran.

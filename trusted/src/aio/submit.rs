@@ -76,7 +76,7 @@ impl AioContexts {
             accepted += 1;
         }
         if accepted > 0 {
-            self.host.drive();
+            self.host.start();
         }
         match refusal {
             Some(errno) if accepted == 0 => Err(errno),

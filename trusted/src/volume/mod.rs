@@ -3,8 +3,8 @@
 //!
 //! Copy-on-write blocks of 4 KiB under one radix tree that is map and Merkle tree at once, a
 //! chained journal, two superblocks. docs/FORMAT.md has the bytes; the modules have the order of
-//! things and why: [`checkpoint`] (the map becomes durable), [`sync`] (what one flush can do),
-//! [`recovery`] (what is believed at open).
+//! things and why: `checkpoint` (the map becomes durable), `sync` (what one flush can do),
+//! `recovery` (what is believed at open).
 //!
 //! Holds whatever the host does: no wrong byte is returned (`EIO` instead), except that a
 //! consistent older state of the whole volume, or of its journal's tail, cannot be told from a
