@@ -92,13 +92,15 @@ pub fn check_file(path: &Path, access: Access) -> Result<(), Failure> {
     FileDisk::open(path, access).map(drop)
 }
 
-/// Opens the volume without writing and closes it again: is the key right, is the root whole?
+/// Opens the volume without writing and closes it again: is the key right, is the root whole, and
+/// would it open for writing?
 ///
 /// # Errors
 /// [`Exit::Key`], [`Exit::Damaged`] and the host's own.
 pub fn check(path: &Path, key: &[u8; 32], access: Access) -> Result<(), Failure> {
     let disk = FileDisk::open(path, access)?;
-    open(&disk, path, key).map(drop)
+    let (_, report) = open(&disk, path, key)?;
+    report.loss.map_or(Ok(()), |loss| Err(refused(path, &loss)))
 }
 
 fn open(disk: &FileDisk, path: &Path, key: &[u8; 32]) -> Result<(Volume, OpenReport), Failure> {
@@ -194,6 +196,7 @@ pub fn info(args: &VolumeArgs) -> Result<(), Failure> {
             "replayed_journal_blocks": report.journal_blocks,
             "replayed_records": report.records_applied,
             "skipped_records": report.records_skipped,
+            "loss": report.loss.map(|loss| loss.to_string()),
         });
         println!("{info}");
         return Ok(());
@@ -209,7 +212,9 @@ pub fn info(args: &VolumeArgs) -> Result<(), Failure> {
         size::show(bytes(info.journal_blocks))
     );
     println!("opened    {} times for writing; superblock {}", info.session, info.generation);
-    if report.clean {
+    if let Some(loss) = &report.loss {
+        println!("state     damaged: {loss}");
+    } else if report.clean {
         println!("state     closed cleanly");
     } else {
         println!(
@@ -233,9 +238,10 @@ fn look(args: &VolumeArgs) -> Result<(FileDisk, Volume, OpenReport), Failure> {
 /// Runs `postern verify`; answers whether the volume is whole.
 ///
 /// # Errors
-/// As [`check`]. Damaged data is no error here: it is reported, each range on a line.
+/// As [`check`], except that damage is no error here: a journal or superblock that is gone and
+/// each range of data that cannot be read are reported on a line.
 pub fn verify(args: &VolumeArgs) -> Result<bool, Failure> {
-    let (disk, volume, _) = look(args)?;
+    let (disk, volume, report) = look(args)?;
     let mut progress = Progress::start(volume.size());
     let found = damaged_ranges(&disk, &volume, |done| progress.show(done));
     progress.end();
@@ -252,8 +258,12 @@ pub fn verify(args: &VolumeArgs) -> Result<bool, Failure> {
             .iter()
             .map(|range| json!({ "offset": range.start, "length": range.end - range.start }))
             .collect();
-        println!("{}", json!({ "size": volume.size(), "damaged": ranges }));
+        let loss = report.loss.as_ref().map(ToString::to_string);
+        println!("{}", json!({ "size": volume.size(), "damaged": ranges, "loss": loss }));
     } else {
+        if let Some(loss) = &report.loss {
+            println!("damaged: {loss}");
+        }
         for range in &found {
             println!("damaged: bytes {}..{} of the guest's file", range.start, range.end);
         }
@@ -264,7 +274,7 @@ pub fn verify(args: &VolumeArgs) -> Result<bool, Failure> {
             println!("{} of {} damaged", size::show(damaged), size::show(volume.size()));
         }
     }
-    Ok(found.is_empty())
+    Ok(found.is_empty() && report.loss.is_none())
 }
 
 /// Reads the whole file of the guest; where a part fails, block by block. Answers the ranges of

@@ -119,6 +119,8 @@ pub struct OpenReport {
     pub records_applied: u64,
     /// Unsynced records whose data had not reached the host.
     pub records_skipped: u64,
+    /// What was durable and is gone: why opening for writing refuses, unless told to accept it.
+    pub loss: Option<VolumeError>,
 }
 
 /// Background work that is due.

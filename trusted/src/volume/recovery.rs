@@ -147,20 +147,25 @@ impl Volume {
         {
             return Err(VolumeError::Host { place, error });
         }
-        let lost = tip < scan.durable || scan.generation > superblock.generation;
-        if lost && !options.accept_loss && !read_only {
-            return Err(if scan.generation > superblock.generation {
-                VolumeError::SuperblockLost {
-                    found: superblock.generation,
-                    durable: scan.generation,
-                }
-            } else {
-                VolumeError::JournalLost { tip, durable: scan.durable }
-            });
+        let loss = if scan.generation > superblock.generation {
+            let (found, durable) = (superblock.generation, scan.generation);
+            Some(VolumeError::SuperblockLost { found, durable })
+        } else if tip < scan.durable {
+            Some(VolumeError::JournalLost { tip, durable: scan.durable })
+        } else {
+            None
+        };
+        let lost = loss.is_some();
+        if let Some(loss) = &loss
+            && !options.accept_loss
+            && !read_only
+        {
+            return Err(*loss);
         }
         let report = OpenReport {
             clean: superblock.clean && scan.chain.is_empty(),
             journal_blocks: scan.chain.len() as u64,
+            loss,
             ..OpenReport::default()
         };
         let opening = Opening {
