@@ -7,7 +7,7 @@ mod wire {
     pub use postern_edl::wire::*;
 }
 
-#[allow(dead_code)]
+#[allow(dead_code, reason = "the test calls a part of the generated code")]
 mod calls {
     include!("../gen/tests/golden/small.rs");
 }

@@ -200,9 +200,3 @@ pub fn root<T: Send + Sync>(make: impl FnOnce() -> T) -> Option<&'static T> {
 fn alloc_root<T>(value: T) -> *mut u8 {
     Box::into_raw(Box::new(value)).cast()
 }
-
-/// Bytes of the arena that the heap has taken so far.
-#[must_use]
-pub fn used_bytes() -> usize {
-    if STATE.load(Ordering::Acquire) == MADE { header().used.load(Ordering::Relaxed) } else { 0 }
-}

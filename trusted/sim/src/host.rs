@@ -18,7 +18,6 @@ use postern_trusted::{
 };
 
 use crate::{
-    family::family,
     files::{self, OpenFile},
     guest::Guest,
     identity, message, process, service, sys, wait,
@@ -378,10 +377,4 @@ impl AioFile for OpenFile {
             done.finish(answer);
         });
     }
-}
-
-/// Whether the family exists: AIO calls pass on to the kernel without it.
-#[must_use]
-pub fn active() -> bool {
-    family().is_some()
 }

@@ -36,21 +36,15 @@ fn page() -> Option<&'static AtomicU32> {
 /// The calling process's id; never 0.
 #[must_use]
 pub fn process_id() -> u32 {
-    let Some(page) = page() else { return ask() };
+    let Some(page) = page() else { return sys::getpid() };
     match page.load(Ordering::Relaxed) {
         0 => {
-            let id = ask();
+            let id = sys::getpid();
             page.store(id, Ordering::Relaxed);
             id
         }
         id => id,
     }
-}
-
-fn ask() -> u32 {
-    // SAFETY: getpid takes nothing and cannot fail.
-    let id = unsafe { sys::syscall6(libc::SYS_getpid, 0, 0, 0, 0, 0, 0) };
-    u32::try_from(id).unwrap_or(u32::MAX)
 }
 
 /// Whether process `id` still exists (a zombie counts as gone once reaped).

@@ -90,8 +90,7 @@ static HOOKS: sync::Hooks = sync::Hooks { owner: identity::process_id, contended
 /// A lock is contended: lets its holder run, and ends this process if the holder is dead.
 fn yield_to(holder: u32) {
     static ROUNDS: AtomicU64 = AtomicU64::new(0);
-    // SAFETY: takes nothing.
-    unsafe { sys::syscall6(libc::SYS_sched_yield, 0, 0, 0, 0, 0, 0) };
+    sys::yield_now();
     if ROUNDS.fetch_add(1, Ordering::Relaxed) % 1024 == 1023 && !identity::is_alive(holder) {
         family::end_torn(holder);
     }
@@ -132,7 +131,7 @@ pub fn current() -> &'static Process {
             }
             // No descriptor for an eventfd: nothing works in such a process, but the guest may
             // free some.
-            Err(_) => pause_blind(),
+            Err(_) => sys::yield_now(),
         }
     }
 }
@@ -150,11 +149,6 @@ pub fn pause() {
     if let Ok(place) = process.sleepers.enter(keep) {
         let _ = place.sleep(Some(1_000_000), Signals::Held);
     }
-}
-
-fn pause_blind() {
-    // SAFETY: takes nothing.
-    unsafe { sys::syscall6(libc::SYS_sched_yield, 0, 0, 0, 0, 0, 0) };
 }
 
 /// Ends the process at once, without destructors.
@@ -402,7 +396,7 @@ impl Process {
             return WaitEnd::Woken;
         }
         let Ok(place) = self.sleepers.enter(keep) else {
-            pause_blind();
+            sys::yield_now();
             return WaitEnd::Woken;
         };
         self.sleep_in(&place, Sleeper::Driver, ready, timeout_ns, signals)

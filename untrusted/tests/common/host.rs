@@ -1,5 +1,5 @@
 //! A daemon in this process, on a thread of its own.
-#![allow(dead_code)]
+#![allow(dead_code, reason = "each test program uses a part of it")]
 
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
