@@ -22,6 +22,7 @@ use crate::{
     config::{self, RunConfig, VolumeConfig},
     identity, message,
     process::{self, Process},
+    spin::Tickets,
     wait,
 };
 
@@ -33,6 +34,8 @@ pub struct Family {
     pub kick: i32,
     /// The daemon's session, once a lane is attached.
     pub session: Lock<Option<Session>>,
+    /// Which threads may spin.
+    pub tickets: Tickets,
     volumes: Vec<Entry>,
     processes: Lock<Vec<&'static Process>>,
 }
@@ -142,6 +145,7 @@ impl Family {
             config,
             kick,
             session: Lock::new(None),
+            tickets: Tickets::new(wait::processors()),
             volumes,
             processes: Lock::new(Vec::with_capacity(64)),
         }

@@ -391,7 +391,10 @@ impl Process {
     ) -> WaitEnd {
         if timeout_ns != Some(0)
             && let Some(link) = self.link.get()
-            && self.spinner.spin(|| link.lane.needs_drive() || self.executor.has_ready())
+            && let Some(family) = family::family()
+            && self
+                .spinner
+                .spin(&family.tickets, || link.lane.needs_drive() || self.executor.has_ready())
         {
             return WaitEnd::Woken;
         }

@@ -241,3 +241,19 @@ pub fn now_ns() -> u64 {
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
     now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned()
 }
+
+/// Processors this process may run on.
+#[must_use]
+pub fn processors() -> usize {
+    let mut mask = [0_u8; 1024];
+    let at = mask.as_mut_ptr() as usize;
+    // SAFETY: `mask` is writable for its length.
+    let answer = sys::check(unsafe {
+        sys::syscall6(libc::SYS_sched_getaffinity, 0, mask.len(), at, 0, 0, 0)
+    });
+    match answer {
+        Ok(_) => mask.iter().map(|byte| byte.count_ones() as usize).sum(),
+        // More processors than bits: plenty.
+        Err(_) => 8 * mask.len(),
+    }
+}
