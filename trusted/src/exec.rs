@@ -7,7 +7,13 @@
 //! Holds: a woken task is polled again; if nobody is active when a task becomes ready, the
 //! notifier is called (it may wake a sleeping thread, also one of another process).
 
-use alloc::{boxed::Box, collections::VecDeque, sync::Arc, task::Wake};
+use alloc::{
+    boxed::Box,
+    collections::VecDeque,
+    sync::{Arc, Weak},
+    task::Wake,
+    vec::Vec,
+};
 use core::{
     future::Future,
     pin::Pin,
@@ -17,14 +23,15 @@ use core::{
 
 use crate::sync::Lock;
 
-type BoxFuture = Pin<Box<dyn Future<Output = ()> + Send>>;
+/// Idle tasks that a [`Pool`] keeps for reuse.
+const KEPT: usize = 1024;
 
 /// A queue of ready tasks.
 #[derive(Clone)]
 pub struct Executor(Arc<Inner>);
 
 struct Inner {
-    ready: Lock<VecDeque<Arc<Task>>>,
+    ready: Lock<VecDeque<Arc<dyn Run>>>,
     /// Threads that promise to run the queue before they sleep.
     active: AtomicUsize,
     /// Tasks spawned and not finished.
@@ -38,15 +45,28 @@ const RUNNING: u8 = 2;
 /// Woken while running: goes back to the queue.
 const AGAIN: u8 = 3;
 
-struct Task {
-    state: AtomicU8,
-    /// Only the thread that moved `state` to RUNNING touches it; the lock is never contended.
-    future: Lock<Option<BoxFuture>>,
-    executor: Arc<Inner>,
+/// A task of whatever future.
+trait Run: Send + Sync {
+    /// Polls it once.
+    fn run(self: Arc<Self>);
 }
 
+/// A future, or the room for one: a pool uses it again for the next.
+struct Task<F> {
+    state: AtomicU8,
+    /// Only the thread that moved `state` to RUNNING polls it; so the lock is contended only where
+    /// a late wake-up meets the next future.
+    future: Lock<Pin<Box<Option<F>>>>,
+    executor: Arc<Inner>,
+    /// Where it waits for its next future.
+    home: Weak<Home<F>>,
+}
+
+/// Tasks without a future.
+struct Home<F>(Lock<Vec<Arc<Task<F>>>>);
+
 impl Inner {
-    fn push(&self, task: Arc<Task>) {
+    fn push(&self, task: Arc<dyn Run>) {
         self.put(task);
         // SeqCst pairs with the decrement in `Active::drop`: either we see nobody active, or the
         // one that leaves sees the queue non-empty.
@@ -56,30 +76,109 @@ impl Inner {
         }
     }
 
-    fn put(&self, task: Arc<Task>) {
+    fn put(&self, task: Arc<dyn Run>) {
         self.ready.lock().push_back(task);
     }
 }
 
-impl Wake for Task {
-    fn wake(self: Arc<Self>) {
-        Self::wake_by_ref(&self);
+impl<F: Future<Output = ()> + Send + 'static> Task<F> {
+    fn new(executor: Arc<Inner>, home: Weak<Home<F>>, future: Option<F>) -> Arc<Self> {
+        let future = Lock::new(Box::pin(future));
+        Arc::new(Self { state: AtomicU8::new(IDLE), future, executor, home })
     }
 
-    fn wake_by_ref(self: &Arc<Self>) {
+    /// Notes a wake-up; answers whether the task must be queued.
+    fn must_queue(&self) -> bool {
         let mut seen = self.state.load(Ordering::Acquire);
         loop {
             let next = match seen {
                 IDLE => QUEUED,
                 RUNNING => AGAIN,
-                _ => return,
+                _ => return false,
             };
             match self.state.compare_exchange_weak(seen, next, Ordering::AcqRel, Ordering::Acquire)
             {
-                Ok(IDLE) => return self.executor.push(self.clone()),
-                Ok(_) => return,
+                Ok(was) => return was == IDLE,
                 Err(now) => seen = now,
             }
+        }
+    }
+}
+
+impl<F: Future<Output = ()> + Send + 'static> Wake for Task<F> {
+    fn wake(self: Arc<Self>) {
+        Self::wake_by_ref(&self);
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        if self.must_queue() {
+            self.executor.push(self.clone());
+        }
+    }
+}
+
+impl<F: Future<Output = ()> + Send + 'static> Run for Task<F> {
+    fn run(self: Arc<Self>) {
+        self.state.store(RUNNING, Ordering::Release);
+        let waker = Waker::from(self.clone());
+        let mut slot = self.future.lock();
+        // A waker that outlived its future polls nothing, or the next future once too often.
+        let done = slot
+            .as_mut()
+            .as_pin_mut()
+            .is_some_and(|future| future.poll(&mut Context::from_waker(&waker)).is_ready());
+        if done {
+            slot.set(None);
+            self.executor.live.fetch_sub(1, Ordering::Relaxed);
+        }
+        drop(slot);
+        let back = self.state.compare_exchange(RUNNING, IDLE, Ordering::AcqRel, Ordering::Acquire);
+        if back.is_err() {
+            // Woken meanwhile: for a future that is done, in vain.
+            self.state.store(if done { IDLE } else { QUEUED }, Ordering::Release);
+            if !done {
+                let executor = self.executor.clone();
+                return executor.push(self);
+            }
+        }
+        if done && let Some(home) = self.home.upgrade() {
+            let mut idle = home.0.lock();
+            if idle.len() < idle.capacity() {
+                idle.push(self);
+            }
+        }
+    }
+}
+
+/// Starts futures of one kind, made from an `A` each.
+pub trait Start<A>: Send + Sync {
+    /// Queues the future for `argument` and wakes nobody: the caller runs the queue itself before
+    /// it returns to the guest or sleeps.
+    fn start(&self, argument: A);
+}
+
+/// Futures of one kind whose tasks are used again: nothing is allocated once as many tasks exist
+/// as are in flight at a time.
+struct Pool<A, F> {
+    make: fn(A) -> F,
+    executor: Arc<Inner>,
+    home: Arc<Home<F>>,
+}
+
+impl<A, F: Future<Output = ()> + Send + 'static> Start<A> for Pool<A, F> {
+    fn start(&self, argument: A) {
+        let future = (self.make)(argument);
+        self.executor.live.fetch_add(1, Ordering::Relaxed);
+        let idle = self.home.0.lock().pop();
+        let task = match idle {
+            Some(task) => {
+                task.future.lock().set(Some(future));
+                task
+            }
+            None => Task::new(self.executor.clone(), Arc::downgrade(&self.home), Some(future)),
+        };
+        if task.must_queue() {
+            self.executor.put(task);
         }
     }
 }
@@ -116,22 +215,18 @@ impl Executor {
 
     /// Queues `future`. It runs at the next [`Self::run`], for which somebody is woken.
     pub fn spawn(&self, future: impl Future<Output = ()> + Send + 'static) {
-        self.0.push(self.task(future));
-    }
-
-    /// Queues `future` and wakes nobody: the caller runs the queue itself before it returns to the
-    /// guest or sleeps. Saves a system call for each request of a busy guest.
-    pub fn spawn_to_run(&self, future: impl Future<Output = ()> + Send + 'static) {
-        self.0.put(self.task(future));
-    }
-
-    fn task(&self, future: impl Future<Output = ()> + Send + 'static) -> Arc<Task> {
         self.0.live.fetch_add(1, Ordering::Relaxed);
-        Arc::new(Task {
-            state: AtomicU8::new(QUEUED),
-            future: Lock::new(Some(Box::pin(future))),
-            executor: self.0.clone(),
-        })
+        Task::new(self.0.clone(), Weak::new(), Some(future)).wake();
+    }
+
+    /// A starter of futures made by `make`, for what happens too often to allocate each time.
+    pub fn pool<A, F>(&self, make: fn(A) -> F) -> Box<dyn Start<A>>
+    where
+        A: 'static,
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let home = Arc::new(Home(Lock::new(Vec::with_capacity(KEPT))));
+        Box::new(Pool { make, executor: self.0.clone(), home })
     }
 
     /// Polls ready tasks, at most `limit` polls. Returns the number of polls.
@@ -139,29 +234,10 @@ impl Executor {
         let mut polls = 0;
         while polls < limit {
             let Some(task) = self.0.ready.lock().pop_front() else { break };
-            self.poll(task);
+            task.run();
             polls += 1;
         }
         polls
-    }
-
-    fn poll(&self, task: Arc<Task>) {
-        task.state.store(RUNNING, Ordering::Release);
-        let waker = Waker::from(task.clone());
-        let mut slot = task.future.lock();
-        let Some(future) = slot.as_mut() else { return };
-        let done = future.as_mut().poll(&mut Context::from_waker(&waker)).is_ready();
-        if done {
-            *slot = None;
-            self.0.live.fetch_sub(1, Ordering::Relaxed);
-            return;
-        }
-        drop(slot);
-        let back = task.state.compare_exchange(RUNNING, IDLE, Ordering::AcqRel, Ordering::Acquire);
-        if back.is_err() {
-            task.state.store(QUEUED, Ordering::Release);
-            self.0.push(task);
-        }
     }
 
     /// Tasks that have not finished.
@@ -247,8 +323,57 @@ mod tests {
         executor.run(usize::MAX);
         drop(executor.activate());
         assert_eq!(calls.load(Ordering::Relaxed), 2);
-        executor.spawn_to_run(async {});
+        executor.pool(|()| async {}).start(());
         assert_eq!(calls.load(Ordering::Relaxed), 2, "the caller promised to run it");
         assert_eq!(executor.run(usize::MAX), 1);
+    }
+
+    #[test]
+    fn a_pool_uses_its_tasks_again() {
+        let executor = Executor::new(|| ());
+        let pool = executor.pool(|(n, done): (u32, Arc<AtomicU32>)| async move {
+            Yield(n % 3).await;
+            done.fetch_add(1, Ordering::Relaxed);
+        });
+        let done = Arc::new(AtomicU32::new(0));
+        let _active = executor.activate();
+        for round in 1..=20 {
+            for n in 0..10 {
+                pool.start((n, done.clone()));
+            }
+            while executor.run(7) > 0 {}
+            assert_eq!((executor.live(), done.load(Ordering::Relaxed)), (0, 10 * round));
+        }
+        assert_eq!(Arc::strong_count(&done), 1, "a future is dropped when it is done");
+    }
+
+    #[test]
+    fn a_late_wake_up_does_the_next_future_no_harm() {
+        type Kept = Arc<Lock<Option<Waker>>>;
+        let executor = Executor::new(|| ());
+        let pool = executor.pool(|(kept, done): (Kept, Arc<AtomicU32>)| async move {
+            core::future::poll_fn(|cx| {
+                *kept.lock() = Some(cx.waker().clone());
+                Poll::Ready(())
+            })
+            .await;
+            Yield(1).await;
+            done.fetch_add(1, Ordering::Relaxed);
+        });
+        let (kept, done) = (Kept::default(), Arc::new(AtomicU32::new(0)));
+        let _active = executor.activate();
+        for round in 0..5 {
+            pool.start((kept.clone(), done.clone()));
+            // The waker of the round before: its task has this round's future now.
+            if let Some(late) = kept.lock().clone() {
+                late.wake();
+            }
+            while executor.run(1) > 0 {}
+            assert_eq!(done.load(Ordering::Relaxed), round + 1);
+            if let Some(late) = kept.lock().clone() {
+                late.wake();
+            }
+            assert_eq!(executor.run(usize::MAX), 1, "polled in vain");
+        }
     }
 }

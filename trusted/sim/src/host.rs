@@ -10,11 +10,12 @@ use std::sync::Arc;
 
 use postern_trusted::{
     aio::{
-        AioContexts, AioFile, AioHost, EventCounter, FileTraits, Op, Request, RingMapping, Signals,
-        Wait, WaitEnd, WaitKey,
+        AioContexts, AioFile, AioHost, Completion, EventCounter, FileTraits, Op, Request,
+        RingMapping, Signals, Wait, WaitEnd, WaitKey,
     },
     errno::Errno,
     platform::{Buffer, Fault, GuestMemory},
+    port::LaneFile,
 };
 
 use crate::{
@@ -305,7 +306,7 @@ impl AioFile for Ordinary {
         true
     }
 
-    fn submit(self: Arc<Self>, _: Request, done: postern_trusted::aio::Completion) {
+    fn submit(self: Arc<Self>, _: Request, done: Completion) {
         done.finish(Err(Errno::EINVAL));
     }
 }
@@ -338,7 +339,7 @@ impl AioFile for OpenFile {
         }
     }
 
-    fn submit(self: Arc<Self>, request: Request, done: postern_trusted::aio::Completion) {
+    fn submit(self: Arc<Self>, request: Request, done: Completion) {
         if self.flags() & libc::O_DIRECT != 0
             && matches!(request.op, Op::Read | Op::Write)
             && !(request.buffer.is_aligned(files::DIRECT_ALIGNMENT)
@@ -354,27 +355,40 @@ impl AioFile for OpenFile {
             Ok(disk) => disk,
             Err(errno) => return done.finish(Err(errno)),
         };
-        // io_submit drives before it returns.
-        process.executor.spawn_to_run(async move {
-            // The open file is held until the request is done: close(2) does not end it.
-            let volume = &self.volume().volume;
-            let Request { op, offset, buffer, flags, .. } = request;
-            let answer = match op {
-                Op::Read => volume.read(&disk, offset, &buffer).await,
-                Op::Write => {
-                    let written = if flags.append() {
-                        volume.append(&disk, &buffer).await
-                    } else {
-                        volume.write(&disk, offset, &buffer).await
-                    };
-                    match written {
-                        Ok(length) if flags.dsync() => volume.sync(&disk).await.map(|()| length),
-                        other => other,
-                    }
+        process.workers.start(Work { file: self, disk, request, done });
+    }
+}
+
+/// A request of the guest on a protected file. The open file is held until it is done: close(2)
+/// does not end it.
+pub struct Work {
+    file: Arc<OpenFile>,
+    disk: LaneFile,
+    request: Request,
+    done: Completion,
+}
+
+impl Work {
+    /// Serves the request and completes it.
+    pub async fn run(self) {
+        let Self { file, disk, request, done } = self;
+        let volume = &file.volume().volume;
+        let Request { op, offset, buffer, flags, .. } = request;
+        let answer = match op {
+            Op::Read => volume.read(&disk, offset, &buffer).await,
+            Op::Write => {
+                let written = if flags.append() {
+                    volume.append(&disk, &buffer).await
+                } else {
+                    volume.write(&disk, offset, &buffer).await
+                };
+                match written {
+                    Ok(length) if flags.dsync() => volume.sync(&disk).await.map(|()| length),
+                    other => other,
                 }
-                Op::Fsync | Op::Fdatasync => volume.sync(&disk).await.map(|()| 0),
-            };
-            done.finish(answer);
-        });
+            }
+            Op::Fsync | Op::Fdatasync => volume.sync(&disk).await.map(|()| 0),
+        };
+        done.finish(answer);
     }
 }

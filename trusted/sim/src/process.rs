@@ -20,7 +20,7 @@ use once_cell::race::OnceBox;
 use postern_edl::calls::PosternFile;
 use postern_trusted::{
     errno::Errno,
-    exec::Executor,
+    exec::{Executor, Start},
     platform::{NoEntropy, Platform},
     port::{LaneFile, Sleeper},
     sync::{self, Lock},
@@ -28,7 +28,9 @@ use postern_trusted::{
 
 use crate::{
     family::{self, Family, OpenVolume},
-    files, identity,
+    files,
+    host::Work,
+    identity,
     link::Link,
     service,
     spin::Spinner,
@@ -41,6 +43,8 @@ pub struct Process {
     id: u32,
     /// Tasks of this process: requests of its guest and chores it took over.
     pub executor: Executor,
+    /// Starts requests of its guest on protected files. Whoever does drives before it returns.
+    pub workers: Box<dyn Start<Work>>,
     /// Where threads sleep that wait inside a call and drive.
     pub sleepers: Arc<Sleepers>,
     /// Where the service thread sleeps: other bells, so that what wakes a driver leaves it alone.
@@ -180,6 +184,7 @@ impl Process {
         });
         Ok(Self {
             id,
+            workers: executor.pool(Work::run),
             executor,
             sleepers,
             service,
