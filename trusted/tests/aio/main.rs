@@ -3,6 +3,7 @@
 //! expected answers.
 #![allow(clippy::unwrap_used)]
 
+mod allocation;
 mod cancel;
 mod destroy;
 mod events;
