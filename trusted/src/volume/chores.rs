@@ -227,13 +227,13 @@ impl Volume {
         }
         let ticket = self.enter(0, EOF, true).await;
         let mut result = self.checkpoint(disk, true, false).await;
-        if result.is_ok() && self.core.lock().health == Health::Good {
+        if self.core.lock().health == Health::Good {
             // Changes that could not be merged stay in the journal: closed, but not cleanly.
             let (stamp, queued) = {
                 let core = self.core.lock();
                 (core.stamp, core.journal.queued)
             };
-            result = self.sync_to(disk, stamp, queued).await;
+            result = result.and(self.sync_to(disk, stamp, queued).await);
         }
         let wakers = {
             let mut core = self.core.lock();

@@ -398,7 +398,8 @@ impl Sim {
 
     fn close_cleanly(&mut self, volume: &Arc<Volume>) {
         let (disk, volume) = (self.disk(), volume.clone());
-        let failed = volume.read_only();
+        // After a superblock write of unknown outcome only the next opening can go on.
+        let failed = volume.read_only() || volume.core.lock().checkpoints.wedged;
         let closed = self.runner.block_on(async move { volume.close(&disk).await });
         assert!(failed || closed.is_ok(), "closing fails on a good disk: {closed:?}");
         if closed.is_ok() && !failed {
