@@ -4,13 +4,16 @@
 //! the pointer that the map or the delta holds; where that fails the answer is `EIO` (or a short
 //! count before it), never another byte. Holes and bytes after a shrink read as zeros.
 
-use alloc::boxed::Box;
-use futures_util::{StreamExt, stream::FuturesOrdered};
+use alloc::{boxed::Box, sync::Arc, vec, vec::Vec};
+use futures_util::{
+    StreamExt,
+    stream::{FuturesOrdered, FuturesUnordered},
+};
 
 use super::{
     Volume,
     crypto::{EpochKey, Kind, aad},
-    layout::{BLOCK_BYTES, Order, Ptr},
+    layout::{BLOCK_BYTES, FANOUT, Order, Ptr},
     tree::{self, Bad},
 };
 use crate::{
@@ -23,6 +26,9 @@ use crate::{
 pub(crate) const PIECE: usize = 32;
 /// Host requests that one call keeps going.
 pub(crate) const PIECES: usize = 16;
+/// Places between two wanted blocks that are rather read along than left out: as long as moving
+/// them takes no longer than one more request.
+const GAP: u64 = 8;
 /// Times a block is read again when its pointer keeps changing.
 const RETRIES: usize = 8;
 
@@ -98,15 +104,22 @@ impl Volume {
         let span = Span { offset, at: 0, len };
         let blocks = span.blocks();
         if blocks <= PIECE {
-            return outcome(self.read_window(disk, span, buffer).await);
+            let mut ptrs = [Ptr::NULL; PIECE];
+            return outcome(self.read_window(disk, &mut ptrs[..blocks], span, buffer).await);
         }
         let (mut next, mut total) = (0, (0, None));
         let mut going = FuturesOrdered::new();
         loop {
             while next < blocks && going.len() < PIECES && total.1.is_none() {
-                let part = span.part(next, blocks.min(next + PIECE));
-                going.push_back(self.read_window(disk, part, buffer));
-                next += PIECE;
+                // A leaf's blocks lie near each other on the host.
+                let in_leaf = (span.first() + next as u64) % FANOUT;
+                let end = blocks.min(next + (FANOUT - in_leaf) as usize);
+                let part = span.part(next, end);
+                let mut ptrs = vec![Ptr::NULL; end - next];
+                going.push_back(
+                    async move { self.read_window(disk, &mut ptrs, part, buffer).await },
+                );
+                next = end;
             }
             // Every request that was begun is waited for, also after a failure.
             let Some(done) = going.next().await else { break };
@@ -115,11 +128,15 @@ impl Volume {
         outcome(total)
     }
 
-    /// Reads a span of at most [`PIECE`] blocks.
-    async fn read_window<D: Disk>(&self, disk: &D, span: Span, buffer: &impl Buffer) -> Progress {
-        let blocks = span.blocks();
-        let mut ptrs = [Ptr::NULL; PIECE];
-        let (mut found, mut limit, mut failure) = (0, blocks, None);
+    /// Reads the blocks of a span into whose room for pointers they fit.
+    async fn read_window<D: Disk>(
+        &self,
+        disk: &D,
+        ptrs: &mut [Ptr],
+        span: Span,
+        buffer: &impl Buffer,
+    ) -> Progress {
+        let (mut found, mut limit, mut failure) = (0, ptrs.len(), None);
         while found < limit {
             let miss = {
                 let mut core = self.core.lock();
@@ -143,105 +160,170 @@ impl Volume {
             }
         }
         let mut total = (0, None);
-        let run = run_length(&ptrs[..limit]);
-        if run == limit {
-            if limit > 0 {
-                total = self.read_run(disk, &ptrs[..limit], span.part(0, limit), buffer).await;
-            }
-        } else {
-            let (mut from, mut going) = (0, FuturesOrdered::new());
-            while from < limit {
-                let to = from + run_length(&ptrs[from..limit]);
-                going.push_back(self.read_run(disk, &ptrs[from..to], span.part(from, to), buffer));
-                from = to;
-            }
-            while let Some(done) = going.next().await {
-                join(&mut total, done);
-            }
+        let ptrs = &ptrs[..limit];
+        if limit > 0 {
+            let span = span.part(0, limit);
+            total = match run_length(ptrs) {
+                run if run < limit => self.read_scattered(disk, ptrs, span, buffer).await,
+                _ if ptrs[0].is_null() => zero(span, buffer),
+                run if run > PIECE => self.read_scattered(disk, ptrs, span, buffer).await,
+                _ => match self.read_run(disk, ptrs, span, buffer).await {
+                    None => (span.len, None),
+                    Some(failed) => self.mend(disk, ptrs, span, buffer, &[failed]).await,
+                },
+            };
         }
         join(&mut total, (0, failure));
         total
     }
 
-    /// Reads blocks that lie side by side on the host, or are all holes.
+    /// Reads blocks that lie side by side on the host, at most [`PIECE`]. Answers the first that
+    /// failed.
     async fn read_run<D: Disk>(
         &self,
         disk: &D,
         ptrs: &[Ptr],
         span: Span,
         buffer: &impl Buffer,
-    ) -> Progress {
-        if ptrs[0].is_null() {
-            return zero(span, buffer);
+    ) -> Option<Failed> {
+        let transfer = match self.fetch(disk, ptrs.iter(), ptrs[0].place(), ptrs.len()).await {
+            Ok(transfer) => transfer,
+            Err(bad) => {
+                let why = if ptrs.len() > 1 { Why::Together } else { Why::Bad(bad) };
+                return Some(Failed { from: 0, to: ptrs.len(), why });
+            }
+        };
+        let mut keys = Keys { volume: self, last: None };
+        for (i, ptr) in ptrs.iter().enumerate() {
+            if let Err(why) = keys.open(&transfer, i, ptr, span.part(i, i + 1), buffer) {
+                return Some(Failed { from: i, to: ptrs.len(), why });
+            }
         }
-        let mut failed = match self.fetch(disk, ptrs).await {
-            Ok(transfer) => {
-                let mut key = None;
-                let mut failed = None;
-                for (i, ptr) in ptrs.iter().enumerate() {
-                    if key
-                        .as_ref()
-                        .is_none_or(|k: &alloc::sync::Arc<EpochKey>| k.id != ptr.order.epoch())
-                    {
-                        key = self.keys.lock().get(&ptr.order.epoch()).cloned();
+        None
+    }
+
+    /// Reads blocks that lie here and there, some of them holes: in the order of their places,
+    /// neighbours and near neighbours with one request.
+    async fn read_scattered<D: Disk>(
+        &self,
+        disk: &D,
+        ptrs: &[Ptr],
+        span: Span,
+        buffer: &impl Buffer,
+    ) -> Progress {
+        let mut failed = Vec::new();
+        let mut order: Vec<usize> = Vec::with_capacity(ptrs.len());
+        for (i, ptr) in ptrs.iter().enumerate() {
+            if !ptr.is_null() {
+                order.push(i);
+            } else if zero(span.part(i, i + 1), buffer).1.is_some() {
+                failed.push(Failed { from: i, to: i + 1, why: Why::Fault });
+            }
+        }
+        order.sort_unstable_by_key(|&i| ptrs[i].place());
+        let mut going = FuturesUnordered::new();
+        let mut rest = &order[..];
+        while !rest.is_empty() {
+            let (group, after) = rest.split_at(group_length(ptrs, rest));
+            going.push(self.read_group(disk, ptrs, group, span, buffer));
+            rest = after;
+        }
+        while let Some(more) = going.next().await {
+            failed.extend(more);
+        }
+        failed.sort_unstable_by_key(|failed| failed.from);
+        self.mend(disk, ptrs, span, buffer, &failed).await
+    }
+
+    /// Reads the blocks `group` (indices in the order of their places) with one host request.
+    async fn read_group<D: Disk>(
+        &self,
+        disk: &D,
+        ptrs: &[Ptr],
+        group: &[usize],
+        span: Span,
+        buffer: &impl Buffer,
+    ) -> Vec<Failed> {
+        let (first, last) = (ptrs[group[0]].place(), ptrs[group[group.len() - 1]].place());
+        let wanted = group.iter().map(|&i| &ptrs[i]);
+        let fetched = self.fetch(disk, wanted, first, (last - first) as usize + 1).await;
+        let mut keys = Keys { volume: self, last: None };
+        group
+            .iter()
+            .filter_map(|&i| {
+                let read = match &fetched {
+                    Ok(transfer) => {
+                        let at = (ptrs[i].place() - first) as usize;
+                        keys.open(transfer, at, &ptrs[i], span.part(i, i + 1), buffer)
                     }
-                    let part = span.part(i, i + 1);
-                    let opened = match &key {
-                        Some(key) => open(&transfer, i, key, ptr, part, buffer),
-                        None => Err(Failure::Forged),
-                    };
-                    match opened {
-                        Ok(()) => {}
-                        Err(Failure::Fault) => return (part.at - span.at, Some(Errno::EFAULT)),
-                        Err(Failure::Forged) => {
-                            failed = Some((i, Bad::Forged));
-                            break;
+                    Err(bad) if first == last => Err(Why::Bad(*bad)),
+                    Err(_) => Err(Why::Together),
+                };
+                read.err().map(|why| Failed { from: i, to: i + 1, why })
+            })
+            .collect()
+    }
+
+    /// Reads what `failed` (in order) says once more, block by block: the map may have moved on.
+    /// Answers how far the whole span came.
+    async fn mend<D: Disk>(
+        &self,
+        disk: &D,
+        ptrs: &[Ptr],
+        span: Span,
+        buffer: &impl Buffer,
+        failed: &[Failed],
+    ) -> Progress {
+        for Failed { from, to, why } in failed {
+            // Of several blocks only the first has been looked at.
+            let mut before = match *why {
+                Why::Fault => return (span.part(*from, *to).at - span.at, Some(Errno::EFAULT)),
+                Why::Bad(bad) => Some((ptrs[*from], bad)),
+                Why::Together => None,
+            };
+            for i in *from..*to {
+                let part = span.part(i, i + 1);
+                let read = self.read_again(disk, span.first() + i as u64, before.take()).await;
+                let done = match read {
+                    Ok(None) => zero(part, buffer),
+                    Ok(Some(block)) => {
+                        let start = (part.offset % BLOCK_BYTES) as usize;
+                        match buffer.copy_out(part.at, &block[start..start + part.len]) {
+                            Ok(()) => (part.len, None),
+                            Err(_) => (0, Some(Errno::EFAULT)),
                         }
                     }
+                    Err(bad) => (0, Some(bad.errno())),
+                };
+                if done.1.is_some() {
+                    return (part.at - span.at + done.0, done.1);
                 }
-                failed
-            }
-            Err(bad) => Some((0, bad)),
-        };
-        // From the first failure on, block by block.
-        let Some((from, _)) = failed else { return (span.len, None) };
-        for (i, ptr) in ptrs.iter().enumerate().skip(from) {
-            let part = span.part(i, i + 1);
-            let before = failed.take().map(|(_, bad)| (*ptr, bad));
-            let read = self.read_again(disk, span.first() + i as u64, before).await;
-            let done = match read {
-                Ok(None) => zero(part, buffer),
-                Ok(Some(block)) => {
-                    let start = (part.offset % BLOCK_BYTES) as usize;
-                    match buffer.copy_out(part.at, &block[start..start + part.len]) {
-                        Ok(()) => (part.len, None),
-                        Err(_) => (0, Some(Errno::EFAULT)),
-                    }
-                }
-                Err(bad) => (0, Some(bad.errno())),
-            };
-            if done.1.is_some() {
-                return (part.at - span.at + done.0, done.1);
             }
         }
         (span.len, None)
     }
 
-    /// Brings the blocks into a transfer buffer, and their keys into memory.
-    async fn fetch<D: Disk>(&self, disk: &D, ptrs: &[Ptr]) -> Result<D::Transfer, Bad> {
+    /// Brings `blocks` places from `first` on into a transfer buffer, and the keys of what `wanted`
+    /// points to into memory.
+    async fn fetch<'a, D: Disk>(
+        &self,
+        disk: &D,
+        wanted: impl Iterator<Item = &'a Ptr>,
+        first: u64,
+        blocks: usize,
+    ) -> Result<D::Transfer, Bad> {
         let mut epoch = None;
-        for ptr in ptrs {
+        for ptr in wanted {
             if epoch != Some(ptr.order.epoch()) {
                 self.key_for(disk, ptr.order).await?;
                 epoch = Some(ptr.order.epoch());
             }
         }
-        let place = ptrs[0].place();
-        if place + ptrs.len() as u64 > self.geometry.host_blocks {
+        if first + blocks as u64 > self.geometry.host_blocks {
             return Err(Bad::Forged);
         }
-        let mut transfer = disk.transfer(ptrs.len()).await?;
-        transfer.read(place).await?;
+        let mut transfer = disk.transfer(blocks).await?;
+        transfer.read(first).await?;
         Ok(transfer)
     }
 
@@ -302,26 +384,60 @@ fn zero(span: Span, buffer: &impl Buffer) -> Progress {
     (done, None)
 }
 
-enum Failure {
-    Forged,
-    Fault,
+/// Indices from the front of `order` that one host request can read.
+fn group_length(ptrs: &[Ptr], order: &[usize]) -> usize {
+    let place = |n: usize| ptrs[order[n]].place();
+    (1..order.len())
+        .take_while(|&n| place(n) - place(n - 1) <= GAP + 1 && place(n) - place(0) < PIECE as u64)
+        .count()
+        + 1
 }
 
-/// Copies one block out of the transfer, opens it in private memory, and gives the part of it that
-/// was asked for to the guest.
-fn open<T: Transfer>(
-    transfer: &T,
-    index: usize,
-    key: &EpochKey,
-    ptr: &Ptr,
-    part: Span,
-    buffer: &impl Buffer,
-) -> Result<(), Failure> {
-    let mut block = [0; BLOCK];
-    transfer.get(index, &mut block);
-    open_data(key, ptr.order, ptr, part.first(), &mut block).map_err(|_| Failure::Forged)?;
-    let start = (part.offset % BLOCK_BYTES) as usize;
-    buffer.copy_out(part.at, &block[start..start + part.len]).map_err(|_| Failure::Fault)
+/// Blocks of a window that could not be read at first.
+struct Failed {
+    from: usize,
+    to: usize,
+    why: Why,
+}
+
+#[derive(Clone, Copy)]
+enum Why {
+    /// The guest's buffer.
+    Fault,
+    /// The host, or what it gave.
+    Bad(Bad),
+    /// A request for several places failed: any of them may be to blame.
+    Together,
+}
+
+/// The epoch keys of a run of blocks: mostly one.
+struct Keys<'a> {
+    volume: &'a Volume,
+    last: Option<Arc<EpochKey>>,
+}
+
+impl Keys<'_> {
+    /// Copies one block out of the transfer, opens it in private memory, and gives the part of it
+    /// that was asked for to the guest.
+    fn open<T: Transfer>(
+        &mut self,
+        transfer: &T,
+        at: usize,
+        ptr: &Ptr,
+        part: Span,
+        buffer: &impl Buffer,
+    ) -> Result<(), Why> {
+        if self.last.as_ref().is_none_or(|key| key.id != ptr.order.epoch()) {
+            self.last = self.volume.keys.lock().get(&ptr.order.epoch()).cloned();
+        }
+        let key = self.last.as_ref().ok_or(Why::Bad(Bad::Forged))?;
+        let mut block = [0; BLOCK];
+        transfer.get(at, &mut block);
+        open_data(key, ptr.order, ptr, part.first(), &mut block)
+            .map_err(|_| Why::Bad(Bad::Forged))?;
+        let start = (part.offset % BLOCK_BYTES) as usize;
+        buffer.copy_out(part.at, &block[start..start + part.len]).map_err(|_| Why::Fault)
+    }
 }
 
 /// Opens a block of the guest's file in place.

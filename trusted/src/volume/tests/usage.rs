@@ -23,6 +23,8 @@ use crate::{
 struct MemDisk {
     blocks: Arc<Mutex<BTreeMap<u64, Block>>>,
     calls: Arc<Mutex<(u64, u64, u64)>>,
+    /// A place that cannot be read.
+    bad: Arc<Mutex<Option<u64>>>,
     size: u64,
     seed: Arc<Mutex<u64>>,
 }
@@ -81,6 +83,15 @@ impl Transfer for MemTransfer {
 
     async fn read(&mut self, place: u64) -> Result<(), HostError> {
         self.0.calls.lock().unwrap().0 += 1;
+        if self
+            .0
+            .bad
+            .lock()
+            .unwrap()
+            .is_some_and(|bad| bad.wrapping_sub(place) < self.1.len() as u64)
+        {
+            return Err(HostError::Errno(5));
+        }
         let blocks = self.0.blocks.lock().unwrap();
         for (i, block) in (0..).zip(&mut self.1) {
             *block = blocks.get(&(place + i)).copied().unwrap_or([0; BLOCK]);
@@ -226,6 +237,55 @@ fn a_sync_of_one_block_costs_one_flush_and_at_most_two_blocks_and_nothing_when_c
         run_to_end(volume.sync(&disk)).unwrap();
         assert_eq!(*disk.calls.lock().unwrap(), (0, written, 1), "a clean sync asks the host");
     }
+}
+
+/// A volume whose first `blocks` blocks were overwritten three times in another order each, with
+/// the block's number in every byte.
+fn overwritten(blocks: u64) -> (MemDisk, Volume) {
+    let disk = made(1 << 24);
+    let volume = reopen(&disk);
+    for step in [1, 37, 53, 101] {
+        for n in 0..blocks {
+            let block = n * step % blocks;
+            write(&disk, &volume, block * 4096, &[block as u8; BLOCK]).unwrap();
+        }
+        // Gives the places of the round before back.
+        run_to_end(volume.run_chore(&disk, Chore::Checkpoint)).unwrap();
+    }
+    (disk, volume)
+}
+
+#[test]
+fn a_large_read_after_random_overwrites_takes_few_host_requests() {
+    let (disk, volume) = overwritten(256);
+    read(&disk, &volume, 0, 1 << 20).unwrap();
+    *disk.calls.lock().unwrap() = (0, 0, 0);
+    let bytes = read(&disk, &volume, 0, 1 << 20).unwrap();
+    assert!(bytes.chunks(BLOCK).zip(0..).all(|(block, n)| block.iter().all(|b| *b == n as u8)));
+    let (reads, ..) = *disk.calls.lock().unwrap();
+    assert!(reads <= 19, "{reads} host requests");
+}
+
+#[test]
+fn a_place_that_cannot_be_read_costs_the_block_that_lies_there_and_no_other() {
+    const BLOCKS: u64 = 64;
+    let (disk, volume) = overwritten(BLOCKS);
+    let mut hit = 0;
+    for place in 0..disk.size {
+        if !disk.blocks.lock().unwrap().contains_key(&place) {
+            continue;
+        }
+        *disk.bad.lock().unwrap() = Some(place);
+        let first_bad = (0..BLOCKS).find(|n| read(&disk, &volume, n * 4096, BLOCK).is_err());
+        let whole = read(&disk, &volume, 0, (BLOCKS * 4096) as usize);
+        match first_bad {
+            None => assert_eq!(whole.map(|bytes| bytes.len() as u64), Ok(BLOCKS * 4096)),
+            Some(0) => assert_eq!(whole, Err(Errno::EIO)),
+            Some(n) => assert_eq!(whole.map(|bytes| bytes.len() as u64), Ok(n * 4096)),
+        }
+        hit += u64::from(first_bad.is_some());
+    }
+    assert_eq!(hit, BLOCKS, "each block lies in one place");
 }
 
 #[test]
