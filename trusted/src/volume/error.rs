@@ -77,6 +77,12 @@ pub enum Misuse {
     SizeNotWholeBlocks,
     /// The size is above what the format can address (64 TiB).
     TooLarge,
+    /// There is no such key slot, or none is free.
+    NoSlot,
+    /// It is the last key slot: without one nobody could open the volume.
+    LastSlot,
+    /// Work for a passphrase outside what [`super::Stretch`] allows, or more memory than there is.
+    Stretch,
 }
 
 impl VolumeError {
@@ -107,6 +113,13 @@ impl fmt::Display for VolumeError {
             }
             Self::Misuse(Misuse::TooLarge) => {
                 f.write_str("the volume's size is above what the format can address (64 TiB)")
+            }
+            Self::Misuse(Misuse::NoSlot) => f.write_str("there is no such key slot"),
+            Self::Misuse(Misuse::LastSlot) => {
+                f.write_str("the last key slot must stay: nobody could open the volume without it")
+            }
+            Self::Misuse(Misuse::Stretch) => {
+                f.write_str("the work for the passphrase is out of bounds or needs too much memory")
             }
             Self::NotAVolume => f.write_str(
                 "not a Postern volume: neither copy of the header is recognised (nothing was \

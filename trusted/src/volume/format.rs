@@ -10,6 +10,7 @@ use super::{
     layout::{
         BLOCK_BYTES, Geometry, HEADER_BLOCKS, HEADERS, Order, Ptr, RING_START, SUPERBLOCKS, levels,
     },
+    slots::{NewSlot, Stretch},
     superblock::Superblock,
 };
 use crate::disk::{BLOCK, Block, Disk, HostError, Transfer};
@@ -62,15 +63,15 @@ pub(crate) async fn format<D: Disk>(
         uuid: [0; 16],
         master: Secret([0; 32]),
         key: Secret([0; 32]),
-        slot_salt: [0; 32],
         keyring_salt: [0; 24],
     };
     let mut salt = [0; 24];
+    let mut slot_salt = [0; 32];
     for out in [
         &mut fresh.uuid[..],
         &mut fresh.master.0,
         &mut fresh.key.0,
-        &mut fresh.slot_salt,
+        &mut slot_salt,
         &mut fresh.keyring_salt,
         &mut salt,
     ] {
@@ -106,7 +107,8 @@ pub(crate) async fn format<D: Disk>(
     }
     disk.flush().await.map_err(VolumeError::Flush)?;
     let mut bytes: Box<HeaderBytes> = Box::new([0; header::BYTES]);
-    header::encode(&mut bytes, &fresh, &Secret(key.0), geometry.host_blocks);
+    let first = NewSlot { key, stretch: Stretch::default(), salt: slot_salt };
+    header::encode(&mut bytes, &fresh, &first, geometry.host_blocks)?;
     let (blocks, _) = bytes.as_chunks::<BLOCK>();
     for place in HEADERS {
         debug_assert_eq!(blocks.len(), HEADER_BLOCKS);

@@ -5,9 +5,11 @@
 //! checked under the master key.
 
 use super::{
-    crypto::{self, AeadKey, CIPHER, SINGLE, Secret, TAG},
+    SlotKey,
+    crypto::{self, AeadKey, CIPHER, SINGLE, Secret},
     error::VolumeError,
     layout::{BLOCK_BYTES, HEADER_BLOCKS, get_array, get32, get64, put, put32, put64},
+    slots::{self, NewSlot, SLOT_BYTES, SLOTS},
 };
 use crate::disk::BLOCK;
 
@@ -20,20 +22,13 @@ const VERSION: u32 = 1;
 const INCOMPAT_KNOWN: u64 = 0;
 const RO_COMPAT_KNOWN: u64 = 0;
 
+const GENERATION_AT: usize = 16;
+const UUID_AT: usize = 48;
 const SLOTS_AT: usize = BLOCK;
-const SLOT_BYTES: usize = 512;
-const SLOTS: usize = 8;
 const KEYRING_AT: usize = 2 * BLOCK;
 const KEYRING_BODY: usize = 64;
 const SHA_AT: usize = BYTES - 64;
 const MAC_AT: usize = BYTES - 32;
-
-/// Slot holds a wrapped master.
-const SLOT_USED: u8 = 1;
-/// The secret is 32 bytes of a key file.
-const KIND_KEY_FILE: u8 = 1;
-const WRAPPED_AT: usize = 64;
-const COMMITMENT_AT: usize = WRAPPED_AT + 32 + TAG;
 
 /// What an open header gives.
 pub(crate) struct Opened {
@@ -53,13 +48,7 @@ pub(crate) struct Fresh {
     pub(crate) uuid: [u8; 16],
     pub(crate) master: Secret,
     pub(crate) key: Secret,
-    pub(crate) slot_salt: [u8; 32],
     pub(crate) keyring_salt: [u8; 24],
-}
-
-fn slot_keys(secret: &Secret, salt: &[u8], uuid: &[u8; 16]) -> (AeadKey, Secret) {
-    let wrap = crypto::derive(&secret.0, salt, &[b"postern/1 slot kek", uuid]);
-    (AeadKey::new(&wrap), crypto::derive(&secret.0, salt, &[b"postern/1 slot commitment", uuid]))
 }
 
 fn keyring_key(master: &Secret, salt: &[u8], uuid: &[u8; 16]) -> AeadKey {
@@ -70,37 +59,40 @@ fn header_key(master: &Secret, uuid: &[u8; 16]) -> Secret {
     crypto::derive(&master.0, &[], &[b"postern/1 header", uuid])
 }
 
-fn slot_aad(slot: &[u8], uuid: &[u8; 16]) -> [u8; 80] {
-    let mut aad = [0; 80];
-    aad[..64].copy_from_slice(&slot[..64]);
-    aad[64..].copy_from_slice(uuid);
-    aad
+/// A slot's bytes.
+pub(crate) fn slot(bytes: &HeaderBytes, number: usize) -> &[u8] {
+    &bytes[SLOTS_AT + number * SLOT_BYTES..][..SLOT_BYTES]
 }
 
-/// Writes a new header with one key-file slot into `out` (all zeros).
-pub(crate) fn encode(out: &mut HeaderBytes, fresh: &Fresh, secret: &Secret, host_blocks: u64) {
+/// Sum and MAC over all that lies before them.
+fn finish(out: &mut HeaderBytes, master: &Secret, uuid: &[u8; 16]) {
+    let sum = crypto::sha256(&out[..SHA_AT]);
+    put(out, SHA_AT, &sum);
+    let mac = crypto::mac(&header_key(master, uuid), &[&out[..MAC_AT]]);
+    put(out, MAC_AT, &mac);
+}
+
+/// Writes a new header with one key slot into `out` (all zeros).
+///
+/// # Errors
+/// As [`NewSlot::write`].
+pub(crate) fn encode(
+    out: &mut HeaderBytes,
+    fresh: &Fresh,
+    first: &NewSlot<'_>,
+    host_blocks: u64,
+) -> Result<(), VolumeError> {
     put(out, 0, MAGIC);
     put32(out, 8, VERSION);
-    put64(out, 16, 1);
-    put(out, 48, &fresh.uuid);
+    put64(out, GENERATION_AT, 1);
+    put(out, UUID_AT, &fresh.uuid);
     put32(out, 64, CIPHER);
     put32(out, 68, BLOCK_BYTES as u32);
     put32(out, 72, 1);
     put32(out, 76, SLOTS as u32);
     put64(out, 88, host_blocks);
 
-    let slot = &mut out[SLOTS_AT..SLOTS_AT + SLOT_BYTES];
-    slot[0] = SLOT_USED;
-    slot[1] = KIND_KEY_FILE;
-    put(slot, 32, &fresh.slot_salt);
-    let (wrap, commitment) = slot_keys(secret, &fresh.slot_salt, &fresh.uuid);
-    let aad = slot_aad(slot, &fresh.uuid);
-    let mut wrapped = fresh.master.clone();
-    let tag = wrap.seal(SINGLE, &aad, &mut wrapped.0);
-    put(slot, WRAPPED_AT, &wrapped.0);
-    put(slot, WRAPPED_AT + 32, &tag);
-    let committed = crypto::mac(&commitment, &[&slot[..COMMITMENT_AT]]);
-    put(slot, COMMITMENT_AT, &committed);
+    first.write(&mut out[SLOTS_AT..SLOTS_AT + SLOT_BYTES], &fresh.master, &fresh.uuid)?;
 
     let ring = &mut out[KEYRING_AT..KEYRING_AT + BLOCK];
     put(ring, 0, &fresh.keyring_salt);
@@ -116,19 +108,46 @@ pub(crate) fn encode(out: &mut HeaderBytes, fresh: &Fresh, secret: &Secret, host
     );
     put(ring, 24, &tag);
 
-    let sum = crypto::sha256(&out[..SHA_AT]);
-    put(out, SHA_AT, &sum);
-    let mac = crypto::mac(&header_key(&fresh.master, &fresh.uuid), &[&out[..MAC_AT]]);
-    put(out, MAC_AT, &mac);
+    finish(out, &fresh.master, &fresh.uuid);
+    Ok(())
 }
 
-/// Opens one copy of the header with `secret`.
+/// What a change does to a slot.
+pub(crate) enum Change<'a> {
+    /// Puts a key there, in place of whatever is there.
+    Put(NewSlot<'a>),
+    /// Empties it.
+    Clear,
+}
+
+/// Changes a key slot of an intact header that `key` opens, and counts its generation up.
+///
+/// # Errors
+/// As [`decode`], and as [`NewSlot::write`].
+pub(crate) fn change_slot(
+    bytes: &mut HeaderBytes,
+    key: &SlotKey,
+    number: usize,
+    change: &Change<'_>,
+) -> Result<(), VolumeError> {
+    let (opened, master) = unlock(bytes, key)?;
+    let slot = &mut bytes[SLOTS_AT + number * SLOT_BYTES..][..SLOT_BYTES];
+    slot.fill(0);
+    if let Change::Put(new) = change {
+        new.write(slot, &master, &opened.uuid)?;
+    }
+    put64(bytes, GENERATION_AT, opened.generation + 1);
+    finish(bytes, &master, &opened.uuid);
+    Ok(())
+}
+
+/// Checks what can be checked of one copy of the header without a key.
 ///
 /// # Errors
 /// [`VolumeError::NotAVolume`], [`VolumeError::UnsupportedVersion`],
-/// [`VolumeError::UnsupportedFeatures`], [`VolumeError::WrongKey`],
-/// [`VolumeError::DamagedHeader`].
-pub(crate) fn decode(bytes: &HeaderBytes, secret: &Secret) -> Result<Opened, VolumeError> {
+/// [`VolumeError::UnsupportedFeatures`], [`VolumeError::DamagedHeader`],
+/// [`VolumeError::BadGeometry`].
+pub(crate) fn look(bytes: &HeaderBytes) -> Result<u64, VolumeError> {
     if &bytes[..8] != MAGIC {
         return Err(VolumeError::NotAVolume);
     }
@@ -147,37 +166,30 @@ pub(crate) fn decode(bytes: &HeaderBytes, secret: &Secret) -> Result<Opened, Vol
     if get32(bytes, 64) != CIPHER || get32(bytes, 68) as usize != BLOCK || get32(bytes, 72) != 1 {
         return Err(VolumeError::BadGeometry);
     }
-    let uuid = get_array(bytes, 48);
+    Ok(get64(bytes, GENERATION_AT))
+}
+
+/// Opens one copy of the header with `key`.
+///
+/// # Errors
+/// As [`look`], and [`VolumeError::WrongKey`].
+pub(crate) fn decode(bytes: &HeaderBytes, key: &SlotKey) -> Result<Opened, VolumeError> {
+    unlock(bytes, key).map(|(opened, _)| opened)
+}
+
+/// As [`decode`], with the master.
+fn unlock(bytes: &HeaderBytes, key: &SlotKey) -> Result<(Opened, Secret), VolumeError> {
+    let generation = look(bytes)?;
+    let uuid = get_array(bytes, UUID_AT);
     let master = (0..SLOTS)
-        .map(|i| &bytes[SLOTS_AT + i * SLOT_BYTES..][..SLOT_BYTES])
-        .find_map(|slot| open_slot(slot, secret, &uuid))
+        .find_map(|number| slots::open(slot(bytes, number), key, &uuid))
         .ok_or(VolumeError::WrongKey)?;
     if !crypto::mac_holds(&header_key(&master, &uuid), &bytes[..MAC_AT], &bytes[MAC_AT..]) {
         return Err(VolumeError::DamagedHeader);
     }
     let (key, key_version) = open_keyring(bytes, &master, &uuid)?;
-    Ok(Opened {
-        uuid,
-        generation: get64(bytes, 16),
-        key,
-        key_version,
-        read_only: get64(bytes, 32) & !RO_COMPAT_KNOWN != 0,
-    })
-}
-
-fn open_slot(slot: &[u8], secret: &Secret, uuid: &[u8; 16]) -> Option<Secret> {
-    if slot[0] != SLOT_USED || slot[1] != KIND_KEY_FILE {
-        return None;
-    }
-    let (wrap, commitment) = slot_keys(secret, &slot[32..64], uuid);
-    let committed = &slot[COMMITMENT_AT..COMMITMENT_AT + 32];
-    if !crypto::mac_holds(&commitment, &slot[..COMMITMENT_AT], committed) {
-        return None;
-    }
-    let mut master = Secret(get_array(slot, WRAPPED_AT));
-    let tag = get_array(slot, WRAPPED_AT + 32);
-    wrap.open(SINGLE, &slot_aad(slot, uuid), &tag, &mut master.0).ok()?;
-    Some(master)
+    let read_only = get64(bytes, 32) & !RO_COMPAT_KNOWN != 0;
+    Ok((Opened { uuid, generation, key, key_version, read_only }, master))
 }
 
 fn open_keyring(

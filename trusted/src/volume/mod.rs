@@ -44,6 +44,7 @@ mod read;
 mod recovery;
 mod resize;
 mod ring_scan;
+mod slots;
 mod space;
 mod spacemap;
 mod superblock;
@@ -54,10 +55,8 @@ mod tree;
 mod verify;
 mod write;
 
-use ::core::{fmt, sync::atomic::AtomicBool};
+use ::core::sync::atomic::AtomicBool;
 use alloc::{collections::BTreeMap, sync::Arc};
-
-use zeroize::{Zeroize, ZeroizeOnDrop};
 
 use self::{
     core::Core,
@@ -70,27 +69,9 @@ pub use self::{
     chores::Info,
     core::Counters,
     error::{Misuse, VolumeError},
+    slots::{SlotInfo, SlotKey, SlotKind, Stretch},
     verify::{Damage, VerifyReport},
 };
-
-/// What a user who holds a key presents to open a slot: the 32 bytes of a key file. Wiped when
-/// dropped.
-#[derive(Zeroize, ZeroizeOnDrop)]
-pub struct SlotKey(pub(crate) [u8; 32]);
-
-impl SlotKey {
-    /// A key from its 32 bytes.
-    #[must_use]
-    pub const fn new(bytes: [u8; 32]) -> Self {
-        Self(bytes)
-    }
-}
-
-impl fmt::Debug for SlotKey {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("SlotKey(..)")
-    }
-}
 
 /// How a volume is made.
 #[derive(Clone, Debug)]

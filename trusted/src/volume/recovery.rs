@@ -15,7 +15,7 @@ use futures_util::{StreamExt, stream::FuturesUnordered};
 use super::{
     OpenOptions, OpenReport, SlotKey, Volume,
     core::{Core, Health, Map, Pending},
-    crypto::{EpochKey, Kind, Salt, Secret, VolumeKey},
+    crypto::{EpochKey, Kind, Salt, VolumeKey},
     delta::{Delta, Zero},
     error::VolumeError,
     header::{self, HeaderBytes},
@@ -41,21 +41,28 @@ async fn read_blocks<D: Disk>(disk: &D, place: u64, out: &mut [Block]) -> Result
     Ok(())
 }
 
-/// Step 1: the header, copy A or B.
-async fn open_header<D: Disk>(disk: &D, key: &SlotKey) -> Result<header::Opened, VolumeError> {
-    let secret = Secret(key.0);
-    let mut best: Option<header::Opened> = None;
+/// The newer of the header's copies that `decode` accepts, what it says, and which copy it is.
+pub(crate) async fn read_header<D: Disk, T>(
+    disk: &D,
+    decode: impl Fn(&HeaderBytes) -> Result<T, VolumeError>,
+    generation: impl Fn(&T) -> u64,
+) -> Result<(Box<HeaderBytes>, T, usize), VolumeError> {
+    let mut best: Option<(Box<HeaderBytes>, T, usize)> = None;
     let mut refusal: Option<VolumeError> = None;
-    for place in HEADERS {
+    for (copy, place) in HEADERS.into_iter().enumerate() {
         let mut blocks = Vec::from([[0; BLOCK]; HEADER_BLOCKS]);
         let read = read_blocks(disk, place, &mut blocks).await.and_then(|()| {
             let mut bytes: Box<HeaderBytes> = Box::new([0; header::BYTES]);
             blocks.iter().enumerate().for_each(|(i, block)| put(&mut bytes[..], i * BLOCK, block));
-            header::decode(&bytes, &secret)
+            decode(&bytes).map(|found| (bytes, found, copy))
         });
         match read {
-            Ok(opened) if best.as_ref().is_none_or(|b| b.generation < opened.generation) => {
-                best = Some(opened);
+            Ok(found)
+                if best
+                    .as_ref()
+                    .is_none_or(|(_, best, _)| generation(best) < generation(&found.1)) =>
+            {
+                best = Some(found);
             }
             Ok(_) => {}
             // The copy that comes furthest tells most.
@@ -68,6 +75,13 @@ async fn open_header<D: Disk>(disk: &D, key: &SlotKey) -> Result<header::Opened,
         }
     }
     best.ok_or(refusal.unwrap_or(VolumeError::NotAVolume))
+}
+
+/// Step 1: the header, copy A or B.
+async fn open_header<D: Disk>(disk: &D, key: &SlotKey) -> Result<header::Opened, VolumeError> {
+    let decode = |bytes: &HeaderBytes| header::decode(bytes, key);
+    let (_, opened, _) = read_header(disk, decode, |opened| opened.generation).await?;
+    Ok(opened)
 }
 
 /// Step 2: the newest superblock and its slot.

@@ -9,6 +9,7 @@ mod crash;
 mod disk;
 mod model;
 mod run;
+mod slots;
 mod tamper;
 mod usage;
 
