@@ -22,7 +22,7 @@ pub fn read_file(path: &[u8], limit: usize) -> Result<Vec<u8>, Errno> {
     let here = libc::AT_FDCWD as usize;
     // SAFETY: `path` is a C string that lives through the call.
     let file = sys::check(unsafe {
-        sys::syscall6(libc::SYS_openat, here, path.as_ptr() as usize, flags, 0, 0, 0)
+        sys::syscall6(libc::SYS_openat, here, path.as_ptr() as usize, flags, 0, 0, sys::PASS)
     })?;
     let mut content = vec![0; limit + 1];
     let mut length = 0;

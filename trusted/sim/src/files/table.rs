@@ -75,6 +75,12 @@ impl<T: Send + Sync> Table<T> {
         }
     }
 
+    /// The words themselves, [`SLOTS`] of them; an empty one is 0.
+    #[must_use]
+    pub const fn words(&self) -> *const AtomicUsize {
+        self.words.as_ptr()
+    }
+
     fn slot(&self, fd: i32) -> Option<&AtomicUsize> {
         self.words.get(usize::try_from(fd).ok()?)
     }
