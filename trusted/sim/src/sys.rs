@@ -11,6 +11,38 @@ use postern_trusted::errno::Errno;
 /// lose its destructors.)
 pub const PASS: usize = 0x706f_7374_6572_6e21;
 
+/// What the launcher's filter stops unless it carries [`PASS`]: calls that would make or change a
+/// plain file under a protected name, and calls that would succeed on a placeholder and do nothing.
+/// None has a sixth argument.
+pub const FILTERED: [i64; 26] = [
+    libc::SYS_open,
+    libc::SYS_openat,
+    libc::SYS_openat2,
+    libc::SYS_creat,
+    libc::SYS_truncate,
+    libc::SYS_rename,
+    libc::SYS_renameat,
+    libc::SYS_renameat2,
+    libc::SYS_link,
+    libc::SYS_linkat,
+    libc::SYS_symlink,
+    libc::SYS_symlinkat,
+    libc::SYS_mkdir,
+    libc::SYS_mkdirat,
+    libc::SYS_mknod,
+    libc::SYS_mknodat,
+    libc::SYS_unlink,
+    libc::SYS_unlinkat,
+    libc::SYS_rmdir,
+    libc::SYS_fsync,
+    libc::SYS_fdatasync,
+    libc::SYS_sync_file_range,
+    libc::SYS_fchmod,
+    libc::SYS_fchown,
+    libc::SYS_fsetxattr,
+    libc::SYS_utimensat,
+];
+
 /// System call `number` with six arguments. Answers the kernel's value: -4095..=-1 is an error.
 ///
 /// # Safety

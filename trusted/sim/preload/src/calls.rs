@@ -12,7 +12,7 @@ use core::ffi::{c_char, c_long};
 use libc::AT_FDCWD;
 use postern_sim::{
     files::{self, Kind},
-    inside,
+    inside, sys,
 };
 use postern_trusted::errno::Errno;
 
@@ -43,7 +43,7 @@ pub mod class {
 }
 
 /// Calls whose first argument is a descriptor.
-const DESCRIPTOR_CALLS: [c_long; 25] = [
+const DESCRIPTOR_CALLS: [c_long; 32] = [
     libc::SYS_read,
     libc::SYS_write,
     libc::SYS_pread64,
@@ -69,10 +69,6 @@ const DESCRIPTOR_CALLS: [c_long; 25] = [
     libc::SYS_getdents64,
     libc::SYS_fgetxattr,
     libc::SYS_flistxattr,
-];
-
-/// The same, stopped by the filter: on a placeholder they would succeed and do nothing.
-const SILENT_CALLS: [c_long; 7] = [
     libc::SYS_fsync,
     libc::SYS_fdatasync,
     libc::SYS_sync_file_range,
@@ -139,8 +135,7 @@ fn paths(number: c_long) -> Paths {
     }
 }
 
-/// Asked whatever their arguments are. None has a sixth argument that the pass would replace,
-/// except io_pgetevents, which is always answered.
+/// Asked whatever their arguments are.
 const ALWAYS: [c_long; 12] = [
     libc::SYS_io_setup,
     libc::SYS_io_destroy,
@@ -163,12 +158,11 @@ pub fn class_of(number: usize) -> u8 {
         libc::SYS_open | libc::SYS_openat | libc::SYS_openat2 | libc::SYS_creat => class::OPENS,
         _ => 0,
     };
+    let pass = if sys::FILTERED.contains(&number) { class::PASS } else { 0 };
     if DESCRIPTOR_CALLS.contains(&number) {
-        class::ASK | class::DESCRIPTOR
-    } else if SILENT_CALLS.contains(&number) {
-        class::ASK | class::DESCRIPTOR | class::PASS
+        class::ASK | class::DESCRIPTOR | pass
     } else if !paths(number).is_empty() {
-        class::ASK | class::PASS | opens
+        class::ASK | opens | pass
     } else if ALWAYS.contains(&number) {
         class::ASK
     } else {
