@@ -8,10 +8,11 @@
 //!   error: the stub repeats the comparison;
 //! - preceded by `mov eax, NUMBER`: the stub repeats that.
 //!
-//! Holds: only whole instructions of these forms are replaced, and only where the number just
-//! before is one that is asked for, or (in the C library) cannot be told.
-//! Does not hold: other forms are not found. A program that jumps between `mov` and `syscall`
-//! would be misled; compilers do not.
+//! Holds: only whole instructions of these forms are replaced, only where the number just before is
+//! one that is asked for, or (in the C library) cannot be told, and only where no jump near by
+//! leads between the two.
+//! Does not hold: other forms are not found; a computed jump between the two would be misled, which
+//! no compiler makes.
 
 /// `syscall`.
 const SYSCALL: [u8; 2] = [0x0f, 0x05];
@@ -44,6 +45,32 @@ fn comparison(code: &[u8]) -> Option<u8> {
     }
 }
 
+/// Reach of a jump with one byte of distance, and how far away longer ones are looked for.
+const SHORT: usize = 130;
+const LONG: usize = 2048;
+
+/// Whether what looks like a jump near by leads to `target`. Bytes are taken for jumps that are
+/// none: then a site is left out without need.
+fn is_jumped_to(code: &[u8], target: usize) -> bool {
+    let leads = |end: usize, distance: i64| {
+        i64::try_from(end).is_ok_and(|end| end + distance == target as i64)
+    };
+    let short = |at: usize| match code.get(at..at + 2) {
+        Some(&[0xeb | 0x70..=0x7f, distance]) => leads(at + 2, distance.cast_signed().into()),
+        _ => false,
+    };
+    let long = |at: usize| {
+        let (from, distance) = match code.get(at..at + 6) {
+            Some(&[0xe9, a, b, c, d, _]) => (at + 5, [a, b, c, d]),
+            Some(&[0x0f, 0x80..=0x8f, a, b, c, d]) => (at + 6, [a, b, c, d]),
+            _ => return false,
+        };
+        leads(from, i32::from_le_bytes(distance).into())
+    };
+    (target.saturating_sub(SHORT)..target + SHORT).any(short)
+        || (target.saturating_sub(LONG)..target + LONG).any(long)
+}
+
 /// The number loaded last before `at`, and whether `mov eax, NUMBER` ends right there.
 fn number_before(code: &[u8], at: usize) -> Option<(u32, bool)> {
     let from = at.saturating_sub(LOOK_BACK);
@@ -70,14 +97,19 @@ pub fn find(code: &[u8], wanted: impl Fn(u32) -> bool, unknown: bool) -> Vec<Sit
             continue;
         }
         let number = number_before(code, at);
-        let take = number.map_or(unknown, |(number, _)| wanted(number));
+        if !number.map_or(unknown, |(number, _)| wanted(number)) {
+            continue;
+        }
         let site = match (comparison(&code[at + 2..]), number) {
             (Some(length), _) => Site { at, length: 2 + length, call: 0 },
             (None, Some((_, true))) => Site { at: at - 5, length: 7, call: 5 },
             _ => continue,
         };
-        let free = found.last().is_none_or(|last| last.at + usize::from(last.length) <= site.at);
-        if take && free {
+        // The only instruction boundary inside the site.
+        let between = if site.call == 0 { at + SYSCALL.len() } else { at };
+        let free = !is_jumped_to(code, between)
+            && found.last().is_none_or(|last| last.at + usize::from(last.length) <= site.at);
+        if free {
             found.push(site);
         }
     }
@@ -192,6 +224,19 @@ mod tests {
         assert_eq!(find(&bytes, |_| false, true), [Site { at: 80, length: 8, call: 0 }]);
         let read = code(&[&[0x31, 0xc0], &SYSCALL, &[0x3d, 0x01, 0xf0, 0xff, 0xff]]);
         assert_eq!(find(&read, |n| n == 0, false), [Site { at: 2, length: 7, call: 0 }]);
+    }
+
+    #[test]
+    fn a_site_that_a_jump_leads_into_is_left_alone() {
+        let openat = [0xb8, 0x01, 0x01, 0, 0];
+        for jump in [&[0xeb, 7][..], &[0xe9, 7, 0, 0, 0], &[0x0f, 0x84, 7, 0, 0, 0], &[0x75, 7]] {
+            // Over `mov` and `syscall`, to the comparison.
+            let bytes = code(&[jump, &openat, &SYSCALL, &ERROR_TEST]);
+            assert_eq!(find(&bytes, |_| true, true), [], "{jump:x?}");
+            // Over one byte more: into no instruction of the site.
+            let past = code(&[jump, &[0x90], &openat, &SYSCALL, &ERROR_TEST]);
+            assert_eq!(find(&past, |_| true, true).len(), 1, "{jump:x?}");
+        }
     }
 
     #[test]
