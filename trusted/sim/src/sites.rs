@@ -47,7 +47,7 @@ fn comparison(code: &[u8]) -> Option<u8> {
 
 /// Reach of a jump with one byte of distance, and how far away longer ones are looked for.
 const SHORT: usize = 130;
-const LONG: usize = 2048;
+const LONG: usize = 1024;
 
 /// Whether what looks like a jump near by leads to `target`. Bytes are taken for jumps that are
 /// none: then a site is left out without need.
@@ -89,13 +89,7 @@ fn number_before(code: &[u8], at: usize) -> Option<(u32, bool)> {
 /// cannot be told.
 pub fn find(code: &[u8], wanted: impl Fn(u32) -> bool, unknown: bool) -> Vec<Site> {
     let mut found: Vec<Site> = Vec::new();
-    let mut from = 0;
-    while let Some(next) = code[from..].iter().position(|&byte| byte == SYSCALL[0]) {
-        let at = from + next;
-        from = at + 1;
-        if code.get(at + 1) != Some(&SYSCALL[1]) {
-            continue;
-        }
+    for at in memchr::memmem::find_iter(code, &SYSCALL) {
         let number = number_before(code, at);
         if !number.map_or(unknown, |(number, _)| wanted(number)) {
             continue;
