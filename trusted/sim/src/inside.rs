@@ -19,7 +19,7 @@ use core::{
 
 use postern_trusted::errno::Errno;
 
-use crate::{process, sys};
+use crate::{identity, process, sys};
 
 /// One thread's state. Only the thread itself and its signal handlers touch it.
 #[repr(C, align(8))]
@@ -34,9 +34,12 @@ pub struct Inside {
     wait_mask: AtomicU64,
     waited: AtomicU32,
     asked: AtomicU32,
+    /// The thread's id in process [`Self::process`]; another one after a fork.
+    thread: AtomicU32,
+    process: AtomicU32,
 }
 
-const BYTES: usize = 32;
+const BYTES: usize = 40;
 const _: () = assert!(size_of::<Inside>() == BYTES);
 const _: () = assert!(core::mem::offset_of!(Inside, deferred) == 4);
 
@@ -338,8 +341,117 @@ pub unsafe fn interruptible(
     sys::check(result)
 }
 
-/// Whether something was deferred in this call.
+/// The calling thread's id; asks the kernel once for each thread of each process.
 #[must_use]
-pub fn is_deferred() -> bool {
-    here().deferred.load(Ordering::Relaxed) != 0
+pub fn thread_id() -> u32 {
+    let (here, process) = (here(), identity::process_id());
+    if here.process.load(Ordering::Relaxed) != process {
+        here.thread.store(sys::gettid(), Ordering::Relaxed);
+        here.process.store(process, Ordering::Relaxed);
+    }
+    here.thread.load(Ordering::Relaxed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guest::{fault, handlers};
+    use core::sync::atomic::AtomicU32 as Count;
+
+    static SEEN: Count = Count::new(0);
+
+    extern "C" fn on_signal(_: i32, info: *mut libc::siginfo_t, _: *mut libc::ucontext_t) {
+        // SAFETY: the kernel's argument.
+        SEEN.fetch_add(unsafe { (*info).si_value().sival_ptr } as u32, Ordering::Relaxed);
+    }
+
+    /// Sets the handler the way a guest does, past the C library.
+    fn handle(signal: i32) {
+        // SAFETY: 1. All-zero is a valid sigaction. 2. The first call only lends the C library's
+        //    way back from a handler.
+        unsafe {
+            let mut action: libc::sigaction = core::mem::zeroed();
+            action.sa_sigaction = on_signal as *const () as usize;
+            action.sa_flags = libc::SA_SIGINFO;
+            libc::sigaction(signal, &raw const action, core::ptr::null_mut());
+        }
+        let asked = fault::raw_sigaction(signal, None).unwrap();
+        handlers::sigaction(signal, Some(&asked)).unwrap();
+        assert_eq!(handlers::sigaction(signal, None).unwrap(), asked, "the guest sees its own");
+    }
+
+    fn send(signal: i32, value: usize) {
+        // SAFETY: sends a signal to the calling thread.
+        unsafe {
+            let value = libc::sigval { sival_ptr: value as *mut _ };
+            assert_eq!(pthread_sigqueue(libc::pthread_self(), signal, value), 0);
+        }
+    }
+
+    unsafe extern "C" {
+        fn pthread_sigqueue(thread: libc::pthread_t, signal: i32, value: libc::sigval) -> i32;
+    }
+
+    fn mask() -> u64 {
+        let mut mask = 0_u64;
+        // SAFETY: eight writable bytes.
+        unsafe {
+            let at = (&raw mut mask) as usize;
+            sys::syscall6(libc::SYS_rt_sigprocmask, libc::SIG_BLOCK as usize, 0, at, 8, 0, 0)
+        };
+        mask
+    }
+
+    /// One test: they share the process's dispositions.
+    #[test]
+    fn handlers_run_when_the_outermost_call_leaves_and_no_wait_misses_them() {
+        let signal = libc::SIGUSR1;
+        handle(signal);
+        let before = mask();
+        send(signal, 1);
+        assert_eq!(SEEN.load(Ordering::Relaxed), 1, "outside: at once");
+
+        enter();
+        enter();
+        send(signal, 10);
+        leave();
+        assert_eq!(SEEN.load(Ordering::Relaxed), 1, "inside: deferred");
+        // For ever, if the wait did not know.
+        // SAFETY: no descriptors, no timeout.
+        let waited = unsafe { interruptible(libc::SYS_ppoll, [0; 6], None) };
+        assert_eq!(waited, Err(Errno::EINTR));
+        leave();
+        assert_eq!(SEEN.load(Ordering::Relaxed), 11, "with what came with it");
+        assert_eq!(mask(), before);
+
+        enter();
+        outside(|| send(signal, 100));
+        assert_eq!(SEEN.load(Ordering::Relaxed), 111, "passed on: at once");
+        hold();
+        outside(|| send(signal, 1000));
+        assert_eq!(SEEN.load(Ordering::Relaxed), 111, "held");
+        release();
+        assert_eq!(SEEN.load(Ordering::Relaxed), 111, "still inside");
+        leave();
+        assert_eq!(SEEN.load(Ordering::Relaxed), 1111);
+
+        // Blocked but for the time of a wait.
+        let blocked = before | 1 << (signal - 1);
+        set_mask(blocked);
+        send(signal, 10_000);
+        enter();
+        let open = before;
+        // SAFETY: no descriptors, no timeout, a mask of eight bytes.
+        let waited = unsafe {
+            let at = (&raw const open) as usize;
+            interruptible(libc::SYS_ppoll, [0, 0, 0, at, 8, 0], Some(open))
+        };
+        assert_eq!(waited, Err(Errno::EINTR));
+        assert_eq!(SEEN.load(Ordering::Relaxed), 1111);
+        leave();
+        assert_eq!(SEEN.load(Ordering::Relaxed), 11_111);
+        assert_eq!(mask(), blocked);
+        set_mask(before);
+        assert_eq!(thread_id(), sys::gettid());
+    }
 }

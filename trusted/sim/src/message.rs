@@ -12,6 +12,14 @@ pub fn say(text: &str) {
     unsafe { sys::syscall6(libc::SYS_write, 2, line.as_ptr() as usize, line.len(), 0, 0, 0) };
 }
 
+/// One line on stderr, without allocating: for what is wrong with the library itself.
+pub fn say_fault(what: &'static str) {
+    for part in ["postern: fault in Postern itself: ", what, "\n"] {
+        // SAFETY: `part` is readable for its length.
+        unsafe { sys::syscall6(libc::SYS_write, 2, part.as_ptr() as usize, part.len(), 0, 0, 0) };
+    }
+}
+
 /// Room for the first read of a file; doubled as needed.
 const FIRST_BYTES: usize = 8192;
 

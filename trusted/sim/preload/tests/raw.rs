@@ -6,6 +6,9 @@
 //! Needs the built commands `postern` and `posternd` beside this library, compilers, libaio's
 //! header, and a target directory on ext4; says loudly what is missing and skips.
 
+// Helpers outside of test functions panic too: that is how a test fails.
+#![allow(clippy::unwrap_used)]
+
 use std::{
     ffi::{OsStr, OsString},
     fs,

@@ -15,7 +15,7 @@ use core::{
 };
 use std::sync::Arc;
 
-use crate::sys;
+use crate::{message, process, sys};
 
 /// Descriptor numbers a table covers: 0..SLOTS. Higher ones are never protected.
 pub const SLOTS: usize = 65536;
@@ -201,7 +201,14 @@ impl<T: Send + Sync> Table<T> {
 
     fn write(&self) -> Writing<'_, T> {
         let me = sys::gettid();
-        while self.writer.compare_exchange(0, me, Ordering::Acquire, Ordering::Relaxed).is_err() {
+        while let Err(holder) =
+            self.writer.compare_exchange(0, me, Ordering::Acquire, Ordering::Relaxed)
+        {
+            if holder == me {
+                // It would wait for ever.
+                message::say_fault("a thread waits for the descriptor table that it holds");
+                process::abort();
+            }
             sys::yield_now();
         }
         Writing(self)
