@@ -2,8 +2,8 @@
 //!
 //! Held for fractions of a microsecond, never across crypto, copying of guest data, I/O or
 //! waiting; so it spins, and after a bounded number of spins asks the platform to let others run.
-//! The word holds the owner's number, so that a platform can tell that an owner has died and end
-//! the family instead of spinning for ever.
+//! The word holds the owner's number, so that a platform can tell that an owner has died, or waits
+//! for itself, and end the family instead of spinning for ever.
 #![allow(unsafe_code)]
 
 use core::sync::atomic::{AtomicU32, Ordering};
@@ -13,7 +13,7 @@ use once_cell::race::OnceRef;
 
 /// What the lock asks of the platform. Set once per process with [`set_hooks`].
 pub struct Hooks {
-    /// A non-zero number for the calling process, the same for all its threads.
+    /// A non-zero number for the calling thread, which no other living thread has.
     pub owner: fn() -> u32,
     /// Called after each round of spinning with the holder's number: yields the CPU, and does not
     /// return if the holder is dead (what the lock protects is then torn).

@@ -8,10 +8,12 @@
 
 mod daemon;
 mod directory;
+mod filter;
 mod parts;
 mod plan;
 mod program;
 mod signals;
+mod warden;
 
 use std::{
     ffi::OsString,
@@ -28,6 +30,7 @@ use self::{
     directory::RunDirectory,
     plan::{Plan, PlannedVolume},
     signals::{Arrived, Signals},
+    warden::Warden,
 };
 use crate::{
     cli::RunArgs,
@@ -75,7 +78,7 @@ pub fn run(args: &RunArgs) -> Result<u8, Failure> {
         }
     };
     let run_file = directory.write("run.json", &run_config(&socket, &volumes)?)?;
-    let mut guest = start(args, &plan, &run_file, &signals)?;
+    let mut guest = start(args, &plan, &volumes, &run_file, &signals)?;
     let status = attend(&mut guest, daemon.as_mut(), &signals)?;
 
     match (daemon, &args.socket) {
@@ -193,6 +196,7 @@ fn run_config(socket: &Path, volumes: &[ReadyVolume]) -> Result<Vec<u8>, Failure
 fn start(
     args: &RunArgs,
     plan: &Plan,
+    volumes: &[ReadyVolume],
     run_file: &Path,
     signals: &Signals,
 ) -> Result<Child, Failure> {
@@ -208,14 +212,30 @@ fn start(
         .env("LD_PRELOAD", preload)
         .env(RUN_VARIABLE, run_file);
     signals.restore_in(&mut command);
-    command.spawn().map_err(|error| {
+    let channel = filter::install_in(&mut command)
+        .map_err(|error| Failure::io("cannot make a channel to", "the program", &error))?;
+    let mut guest = command.spawn().map_err(|error| {
         Failure::new(
             Exit::CannotExecute,
             format_args!("cannot run the program: {error}"),
             plan.program.display(),
             "run it without postern to see whether the host runs it",
         )
-    })
+    })?;
+    match channel.listener() {
+        Ok(listener) => {
+            let guest_paths = volumes.iter().map(|volume| volume.guest_path.as_str());
+            if let Err(error) = Warden::new(listener, guest_paths).start() {
+                let _ = guest.kill();
+                let _ = guest.wait();
+                return Err(Failure::io("cannot start the warden of", "the program", &error));
+            }
+        }
+        Err(error) => eprintln!(
+            "postern: raw system calls are not covered: seccomp: {error}; calls by way of libc are"
+        ),
+    }
+    Ok(guest)
 }
 
 /// Waits for the program's end, passing signals on.

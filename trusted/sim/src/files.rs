@@ -148,6 +148,12 @@ pub fn kind(fd: i32) -> Kind {
     TABLE.kind(fd)
 }
 
+/// The table's words, one for each of [`table::SLOTS`] numbers: 0 where nothing of ours is.
+#[must_use]
+pub fn words() -> *const core::sync::atomic::AtomicUsize {
+    TABLE.words()
+}
+
 /// Whether `fd` is one of our own.
 #[must_use]
 pub fn is_internal(fd: i32) -> bool {

@@ -11,6 +11,7 @@
 #![allow(unsafe_code)]
 
 pub mod fault;
+pub mod handlers;
 pub mod mask;
 
 use core::arch::global_asm;

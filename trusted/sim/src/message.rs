@@ -12,6 +12,17 @@ pub fn say(text: &str) {
     unsafe { sys::syscall6(libc::SYS_write, 2, line.as_ptr() as usize, line.len(), 0, 0, 0) };
 }
 
+/// One line on stderr, without allocating: for what is wrong with the library itself.
+pub fn say_fault(what: &'static str) {
+    for part in ["postern: fault in Postern itself: ", what, "\n"] {
+        // SAFETY: `part` is readable for its length.
+        unsafe { sys::syscall6(libc::SYS_write, 2, part.as_ptr() as usize, part.len(), 0, 0, 0) };
+    }
+}
+
+/// Room for the first read of a file; doubled as needed.
+const FIRST_BYTES: usize = 8192;
+
 /// Reads a whole ordinary file of at most `limit` bytes.
 ///
 /// # Errors
@@ -22,9 +33,10 @@ pub fn read_file(path: &[u8], limit: usize) -> Result<Vec<u8>, Errno> {
     let here = libc::AT_FDCWD as usize;
     // SAFETY: `path` is a C string that lives through the call.
     let file = sys::check(unsafe {
-        sys::syscall6(libc::SYS_openat, here, path.as_ptr() as usize, flags, 0, 0, 0)
+        sys::syscall6(libc::SYS_openat, here, path.as_ptr() as usize, flags, 0, 0, sys::PASS)
     })?;
-    let mut content = vec![0; limit + 1];
+    // Most files read here are short, and memory once touched stays with the family.
+    let mut content = vec![0; (limit + 1).min(FIRST_BYTES)];
     let mut length = 0;
     let outcome = loop {
         let room = content.len() - length;
@@ -41,6 +53,9 @@ pub fn read_file(path: &[u8], limit: usize) -> Result<Vec<u8>, Errno> {
         }
         if length > limit {
             break Err(Errno::EFBIG);
+        }
+        if length == content.len() {
+            content.resize((2 * length).min(limit + 1), 0);
         }
     };
     // SAFETY: our own descriptor.

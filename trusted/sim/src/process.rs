@@ -30,9 +30,9 @@ use crate::{
     family::{self, Family, OpenVolume},
     files,
     host::Work,
-    identity,
+    identity, inside,
     link::Link,
-    service,
+    message, service,
     spin::Spinner,
     sys,
     wait::{self, Place, Signals, Sleepers, WaitEnd},
@@ -89,10 +89,14 @@ impl Platform for SimPlatform {
     }
 }
 
-static HOOKS: sync::Hooks = sync::Hooks { owner: identity::process_id, contended: yield_to };
+static HOOKS: sync::Hooks = sync::Hooks { owner: inside::thread_id, contended: yield_to };
 
 /// A lock is contended: lets its holder run, and ends this process if the holder is dead.
 fn yield_to(holder: u32) {
+    if holder == inside::thread_id() {
+        message::say_fault("a thread waits for a lock that it holds");
+        abort();
+    }
     static ROUNDS: AtomicU64 = AtomicU64::new(0);
     sys::yield_now();
     if ROUNDS.fetch_add(1, Ordering::Relaxed) % 1024 == 1023 && !identity::is_alive(holder) {

@@ -13,7 +13,11 @@ use core::sync::atomic::{AtomicUsize, Ordering};
 
 use postern_trusted::{errno::Errno, sync::Lock};
 
-use crate::sys;
+use crate::{inside, sys};
+
+/// The C library's signal that cancels a thread: deferred like a guest's own, so no reason to end
+/// a sleep that nothing ends.
+const CANCEL: u64 = 1 << (32 - 1);
 
 /// How a sleep ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -161,28 +165,35 @@ impl Place<'_> {
         let mask = match signals {
             Signals::AsTheyAre => None,
             Signals::Masked(mask) => Some(mask),
-            Signals::Held => Some(!synchronous_signals()),
+            Signals::Held => Some(!synchronous_signals() | CANCEL),
         };
         let events = (&raw mut event) as usize;
         let timeout_at = timeout.as_ref().map_or(0, |t| (&raw const *t) as usize);
         let mask_at = mask.as_ref().map_or(0, |m| (&raw const *m) as usize);
-        // SAFETY: all three objects live through the call; the kernel's sigset is 8 bytes.
-        let answer = sys::check(unsafe {
-            let epoll = self.epoll as usize;
-            let wait = libc::SYS_epoll_pwait2;
-            if let Signals::Masked(_) = signals {
-                let mut poll = libc::pollfd { fd: self.epoll, events: libc::POLLIN, revents: 0 };
-                let at = (&raw mut poll) as usize;
-                let end = sys::syscall6(libc::SYS_ppoll, at, 1, timeout_at, mask_at, 8, 0);
-                // Takes what rang off the ready list.
-                let now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-                let now_at = (&raw const now) as usize;
-                sys::syscall6(wait, epoll, events, 1, now_at, 0, 8);
-                end
-            } else {
-                sys::syscall6(wait, epoll, events, 1, timeout_at, mask_at, 8)
+        let wait = [self.epoll as usize, events, 1, timeout_at, mask_at, 8];
+        let pwait = libc::SYS_epoll_pwait2;
+        // SAFETY: all objects live through the calls; the kernel's sigset is 8 bytes.
+        let answer = unsafe {
+            let [epoll, events, one, timeout, mask, bytes] = wait;
+            match signals {
+                Signals::Held => {
+                    sys::check(sys::syscall6(pwait, epoll, events, one, timeout, mask, bytes))
+                }
+                Signals::AsTheyAre => inside::interruptible(pwait, wait, None),
+                Signals::Masked(asked) => {
+                    let mut poll =
+                        libc::pollfd { fd: self.epoll, events: libc::POLLIN, revents: 0 };
+                    let at = (&raw mut poll) as usize;
+                    let ppoll = [at, 1, timeout, mask, bytes, 0];
+                    let end = inside::interruptible(libc::SYS_ppoll, ppoll, Some(asked));
+                    // Takes what rang off the ready list.
+                    let now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+                    let now = (&raw const now) as usize;
+                    sys::syscall6(pwait, epoll, events, one, now, 0, bytes);
+                    end
+                }
             }
-        });
+        };
         match answer {
             Ok(0) => WaitEnd::TimedOut,
             Err(Errno::EINTR) => WaitEnd::Interrupted,

@@ -16,6 +16,9 @@ const FIGETBSZ: c_ulong = 2;
 /// And those that concern the descriptor alone: FIOCLEX, FIONCLEX, FIONBIO, FIOASYNC.
 const DESCRIPTOR_REQUESTS: [c_ulong; 4] = [0x5451, 0x5450, 0x5421, 0x5452];
 
+/// dup2 takes no flags and allows both numbers to be the same.
+const SAME_AS_DUP2: c_int = c_int::MIN;
+
 fn is_ours(fd: c_int) -> bool {
     files::kind(fd) != Kind::Other
 }
@@ -26,11 +29,22 @@ fn duplicated(old: c_int, new: c_int) -> c_int {
 }
 
 /// dup2 and dup3: a descriptor of our own is neither source nor target.
-fn duplicate_to(old: c_int, new: c_int, next: impl FnOnce() -> c_int) -> c_int {
+fn duplicate_to(old: c_int, new: c_int, flags: c_int, next: impl FnOnce() -> c_int) -> c_int {
     if files::is_internal(old) || files::is_internal(new) {
         return answer(|| Err(Errno::EBADF));
     }
-    duplicated(old, next())
+    // Not by the next library: its call would come back here.
+    if is_ours(old) || is_ours(new) {
+        return answer(|| {
+            let new = if flags == SAME_AS_DUP2 && old == new {
+                sys::fcntl(old, libc::F_GETFD, 0).map(|_| new)
+            } else {
+                sys::dup3(old, new, flags & !SAME_AS_DUP2)
+            }?;
+            files::duplicated(old, new)
+        });
+    }
+    next()
 }
 
 fn control(file: &OpenFile, fd: c_int, command: c_int, argument: usize) -> Result<c_int, Errno> {
@@ -110,14 +124,19 @@ export! {
             next()
         };
     fn [dup](old: c_int) -> c_int, next =>
-        if files::is_internal(old) {
-            answer(|| Err(Errno::EBADF))
-        } else {
-            duplicated(old, next())
+        match files::kind(old) {
+            Kind::Internal => answer(|| Err(Errno::EBADF)),
+            Kind::Protected => answer(|| {
+                // Not by the next library: its call would come back here.
+                let new = sys::dup(old)?;
+                files::duplicated(old, new)
+            }),
+            Kind::Other => duplicated(old, next()),
         };
-    fn [dup2, __dup2](old: c_int, new: c_int) -> c_int, next => duplicate_to(old, new, next);
+    fn [dup2, __dup2](old: c_int, new: c_int) -> c_int, next =>
+        duplicate_to(old, new, SAME_AS_DUP2, next);
     fn [dup3](old: c_int, new: c_int, flags: c_int) -> c_int, next =>
-        duplicate_to(old, new, next);
+        duplicate_to(old, new, flags, next);
     fn [fcntl, fcntl64](fd: c_int, command: c_int, argument: usize) -> c_int, next =>
         match files::lookup(fd) {
             Some(file) => answer(|| control(&file, fd, command, argument)),

@@ -6,15 +6,17 @@
 //!
 //! Holds: without `POSTERN_RUN` in the environment every symbol only passes on and nothing is
 //! allocated; `errno` changes on failure alone; no panic leaves an exported function (it aborts).
-//! Does not hold: calls that the C library makes inside itself (fopen, opendir, realpath, a
-//! program's own system call instructions) do not come by here. They cannot reach a volume's
-//! data: its descriptor is a placeholder that the kernel refuses to read or write.
+//! The C library's calls inside itself (fopen, opendir, tmpfile) come by `calls`, as far as its
+//! system call instructions can be replaced.
+//! Does not hold: a program's own system call instructions do not all come by here. They cannot
+//! reach a volume's data: its descriptor is a placeholder that the kernel refuses to read or write.
 //!
 //! Protected calls are no cancellation points.
 #![allow(unsafe_code)]
 
 mod aio;
 mod attributes;
+mod calls;
 mod data;
 mod descriptors;
 mod exec;
@@ -28,7 +30,6 @@ mod raw;
 mod signals;
 mod size;
 mod state;
-mod stdio;
 
 /// Everything that the library allocates lies in memory that forked children share.
 #[global_allocator]

@@ -120,7 +120,9 @@ macro_rules! export {
         /// # Safety
         /// As the C function of this name.
         #[unsafe(no_mangle)]
-        pub unsafe extern "C" fn $name($($arg: $ty),*) -> $ret {
+        pub unsafe extern "C-unwind" fn $name($($arg: $ty),*) -> $ret {
+            // Dropped last: handlers of signals that came meanwhile run then.
+            let _inside = postern_sim::inside::Scope::new();
             #[allow(unused_variables)]
             let $next = || -> $ret {
                 static NEXT: $crate::next::Next = {
@@ -139,10 +141,12 @@ macro_rules! export {
                 };
                 // SAFETY: 1. The symbol of this name in libc or libaio has this signature (or is
                 //    variadic, see above). 2. The arguments are the caller's own.
-                unsafe {
-                    let next: unsafe extern "C" fn($($ty),*) -> $ret = core::mem::transmute(at);
+                //    3. Unwinds when the thread is cancelled in it.
+                postern_sim::inside::outside(|| unsafe {
+                    let next: unsafe extern "C-unwind" fn($($ty),*) -> $ret =
+                        core::mem::transmute(at);
                     next($($arg),*)
-                }
+                })
             };
             $body
         }

@@ -2,7 +2,10 @@
 
 use core::{cell::Cell, ffi::c_int};
 
-use postern_sim::files::{self, Transit};
+use postern_sim::{
+    files::{self, Transit},
+    inside,
+};
 
 use crate::{next::export, state};
 
@@ -21,6 +24,8 @@ pub fn watch_forks() {
 }
 
 unsafe extern "C" fn before() {
+    // The table stands still: a handler that wants to change it waits until it may.
+    inside::hold();
     TRANSIT.set(Box::into_raw(Box::new(files::fork_prepare())));
 }
 
@@ -32,12 +37,14 @@ unsafe extern "C" fn in_parent() {
             transit.arrived();
         }
     }
+    inside::release();
 }
 
 unsafe extern "C" fn in_child() {
     files::fork_child();
     // The list is the parent's to free.
     TRANSIT.set(core::ptr::null_mut());
+    inside::release();
 }
 
 fn take_transit() -> Option<Transit> {
@@ -70,6 +77,7 @@ export! {
         if !state::active() {
             return next();
         }
+        inside::hold();
         let transit = files::fork_prepare();
         let child = next();
         if child == 0 {
@@ -79,6 +87,7 @@ export! {
             files::fork_parent();
             settle(Some(transit), child);
         }
+        inside::release();
         child
     };
 }

@@ -13,16 +13,15 @@ use postern_sim::{
 use postern_trusted::errno::Errno;
 
 use crate::{
-    aio, attributes, data, descriptors, namespace,
+    aio, attributes,
+    calls::Arguments,
+    data, descriptors, namespace,
     next::{answer, export, signed},
     open, size, state,
 };
 
 /// io_pgetevents(2)'s number on x86-64.
-const IO_PGETEVENTS: c_long = 333;
-
-/// The six arguments of a system call.
-type Arguments = [usize; 6];
+pub const IO_PGETEVENTS: c_long = 333;
 
 /// An `int` argument: the low half of its word.
 fn int(word: usize) -> c_int {
@@ -66,7 +65,7 @@ fn is_aio(number: c_long) -> bool {
 ///
 /// # Safety
 /// As the system call.
-unsafe fn descriptor_call(number: c_long, arguments: Arguments) -> Option<c_long> {
+pub unsafe fn descriptor_call(number: c_long, arguments: Arguments) -> Option<c_long> {
     let [a, b, c, d, e, _] = arguments;
     let fd = int(a);
     // SAFETY: the caller's arguments, passed to the function of the same meaning.
@@ -122,7 +121,7 @@ fn negate(errno: c_int) -> c_long {
 ///
 /// # Safety
 /// As the system call.
-unsafe fn other_call(number: c_long, arguments: Arguments) -> Option<c_long> {
+pub unsafe fn other_call(number: c_long, arguments: Arguments) -> Option<c_long> {
     let [a, b, c, d, e, _] = arguments;
     let path = a as *const c_char;
     // SAFETY: the caller's arguments, passed to the function of the same meaning.
@@ -153,13 +152,36 @@ unsafe fn other_call(number: c_long, arguments: Arguments) -> Option<c_long> {
     Some(result.into())
 }
 
-/// rt_sigaction(2) for one of the two signals that the copy leaf needs, with the kernel's
-/// structure and its eight bytes of mask.
-fn fault_action(signal: c_int, new: *const c_void, old: *mut c_void) -> c_long {
+/// Calls that concern the process: AIO, dispositions of signals, its end. `None`: not one of them,
+/// or the kernel's after all.
+///
+/// # Safety
+/// As the system call.
+pub unsafe fn process_call(number: c_long, arguments: Arguments) -> Option<c_long> {
+    if is_aio(number) {
+        let result =
+            answer(|| aio_call(number, arguments).unwrap_or(Err(Errno::ENOSYS)).map(signed));
+        return Some(result as c_long);
+    }
+    let [a, b, c, d, ..] = arguments;
+    match number {
+        libc::SYS_exit_group => {
+            state::drain();
+            None
+        }
+        libc::SYS_rt_sigaction if fault::installed() && d == 8 => {
+            Some(signal_action(int(a), b as _, c as _))
+        }
+        _ => None,
+    }
+}
+
+/// rt_sigaction(2) with the kernel's structure and its eight bytes of mask.
+fn signal_action(signal: c_int, new: *const c_void, old: *mut c_void) -> c_long {
     answer(|| {
         // SAFETY: null or the kernel's structure, as the system call demands.
-        let new = unsafe { new.cast::<Action>().as_ref() };
-        let before = fault::sigaction(signal, new)?;
+        let new = unsafe { new.cast::<Action>().as_ref() }.copied();
+        let before = fault::sigaction(signal, new.as_ref())?;
         // SAFETY: null or room for one, as the system call demands.
         if let Some(old) = unsafe { old.cast::<Action>().as_mut() } {
             *old = before;
@@ -176,20 +198,9 @@ export! {
             return next();
         }
         let arguments = [a, b, c, d, e, f];
-        if is_aio(number) {
-            return answer(|| {
-                aio_call(number, arguments).unwrap_or(Err(Errno::ENOSYS)).map(signed)
-            }) as c_long;
-        }
-        if number == libc::SYS_exit_group {
-            state::drain();
-            return next();
-        }
-        if number == libc::SYS_rt_sigaction
-            && matches!(int(a), libc::SIGSEGV | libc::SIGBUS)
-            && fault::installed()
-        {
-            return fault_action(int(a), b as _, c as _);
+        // SAFETY: the caller's arguments.
+        if let Some(result) = unsafe { process_call(number, arguments) } {
+            return result;
         }
         let concerns = files::kind(int(a)) != Kind::Other;
         // SAFETY: the caller's arguments.

@@ -2,7 +2,7 @@
 
 use core::sync::atomic::{AtomicU32, Ordering};
 
-use postern_sim::{config::RUN_VARIABLE, guest::fault, identity, runtime, sys};
+use postern_sim::{config::RUN_VARIABLE, guest::fault, identity, inside::Scope, runtime, sys};
 
 const UNKNOWN: u32 = u32::MAX;
 const INERT: u32 = u32::MAX - 1;
@@ -52,12 +52,14 @@ fn begin() {
     let _ = identity::process_id();
     fault::install();
     crate::process::watch_forks();
+    crate::calls::patch::install();
 }
 
 /// Waits for what is in flight and closes what is open: the process is about to end or to become
 /// another program. A vfork child that leaves does so in its parent's memory: nothing is done.
 pub fn drain() {
     if STATE.load(Ordering::Acquire) == ACTIVE && identity::process_id() == sys::getpid() {
+        let _inside = Scope::new();
         runtime::exit_drain();
     }
 }

@@ -2,8 +2,8 @@
 //!
 //! A memfd, opened once more with access mode 3 (neither readable nor writable): the kernel's own
 //! tables treat it as any descriptor (fork, dup, close-on-exec, SCM_RIGHTS), and raw I/O on it
-//! fails with `EBADF` instead of finding plaintext or a wrong file. The number is 512 or higher
-//! where the limit allows.
+//! fails with `EBADF` instead of finding plaintext or a wrong file. The number is the lowest one
+//! free, as open(2) promises.
 
 use core::ffi::CStr;
 
@@ -11,8 +11,6 @@ use postern_trusted::errno::Errno;
 
 use crate::sys;
 
-/// Placeholders lie from this number on, so that a filter can tell them at a glance.
-const WINDOW: usize = 512;
 /// open(2)'s access mode that allows neither reading nor writing.
 const NO_ACCESS: i32 = 3;
 
@@ -22,9 +20,9 @@ const NO_ACCESS: i32 = 3;
 /// `EMFILE`, `ENFILE`, `ENOMEM`; `ENOENT` where /proc is not mounted.
 pub fn make(close_on_exec: bool) -> Result<i32, Errno> {
     let memfd = sys::memfd(c"postern")?;
-    let placeholder = seal_and_reopen(memfd, close_on_exec);
-    let _ = sys::close(memfd);
-    placeholder
+    seal_and_reopen(memfd, close_on_exec).inspect_err(|_| {
+        let _ = sys::close(memfd);
+    })
 }
 
 fn seal_and_reopen(memfd: i32, close_on_exec: bool) -> Result<i32, Errno> {
@@ -32,14 +30,11 @@ fn seal_and_reopen(memfd: i32, close_on_exec: bool) -> Result<i32, Errno> {
     sys::fcntl(memfd, libc::F_ADD_SEALS, usize::try_from(seals).unwrap_or(0))?;
     let mut room = [0; 32];
     let opened = sys::open(own_path(memfd, &mut room)?, NO_ACCESS | libc::O_CLOEXEC)?;
-    let command = if close_on_exec { libc::F_DUPFD_CLOEXEC } else { libc::F_DUPFD };
-    let placeholder = match sys::fcntl(opened, command, WINDOW) {
-        // The limit is below the window, or the window is full.
-        Err(Errno::EINVAL | Errno::EMFILE) => sys::fcntl(opened, command, 0),
-        other => other,
-    };
+    // The memory file took the lowest number; the placeholder replaces it there.
+    let flags = if close_on_exec { libc::O_CLOEXEC } else { 0 };
+    let placeholder = sys::dup3(opened, memfd, flags);
     let _ = sys::close(opened);
-    i32::try_from(placeholder?).map_err(|_| Errno::EMFILE)
+    placeholder
 }
 
 /// `/proc/self/fd/FD` as a C string in `room`.
@@ -97,9 +92,6 @@ mod tests {
         sys::close(fd).unwrap();
         let kept = make(false).unwrap();
         assert_eq!(sys::fcntl(kept, libc::F_GETFD, 0), Ok(0));
-        if sys::descriptor_limit() > 600 {
-            assert!(kept >= 512, "{kept}");
-        }
         sys::close(kept).unwrap();
     }
 }

@@ -15,7 +15,7 @@ use core::{
 };
 use std::sync::Arc;
 
-use crate::sys;
+use crate::{message, process, sys};
 
 /// Descriptor numbers a table covers: 0..SLOTS. Higher ones are never protected.
 pub const SLOTS: usize = 65536;
@@ -73,6 +73,12 @@ impl<T: Send + Sync> Table<T> {
             writer: AtomicU32::new(0),
             objects: PhantomData,
         }
+    }
+
+    /// The words themselves, [`SLOTS`] of them; an empty one is 0.
+    #[must_use]
+    pub const fn words(&self) -> *const AtomicUsize {
+        self.words.as_ptr()
     }
 
     fn slot(&self, fd: i32) -> Option<&AtomicUsize> {
@@ -195,7 +201,14 @@ impl<T: Send + Sync> Table<T> {
 
     fn write(&self) -> Writing<'_, T> {
         let me = sys::gettid();
-        while self.writer.compare_exchange(0, me, Ordering::Acquire, Ordering::Relaxed).is_err() {
+        while let Err(holder) =
+            self.writer.compare_exchange(0, me, Ordering::Acquire, Ordering::Relaxed)
+        {
+            if holder == me {
+                // It would wait for ever.
+                message::say_fault("a thread waits for the descriptor table that it holds");
+                process::abort();
+            }
             sys::yield_now();
         }
         Writing(self)

@@ -15,7 +15,7 @@ use core::{
 
 use postern_trusted::errno::Errno;
 
-use super::mask;
+use super::{handlers, mask};
 use crate::sys;
 
 global_asm!(
@@ -59,7 +59,7 @@ pub struct Action {
 /// What the guest set for one of the two signals. The words are read one by one in the handler:
 /// a thread that changes the disposition while another faults gets one or the other handler, as
 /// natively; x86-64 passes all three arguments to either kind.
-struct Disposition {
+pub(super) struct Disposition {
     handler: AtomicUsize,
     flags: AtomicU64,
     restorer: AtomicUsize,
@@ -67,7 +67,7 @@ struct Disposition {
 }
 
 impl Disposition {
-    const fn new() -> Self {
+    pub(super) const fn new() -> Self {
         Self {
             handler: AtomicUsize::new(libc::SIG_DFL),
             flags: AtomicU64::new(0),
@@ -76,7 +76,7 @@ impl Disposition {
         }
     }
 
-    fn load(&self) -> Action {
+    pub(super) fn load(&self) -> Action {
         Action {
             handler: self.handler.load(Ordering::Acquire),
             flags: self.flags.load(Ordering::Acquire),
@@ -85,7 +85,7 @@ impl Disposition {
         }
     }
 
-    fn store(&self, action: &Action) {
+    pub(super) fn store(&self, action: &Action) {
         self.mask.store(action.mask, Ordering::Release);
         self.restorer.store(action.restorer, Ordering::Release);
         self.flags.store(action.flags, Ordering::Release);
@@ -184,7 +184,7 @@ pub fn sigaction(signal: i32, new: Option<&Action>) -> Result<Action, Errno> {
     }
     let before = asked_mask(signal);
     let kernel = new.map(|new| Action { mask: new.mask & !mask::FAULTS, ..*new });
-    let mut old = raw_sigaction(signal, kernel.as_ref())?;
+    let mut old = handlers::sigaction(signal, kernel.as_ref())?;
     old.mask |= before;
     if let Some(new) = new {
         note_mask(signal, new.mask);

@@ -1,0 +1,317 @@
+//! System calls by number: which ones can concern a protected file, and what answers them when the
+//! C library makes them inside itself (fopen, opendir, tmpfile, its own signal calls).
+//!
+//! Holds: what is answered here is answered as the kernel does it, a value or a negative errno,
+//! `errno` untouched; everything else is left to the kernel.
+
+pub mod catch;
+pub mod patch;
+
+use core::ffi::{c_char, c_long};
+
+use libc::AT_FDCWD;
+use postern_sim::{
+    files::{self, Kind},
+    inside, sys,
+};
+use postern_trusted::errno::Errno;
+
+use crate::{
+    attributes,
+    guest_paths::{self, Found},
+    namespace,
+    next::set_errno,
+    raw, state,
+};
+
+/// The six arguments of a system call.
+pub type Arguments = [usize; 6];
+
+/// Numbers below this are looked at.
+pub const NUMBERS: usize = 512;
+
+/// What the catcher does with a number, as bits of a byte; 0: the kernel's.
+pub mod class {
+    /// Ask [`super::answer_call`].
+    pub const ASK: u8 = 1;
+    /// But only if the first argument is a descriptor of ours.
+    pub const DESCRIPTOR: u8 = 2;
+    /// The launcher's filter stops it unless it carries the pass, which is its sixth argument.
+    pub const PASS: u8 = 4;
+    /// Answers a new descriptor.
+    pub const OPENS: u8 = 8;
+}
+
+/// Calls whose first argument is a descriptor.
+const DESCRIPTOR_CALLS: [c_long; 32] = [
+    libc::SYS_read,
+    libc::SYS_write,
+    libc::SYS_pread64,
+    libc::SYS_pwrite64,
+    libc::SYS_readv,
+    libc::SYS_writev,
+    libc::SYS_preadv,
+    libc::SYS_pwritev,
+    libc::SYS_preadv2,
+    libc::SYS_pwritev2,
+    libc::SYS_lseek,
+    libc::SYS_fstat,
+    libc::SYS_fstatfs,
+    libc::SYS_ftruncate,
+    libc::SYS_fallocate,
+    libc::SYS_syncfs,
+    libc::SYS_fadvise64,
+    libc::SYS_fcntl,
+    libc::SYS_ioctl,
+    libc::SYS_flock,
+    libc::SYS_close,
+    libc::SYS_dup,
+    libc::SYS_getdents64,
+    libc::SYS_fgetxattr,
+    libc::SYS_flistxattr,
+    libc::SYS_fsync,
+    libc::SYS_fdatasync,
+    libc::SYS_sync_file_range,
+    libc::SYS_fchmod,
+    libc::SYS_fchown,
+    libc::SYS_fsetxattr,
+    libc::SYS_fchdir,
+];
+
+/// The path arguments of a call: each the place of its directory descriptor, if it has one, and
+/// its own.
+type Paths = &'static [(Option<usize>, usize)];
+
+const FIRST: Paths = &[(None, 0)];
+const BOTH: Paths = &[(None, 0), (None, 1)];
+const AT: Paths = &[(Some(0), 1)];
+const BOTH_AT: Paths = &[(Some(0), 1), (Some(2), 3)];
+
+fn paths(number: c_long) -> Paths {
+    match number {
+        libc::SYS_open
+        | libc::SYS_creat
+        | libc::SYS_stat
+        | libc::SYS_lstat
+        | libc::SYS_access
+        | libc::SYS_truncate
+        | libc::SYS_unlink
+        | libc::SYS_rmdir
+        | libc::SYS_mkdir
+        | libc::SYS_mknod
+        | libc::SYS_chmod
+        | libc::SYS_chown
+        | libc::SYS_lchown
+        | libc::SYS_readlink
+        | libc::SYS_statfs
+        | libc::SYS_chdir
+        | libc::SYS_utime
+        | libc::SYS_utimes
+        | libc::SYS_setxattr
+        | libc::SYS_lsetxattr
+        | libc::SYS_getxattr
+        | libc::SYS_lgetxattr
+        | libc::SYS_listxattr
+        | libc::SYS_llistxattr => FIRST,
+        libc::SYS_rename | libc::SYS_link => BOTH,
+        libc::SYS_symlink => &[(None, 1)],
+        libc::SYS_openat
+        | libc::SYS_openat2
+        | libc::SYS_mkdirat
+        | libc::SYS_mknodat
+        | libc::SYS_fchownat
+        | libc::SYS_futimesat
+        | libc::SYS_newfstatat
+        | libc::SYS_unlinkat
+        | libc::SYS_readlinkat
+        | libc::SYS_fchmodat
+        | libc::SYS_faccessat
+        | libc::SYS_faccessat2
+        | libc::SYS_utimensat
+        | libc::SYS_statx => AT,
+        libc::SYS_renameat | libc::SYS_renameat2 | libc::SYS_linkat => BOTH_AT,
+        libc::SYS_symlinkat => &[(Some(1), 2)],
+        _ => &[],
+    }
+}
+
+/// Asked whatever their arguments are.
+const ALWAYS: [c_long; 12] = [
+    libc::SYS_io_setup,
+    libc::SYS_io_destroy,
+    libc::SYS_io_submit,
+    libc::SYS_io_cancel,
+    libc::SYS_io_getevents,
+    raw::IO_PGETEVENTS,
+    libc::SYS_rt_sigaction,
+    libc::SYS_exit_group,
+    libc::SYS_dup2,
+    libc::SYS_dup3,
+    libc::SYS_close_range,
+    libc::SYS_getcwd,
+];
+
+/// The class of a number.
+pub fn class_of(number: usize) -> u8 {
+    let Ok(number) = c_long::try_from(number) else { return 0 };
+    let opens = match number {
+        libc::SYS_open | libc::SYS_openat | libc::SYS_openat2 | libc::SYS_creat => class::OPENS,
+        _ => 0,
+    };
+    let pass = if sys::FILTERED.contains(&number) { class::PASS } else { 0 };
+    if DESCRIPTOR_CALLS.contains(&number) {
+        class::ASK | class::DESCRIPTOR | pass
+    } else if !paths(number).is_empty() {
+        class::ASK | opens | pass
+    } else if ALWAYS.contains(&number) {
+        class::ASK
+    } else {
+        0
+    }
+}
+
+fn int(word: usize) -> i32 {
+    word as u32 as i32
+}
+
+/// The protected file that a path argument names.
+fn found(number: c_long, arguments: &Arguments) -> Option<Found> {
+    paths(number).iter().find_map(|&(directory, path)| {
+        let directory = directory.map_or(AT_FDCWD, |at| int(arguments[at]));
+        guest_paths::find(directory, arguments[path] as *const c_char)
+    })
+}
+
+/// Whether a directory descriptor among the arguments is a protected file's.
+fn is_relative_to_ours(number: c_long, arguments: &Arguments) -> bool {
+    let ours = |at: usize| files::kind(int(arguments[at])) == Kind::Protected;
+    paths(number).iter().any(|(directory, _)| directory.is_some_and(ours))
+}
+
+/// Runs what answers with -1 and `errno`; gives the kernel's form, `errno` as it was.
+fn in_kernel_form(call: impl FnOnce() -> Option<c_long>) -> Option<isize> {
+    // SAFETY: the calling thread's own errno.
+    let errno = unsafe { libc::__errno_location() };
+    // SAFETY: as above.
+    let before = unsafe { *errno };
+    let result = call();
+    // SAFETY: as above.
+    let now = unsafe { *errno };
+    set_errno(Errno(before));
+    result.map(|result| if result == -1 { -(now as isize) } else { result as isize })
+}
+
+/// Answers a system call of the guest, or leaves it to the kernel (`None`).
+///
+/// # Safety
+/// As the system call.
+pub unsafe fn answer_call(number: c_long, arguments: Arguments) -> Option<isize> {
+    if !state::active() || !inside::ask() {
+        return None;
+    }
+    // SAFETY: as the caller's.
+    let answer = in_kernel_form(|| unsafe { answer_asked(number, arguments) });
+    inside::answered();
+    answer
+}
+
+/// # Safety
+/// As the system call.
+unsafe fn answer_asked(number: c_long, arguments: Arguments) -> Option<c_long> {
+    // SAFETY: as the caller's.
+    if let Some(result) = unsafe { raw::process_call(number, arguments) } {
+        return Some(result);
+    }
+    let fd = int(arguments[0]);
+    let by_descriptor = match number {
+        libc::SYS_dup2 | libc::SYS_dup3 => {
+            files::kind(fd) != Kind::Other || files::kind(int(arguments[1])) != Kind::Other
+        }
+        libc::SYS_close_range => true,
+        libc::SYS_getcwd => false,
+        _ => class_of(usize::try_from(number).unwrap_or(0)) & class::DESCRIPTOR != 0,
+    };
+    if by_descriptor && files::is_internal(fd) {
+        set_errno(Errno::EBADF);
+        return Some(-1);
+    }
+    let found = if by_descriptor { None } else { found(number, &arguments) };
+    if !by_descriptor && found.is_none() && !is_relative_to_ours(number, &arguments) {
+        return None;
+    }
+    // SAFETY: as the caller's.
+    unsafe {
+        let known = raw::descriptor_call(number, arguments)
+            .or_else(|| raw::other_call(number, arguments))
+            .or_else(|| name_call(number, arguments));
+        match (known, found) {
+            (None, Some(found)) => {
+                // Never on to the kernel: it would make a plain file under the protected name.
+                let what = format!("system call {number} is not supported on a protected path");
+                guest_paths::refuse(found.index, &what);
+                set_errno(Errno::EACCES);
+                Some(-1)
+            }
+            (known, _) => known,
+        }
+    }
+}
+
+/// Calls on names and attributes that libc's `syscall` is not often used for.
+///
+/// # Safety
+/// As the system call.
+unsafe fn name_call(number: c_long, arguments: Arguments) -> Option<c_long> {
+    let [a, b, c, d, e, _] = arguments;
+    let (path, second) = (a as *const c_char, b as *const c_char);
+    let uint = |word: usize| word as u32;
+    // SAFETY: the caller's arguments, passed to the function of the same meaning.
+    let result: i32 = unsafe {
+        match number {
+            libc::SYS_rmdir => namespace::rmdir(path),
+            libc::SYS_mkdir => namespace::mkdir(path, uint(b)),
+            libc::SYS_mkdirat => namespace::mkdirat(int(a), second, uint(c)),
+            libc::SYS_mknod => namespace::mknod(path, uint(b), c as u64),
+            libc::SYS_mknodat => namespace::mknodat(int(a), second, uint(c), d as u64),
+            libc::SYS_renameat => namespace::renameat(int(a), second, int(c), d as _),
+            libc::SYS_link => namespace::link(path, second),
+            libc::SYS_linkat => namespace::linkat(int(a), second, int(c), d as _, int(e)),
+            libc::SYS_symlink => namespace::symlink(path, second),
+            libc::SYS_symlinkat => namespace::symlinkat(path, int(b), c as _),
+            libc::SYS_chdir => namespace::chdir(path),
+            libc::SYS_fchdir => namespace::fchdir(int(a)),
+            libc::SYS_chmod => namespace::chmod(path, uint(b)),
+            libc::SYS_fchmodat => namespace::fchmodat(int(a), second, uint(c), 0),
+            libc::SYS_chown => namespace::chown(path, uint(b), uint(c)),
+            libc::SYS_lchown => namespace::lchown(path, uint(b), uint(c)),
+            libc::SYS_fchownat => namespace::fchownat(int(a), second, uint(c), uint(d), int(e)),
+            libc::SYS_utimensat => namespace::utimensat(int(a), second, c as _, int(d)),
+            libc::SYS_utime => namespace::utime(path, b as _),
+            libc::SYS_utimes => namespace::utimes(path, b as _),
+            libc::SYS_faccessat2 => attributes::faccessat(int(a), second, int(c), int(d)),
+            libc::SYS_fsetxattr => namespace::fsetxattr(int(a), second, c as _, d, int(e)),
+            libc::SYS_setxattr => namespace::setxattr(path, second, c as _, d, int(e)),
+            libc::SYS_lsetxattr => namespace::lsetxattr(path, second, c as _, d, int(e)),
+            libc::SYS_readlink => return Some(namespace::readlink(path, b as _, c) as c_long),
+            libc::SYS_readlinkat => {
+                return Some(namespace::readlinkat(int(a), second, c as _, d) as c_long);
+            }
+            libc::SYS_getxattr => {
+                return Some(namespace::getxattr(path, second, c as _, d) as c_long);
+            }
+            libc::SYS_lgetxattr => {
+                return Some(namespace::lgetxattr(path, second, c as _, d) as c_long);
+            }
+            libc::SYS_fgetxattr => {
+                return Some(namespace::fgetxattr(int(a), second, c as _, d) as c_long);
+            }
+            libc::SYS_listxattr => return Some(namespace::listxattr(path, b as _, c) as c_long),
+            libc::SYS_llistxattr => return Some(namespace::llistxattr(path, b as _, c) as c_long),
+            libc::SYS_flistxattr => {
+                return Some(namespace::flistxattr(int(a), b as _, c) as c_long);
+            }
+            _ => return None,
+        }
+    };
+    Some(result.into())
+}

@@ -1,0 +1,97 @@
+//! The guest's signal handlers, called through one function of ours that defers them while their
+//! thread is inside the library ([`crate::inside`]).
+//!
+//! Holds: the guest is told the dispositions it set; the kernel is given its flags and masks, but
+//! for `SA_RESETHAND`, which takes effect here when the handler is called.
+//! SIGSEGV and SIGBUS have a way of their own ([`fault`]): the copy leaf needs them unblocked, so
+//! one that somebody *sends* is handled at once.
+//!
+//! Does not hold: a disposition set by a program's own system call instruction goes past this;
+//! such a handler runs at once, wherever its thread is.
+#![allow(unsafe_code)]
+
+use postern_trusted::errno::Errno;
+
+use super::fault::{self, Action, Disposition};
+use crate::{identity, inside, sys};
+
+const SIGNALS: usize = 65;
+
+/// What the guest set, by signal number. Private to the process; fork copies it.
+static SET: [Disposition; SIGNALS] = [const { Disposition::new() }; SIGNALS];
+/// The C library's signal that changes user ids in every thread: answered at once, as it holds
+/// nothing and jumps nowhere, and the thread that sent it waits.
+const SET_IDS: i32 = 33;
+
+fn has_handler(action: &Action) -> bool {
+    action.handler != libc::SIG_DFL && action.handler != libc::SIG_IGN
+}
+
+/// rt_sigaction(2) of a signal other than SIGSEGV and SIGBUS: `new` as the guest asks for
+/// it, the answer as it was set before.
+///
+/// # Errors
+/// As rt_sigaction(2).
+pub fn sigaction(signal: i32, new: Option<&Action>) -> Result<Action, Errno> {
+    let set = usize::try_from(signal).ok().and_then(|n| SET.get(n)).ok_or(Errno::EINVAL)?;
+    let known = set.load();
+    // A vfork child shares this memory, but has dispositions of its own.
+    let shared = identity::process_id() != sys::getpid();
+    let wrapped = new.map(|new| match has_handler(new) && signal != SET_IDS && !shared {
+        true => Action {
+            handler: on_signal as *const () as usize,
+            flags: new.flags & !(libc::SA_RESETHAND as u64) | libc::SA_SIGINFO as u64,
+            ..*new
+        },
+        false => *new,
+    });
+    if let (Some(new), false) = (new, shared) {
+        // Before the kernel calls the wrapper for it.
+        if has_handler(new) {
+            set.store(new);
+        }
+    }
+    match fault::raw_sigaction(signal, wrapped.as_ref()) {
+        Ok(old) if old.handler == on_signal as *const () as usize => {
+            Ok(Action { handler: known.handler, flags: known.flags, ..old })
+        }
+        Ok(old) => Ok(old),
+        Err(errno) => {
+            if !shared {
+                set.store(&known);
+            }
+            Err(errno)
+        }
+    }
+}
+
+/// The kernel calls this for every signal that has a handler. It unwinds: the C library ends a
+/// cancelled thread from inside its handler.
+extern "C-unwind" fn on_signal(
+    signal: i32,
+    info: *mut libc::siginfo_t,
+    context: *mut libc::ucontext_t,
+) {
+    // SAFETY: the kernel's arguments.
+    if unsafe { inside::defer(signal, info, context) } {
+        return;
+    }
+    let Some(set) = usize::try_from(signal).ok().and_then(|n| SET.get(n)) else { return };
+    let action = set.load();
+    if !has_handler(&action) {
+        return;
+    }
+    if action.flags & libc::SA_RESETHAND as u64 != 0 {
+        let default = Action {
+            handler: libc::SIG_DFL,
+            flags: action.flags & !(libc::SA_SIGINFO as u64),
+            ..action
+        };
+        let _ = fault::raw_sigaction(signal, Some(&default));
+    }
+    // SAFETY: the guest's own handler with the arguments the kernel gave; a handler of one
+    //    argument ignores the others (x86-64 calling convention).
+    let handler: extern "C-unwind" fn(i32, *mut libc::siginfo_t, *mut libc::ucontext_t) =
+        unsafe { core::mem::transmute(action.handler) };
+    handler(signal, info, context);
+}
