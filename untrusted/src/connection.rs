@@ -178,7 +178,8 @@ impl Caller {
         self.no_descriptors()?;
         self.attached.as_ref().ok_or(Errno::NOTCONN)?;
         let PosternListRequest { name, after, capacity } = request;
-        let most = usize::try_from((capacity / ID_DIGITS).min(MAX_IDS)).map_err(|_| Errno::INVAL)?;
+        let most =
+            usize::try_from((capacity / ID_DIGITS).min(MAX_IDS)).map_err(|_| Errno::INVAL)?;
         let catalog = Arc::clone(&self.daemon.catalog);
         let listed = tokio::task::spawn_blocking(move || catalog.list(&name, &after, most));
         let ids = listed.await.map_err(|_| Errno::IO)??.concat().into_bytes();

@@ -61,11 +61,8 @@ impl Directory {
     fn open(&self, file: &str, flags: OFlags) -> Result<OwnedFd, Errno> {
         let beneath =
             ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
-        let mode = if flags.contains(OFlags::CREATE) {
-            Mode::RUSR | Mode::WUSR
-        } else {
-            Mode::empty()
-        };
+        let mode =
+            if flags.contains(OFlags::CREATE) { Mode::RUSR | Mode::WUSR } else { Mode::empty() };
         let flags = flags | OFlags::CLOEXEC;
         // A rename elsewhere on the host makes BENEATH answer EAGAIN; openat2(2) says: retry.
         for _ in 0..16 {

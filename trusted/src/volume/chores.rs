@@ -246,6 +246,12 @@ impl Volume {
         result
     }
 
+    /// Keeps at most `bytes` of map nodes in memory from now on, 32 KiB at least: for many open
+    /// volumes that share one heap.
+    pub fn limit_cache(&self, bytes: usize) {
+        self.core.lock().cache.limit(bytes);
+    }
+
     /// Bytes of the guest's file.
     pub fn size(&self) -> u64 {
         self.core.lock().size

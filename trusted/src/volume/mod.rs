@@ -66,6 +66,7 @@ use self::{
 };
 use crate::sync::Lock;
 
+pub(crate) use self::crypto::sha256;
 pub use self::{
     chores::Info,
     core::Counters,
@@ -84,6 +85,11 @@ impl SlotKey {
     pub const fn new(bytes: [u8; 32]) -> Self {
         Self(bytes)
     }
+}
+
+/// A key derived from another one with HKDF-SHA256, for what `salt` names within `info`.
+pub(crate) fn derive_slot_key(key: &SlotKey, salt: &[u8], info: &[u8]) -> SlotKey {
+    SlotKey(crypto::derive(&key.0, salt, &[info]).0)
 }
 
 impl fmt::Debug for SlotKey {
