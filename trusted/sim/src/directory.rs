@@ -17,8 +17,9 @@ mod ops;
 use core::sync::atomic::{AtomicI64, AtomicU32, Ordering};
 use std::{collections::BTreeMap, sync::Arc};
 
-pub use look::{Entry, Facts, Listing};
-pub use open::open;
+pub use look::{Entry, Facts, Listing, access, check_search, stat};
+pub use open::{open, truncate};
+pub use ops::{Change, change, change_at, make_directory, refuse_new, remove, rename};
 use postern_trusted::{
     directory::{
         Attributes, BadImage, FileId, IMAGE_BLOCK, ROOT, Table, choose, host_name, slot_offset,
@@ -116,7 +117,10 @@ pub fn find(path: &[u8], slash: bool) -> Option<Place> {
 }
 
 /// The directory with this number.
-pub(crate) fn number(number: usize) -> Result<&'static Directory, Errno> {
+///
+/// # Errors
+/// `EIO` if there is none.
+pub fn number(number: usize) -> Result<&'static Directory, Errno> {
     family::family().and_then(|family| family.directories.get(number)).ok_or(Errno::EIO)
 }
 
@@ -368,10 +372,7 @@ impl Visit {
     }
 
     /// Changes the table and makes the change durable.
-    fn change<T>(
-        &self,
-        change: impl FnOnce(&mut Table) -> Result<T, Errno>,
-    ) -> Result<T, Errno> {
+    fn change<T>(&self, change: impl FnOnce(&mut Table) -> Result<T, Errno>) -> Result<T, Errno> {
         let changed = self.change_in_memory(change)?;
         let process = process::current();
         let disk = process.disk_for_guest(&self.index, wait::now_ns())?;

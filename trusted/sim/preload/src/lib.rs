@@ -19,6 +19,7 @@ mod data;
 mod descriptors;
 mod exec;
 mod guest_paths;
+mod listing;
 mod mapping;
 mod namespace;
 mod next;
@@ -29,6 +30,7 @@ mod signals;
 mod size;
 mod state;
 mod stdio;
+mod working;
 
 /// Everything that the library allocates lies in memory that forked children share.
 #[global_allocator]

@@ -1,6 +1,9 @@
 //! fork and exit.
 
-use core::{cell::Cell, ffi::c_int};
+use core::{
+    cell::Cell,
+    ffi::{c_char, c_int, c_void},
+};
 
 use postern_sim::files::{self, Transit};
 
@@ -21,6 +24,7 @@ pub fn watch_forks() {
 }
 
 unsafe extern "C" fn before() {
+    let_go();
     TRANSIT.set(Box::into_raw(Box::new(files::fork_prepare())));
 }
 
@@ -38,6 +42,14 @@ unsafe extern "C" fn in_child() {
     files::fork_child();
     // The list is the parent's to free.
     TRANSIT.set(core::ptr::null_mut());
+}
+
+/// What this process keeps open only because it looked at it is closed: the child may become
+/// another program, which opens it for itself.
+pub fn let_go() {
+    if state::active() {
+        files::attributes::let_go();
+    }
 }
 
 fn take_transit() -> Option<Transit> {
@@ -70,6 +82,7 @@ export! {
         if !state::active() {
             return next();
         }
+        let_go();
         let transit = files::fork_prepare();
         let child = next();
         if child == 0 {
@@ -80,6 +93,27 @@ export! {
             settle(Some(transit), child);
         }
         child
+    };
+}
+
+type Strings = *const *const c_char;
+
+export! {
+    // They make a child inside the C library that becomes another program.
+    fn [posix_spawn, posix_spawnp](
+        child: *mut c_int, path: *const c_char, actions: *const c_void, attributes: *const c_void,
+        arguments: Strings, environment: Strings,
+    ) -> c_int, next => {
+        let_go();
+        next()
+    };
+    fn [system](command: *const c_char) -> c_int, next => {
+        let_go();
+        next()
+    };
+    fn [popen](command: *const c_char, kind: *const c_char) -> *mut libc::FILE, next => {
+        let_go();
+        next()
     };
 }
 

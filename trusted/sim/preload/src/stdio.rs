@@ -15,6 +15,11 @@ use crate::{
 const REFUSAL: &str = "fopen and streams are not supported on a protected file; use open(2)";
 
 fn open_or(path: *const c_char, next: impl FnOnce() -> *mut FILE) -> *mut FILE {
+    if let Some(place) = guest_paths::place(libc::AT_FDCWD, path) {
+        let path = String::from_utf8_lossy(&place.path).into_owned();
+        postern_sim::message::say(&format!("{path}: {REFUSAL}"));
+        return answer(|| Err(Errno::EACCES));
+    }
     match guest_paths::find_here(path) {
         Some(found) => {
             guest_paths::refuse(found.index, REFUSAL);

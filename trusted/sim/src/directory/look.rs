@@ -57,6 +57,14 @@ impl Listing {
         Self { directory, inode, entries: Lock::new(None) }
     }
 
+    /// Absolute path of the directory as the guest sees it; `None` for a removed one.
+    ///
+    /// # Errors
+    /// As opening the index.
+    pub fn path(&self) -> Result<Option<Vec<u8>>, Errno> {
+        number(self.directory)?.path_of(self.inode)
+    }
+
     /// Forgets the entries: the next look takes new ones.
     pub fn rewind(&self) {
         *self.entries.lock() = None;
@@ -105,7 +113,8 @@ impl Directory {
 
     fn facts_in(&'static self, visit: &Visit, inode: u64) -> Result<Facts, Errno> {
         let known = |loaded: &Loaded| {
-            facts_of(self.number, &loaded.table, inode).map(|f| (f, loaded.sizes.get(&inode).copied()))
+            facts_of(self.number, &loaded.table, inode)
+                .map(|f| (f, loaded.sizes.get(&inode).copied()))
         };
         let state = self.state.lock();
         let (mut facts, size) = state.as_ref().ok_or(Errno::EIO).and_then(known)?;

@@ -7,7 +7,9 @@ use postern_trusted::{
     errno::Errno,
 };
 
-use super::{Caller, Listing, Place, Visit, fresh_id, number, ops::masked, resolve, resolve_parent};
+use super::{
+    Caller, Listing, Place, Visit, fresh_id, number, ops::masked, resolve, resolve_parent,
+};
 use crate::{
     family::{self, OpenVolume},
     files::{self, io::wall_ns},
@@ -43,8 +45,7 @@ pub fn open(place: &Place, flags: i32, mode: u32) -> Result<i32, Errno> {
     if unnamed && (flags & libc::O_DIRECTORY == 0 || access == libc::O_RDONLY) {
         return Err(Errno::EINVAL);
     }
-    if !unnamed
-        && flags & (libc::O_CREAT | libc::O_DIRECTORY) == libc::O_CREAT | libc::O_DIRECTORY
+    if !unnamed && flags & (libc::O_CREAT | libc::O_DIRECTORY) == libc::O_CREAT | libc::O_DIRECTORY
     {
         return Err(Errno::EINVAL);
     }
@@ -184,8 +185,7 @@ fn make_volume(
     path: &[u8],
 ) -> Result<Arc<OpenVolume>, Errno> {
     let family = family::family().ok_or(Errno::EIO)?;
-    let path =
-        format!("{}{}", visit.directory.config.guest_path, String::from_utf8_lossy(path));
+    let path = format!("{}{}", visit.directory.config.guest_path, String::from_utf8_lossy(path));
     let made = family.acquire_file(&visit.wanted(inode, Some((id, path)))?);
     if made.is_err() {
         // Nothing was made: only the orphan is to be forgotten.

@@ -127,7 +127,8 @@ pub fn rename(from: &Place, to: &Place, flags: u32) -> Result<(), Errno> {
     let holder = number(from.directory)?;
     let visit = holder.visit(true)?;
     let places = |table: &Table| {
-        let (source, name) = super::resolve_parent(table, caller, &from.path)?.ok_or(Errno::EBUSY)?;
+        let (source, name) =
+            super::resolve_parent(table, caller, &from.path)?.ok_or(Errno::EBUSY)?;
         let (target, new) = super::resolve_parent(table, caller, &to.path)?.ok_or(Errno::EBUSY)?;
         let moved = table.lookup(source, name)?;
         let is_directory = table.node(moved).is_some_and(Node::is_directory);
@@ -200,8 +201,7 @@ pub fn change(directory: usize, inode: u64, change: Change) -> Result<(), Errno>
 /// # Errors
 /// As [`change`], and those of the path.
 pub fn change_at(place: &Place, what: Change) -> Result<(), Errno> {
-    let inode =
-        number(place.directory)?.visit(false)?.read(|table| look::find(table, place))??;
+    let inode = number(place.directory)?.visit(false)?.read(|table| look::find(table, place))??;
     change(place.directory, inode, what)
 }
 
@@ -219,9 +219,9 @@ fn may_change(table: &Table, caller: Caller, inode: u64, change: Change) -> Resu
             }
         }
         Change::Times([None, None], false) => return Ok(false),
-        Change::Times(_, true) => caller
-            .owns(now.uid)
-            .or_else(|_| caller.may(now, node.is_directory(), libc::W_OK))?,
+        Change::Times(_, true) => {
+            caller.owns(now.uid).or_else(|_| caller.may(now, node.is_directory(), libc::W_OK))?
+        }
         Change::Times(..) => caller.owns(now.uid)?,
     }
     Ok(true)
