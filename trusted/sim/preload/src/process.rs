@@ -7,7 +7,10 @@ use core::{
 
 use postern_sim::files::{self, Transit};
 
-use crate::{next::export, state};
+use crate::{
+    next::{Next, export},
+    state, working,
+};
 
 std::thread_local! {
     /// What the child of the fork under way will own; null outside of one.
@@ -98,15 +101,49 @@ export! {
 
 type Strings = *const *const c_char;
 
+/// posix_spawn(3) and posix_spawnp(3) of the next library, with the working directory in the
+/// environment if it is a protected one.
+macro_rules! export_spawn {
+    ($($name:ident)+) => { $(
+        /// The C function of this name, around protected files.
+        ///
+        /// # Safety
+        /// As the C function of this name.
+        #[unsafe(no_mangle)]
+        pub unsafe extern "C" fn $name(
+            child: *mut c_int,
+            path: *const c_char,
+            actions: *const c_void,
+            attributes: *const c_void,
+            arguments: Strings,
+            environment: Strings,
+        ) -> c_int {
+            type Call = unsafe extern "C" fn(
+                *mut c_int, *const c_char, *const c_void, *const c_void, Strings, Strings,
+            ) -> c_int;
+            static NEXT: Next = Next::new(
+                match core::ffi::CStr::from_bytes_with_nul(concat!(stringify!($name), "\0").as_bytes()) {
+                    Ok(name) => name,
+                    Err(_) => c"",
+                },
+            );
+            let_go();
+            let Some(at) = NEXT.find() else { return libc::ENOSYS };
+            let changed = working::environment(environment);
+            let environment = changed.as_ref().map_or(environment, |changed| changed.as_ptr());
+            // SAFETY: 1. The C function of this name has this signature. 2. The arguments are the
+            //    caller's own; a changed environment lives through the call.
+            unsafe {
+                let call: Call = core::mem::transmute(at);
+                call(child, path, actions, attributes, arguments, environment)
+            }
+        }
+    )+ };
+}
+
+export_spawn! { posix_spawn posix_spawnp }
+
 export! {
-    // They make a child inside the C library that becomes another program.
-    fn [posix_spawn, posix_spawnp](
-        child: *mut c_int, path: *const c_char, actions: *const c_void, attributes: *const c_void,
-        arguments: Strings, environment: Strings,
-    ) -> c_int, next => {
-        let_go();
-        next()
-    };
     fn [system](command: *const c_char) -> c_int, next => {
         let_go();
         next()

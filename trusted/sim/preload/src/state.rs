@@ -52,6 +52,7 @@ fn begin() {
     let _ = identity::process_id();
     fault::install();
     crate::process::watch_forks();
+    crate::working::inherit();
 }
 
 /// Waits for what is in flight and closes what is open: the process is about to end or to become

@@ -141,6 +141,63 @@ export! {
         };
 }
 
+/// An environment for a new program image.
+pub struct Environment {
+    pointers: Vec<*const c_char>,
+    /// What the last of them points to.
+    _text: std::ffi::CString,
+}
+
+impl Environment {
+    /// As exec takes it.
+    pub fn as_ptr(&self) -> *const *const c_char {
+        self.pointers.as_ptr()
+    }
+}
+
+/// `given` with the working directory in it; `None` if that is not a protected one, or where
+/// `given` cannot be read.
+pub fn environment(given: *const *const c_char) -> Option<Environment> {
+    const MOST: u64 = 1 << 20;
+    let path = here()?;
+    let text = [cwd::VARIABLE.as_bytes(), b"=", &path].concat();
+    let text = std::ffi::CString::new(text).ok()?;
+    let prefix = [cwd::VARIABLE.as_bytes(), b"="].concat();
+    let mut pointers = Vec::new();
+    for at in 0..MOST {
+        if given.is_null() {
+            break;
+        }
+        let entry = guest::read_u64(given as u64 + 8 * at).ok()?;
+        if entry == 0 {
+            break;
+        }
+        let mut room = [0; guest::PATH_ROOM];
+        // Longer than the room: not ours, which fits.
+        let ours = guest::read_path(entry, &mut room).is_ok_and(|text| text.starts_with(&prefix));
+        if !ours {
+            pointers.push(entry as *const c_char);
+        }
+    }
+    pointers.extend([text.as_ptr(), core::ptr::null()]);
+    Some(Environment { pointers, _text: text })
+}
+
+/// At the start of a program image: the working directory that the one before left.
+pub fn inherit() {
+    let mut name = [0_u8; 32];
+    name[..cwd::VARIABLE.len()].copy_from_slice(cwd::VARIABLE.as_bytes());
+    // SAFETY: a C string; nobody changes the environment this early.
+    let found = unsafe { libc::getenv(name.as_ptr().cast()) };
+    if found.is_null() {
+        return;
+    }
+    let mut room = [0; guest::PATH_ROOM];
+    if let Ok(path) = guest::read_path(found as u64, &mut room) {
+        cwd::inherit(path);
+    }
+}
+
 /// getcwd(2) itself: the length with the NUL; `None` where the working directory is the kernel's.
 pub fn getcwd_raw(to: *mut c_char, room: usize) -> Option<Result<usize, Errno>> {
     let path = here()?;
