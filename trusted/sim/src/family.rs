@@ -11,7 +11,7 @@
 //! process that dies while it opens, closes or works on a volume ends the family (the next open
 //! recovers), instead of leaving others waiting for ever.
 
-use core::sync::atomic::{AtomicBool, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::Arc;
 
 use postern_trusted::{
@@ -44,6 +44,8 @@ pub struct Family {
     /// The protected directories.
     pub directories: Vec<Directory>,
     volumes: Lock<Vec<Option<Arc<Entry>>>>,
+    /// Volumes that are being closed, until all that goes with it is done.
+    closing: AtomicUsize,
     processes: Lock<Vec<&'static Process>>,
 }
 
@@ -195,6 +197,7 @@ impl Family {
             tickets: Tickets::new(wait::processors()),
             directories,
             volumes: Lock::new(volumes),
+            closing: AtomicUsize::new(0),
             processes: Lock::new(Vec::with_capacity(64)),
         }
     }
@@ -362,6 +365,7 @@ impl Family {
                 State::Open(volume) if slot.users == 0 => {
                     let volume = volume.clone();
                     slot.state = State::Busy(identity::process_id());
+                    self.closing.fetch_add(1, Ordering::AcqRel);
                     volume
                 }
                 _ => return,
@@ -390,6 +394,22 @@ impl Family {
                 // One level: an index is no member.
                 Box::pin(self.close(member.index.index)).await;
             }
+        }
+        self.closing.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// Waits until nothing is being closed any more, by whichever process.
+    pub fn wait_for_closing(&self) {
+        while self.closing.load(Ordering::Acquire) > 0 {
+            process::pause();
+        }
+    }
+
+    /// Waits while volume `index` is being opened or closed.
+    pub fn wait_for_rest(&self, index: usize) {
+        while let Some(entry) = self.entry(index) {
+            let State::Busy(by) = entry.slot.lock().state else { return };
+            wait_for(by);
         }
     }
 

@@ -13,7 +13,7 @@ use postern_trusted::{errno::Errno, platform::Buffer, sync::Lock};
 use super::io::wall_ns;
 use crate::{
     directory::Facts,
-    identity, process,
+    family, identity, process,
     runtime::{self, OpenVolume},
     sys, wait,
 };
@@ -303,7 +303,13 @@ pub fn hold(index: usize) -> Result<Arc<OpenVolume>, Errno> {
 /// Gives back what [`hold`] keeps, and waits until it is closed: another program may be about to
 /// open it.
 pub fn let_go() {
-    release_held().into_iter().for_each(runtime::settle);
+    let held = release_held();
+    held.iter().copied().for_each(runtime::settle);
+    if !held.is_empty()
+        && let Some(family) = family::family()
+    {
+        family.wait_for_closing();
+    }
 }
 
 /// Gives back what [`hold`] keeps; answers what it was.
