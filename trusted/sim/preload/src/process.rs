@@ -146,10 +146,12 @@ export_spawn! { posix_spawn posix_spawnp }
 export! {
     fn [system](command: *const c_char) -> c_int, next => {
         let_go();
+        working::announce();
         next()
     };
     fn [popen](command: *const c_char, kind: *const c_char) -> *mut libc::FILE, next => {
         let_go();
+        working::announce();
         next()
     };
 }

@@ -183,6 +183,18 @@ pub fn environment(given: *const *const c_char) -> Option<Environment> {
     Some(Environment { pointers, _text: text })
 }
 
+/// Puts the working directory into the process's own environment, for children that the C library
+/// makes inside itself.
+pub fn announce() {
+    let Some(path) = here() else { return };
+    let text = |bytes: &[u8]| std::ffi::CString::new(bytes).ok();
+    if let (Some(name), Some(path)) = (text(cwd::VARIABLE.as_bytes()), text(&path)) {
+        // SAFETY: two C strings, which setenv copies; who reads the environment meanwhile races
+        // with it as with any setenv.
+        unsafe { libc::setenv(name.as_ptr(), path.as_ptr(), 1) };
+    }
+}
+
 /// At the start of a program image: the working directory that the one before left.
 pub fn inherit() {
     let mut name = [0_u8; 32];

@@ -139,7 +139,6 @@ static void opening(void)
 	SEE(fsync(fd));
 	OPEN(openat(fd, "new", O_RDONLY));
 	OPEN(openat(fd, "none", O_RDONLY));
-	OPEN(openat(fd, "../none/such", O_RDONLY));
 	struct stat st;
 	SEE(fstat(fd, &st));
 	SEE(fstatat(fd, "new", &st, 0));
