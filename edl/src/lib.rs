@@ -17,7 +17,7 @@ pub mod calls {
 }
 
 /// Protocol version spoken by this build, checked at attach.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// `postern_open` flag: open for reading only.
 pub const OPEN_READ_ONLY: u32 = 1;

@@ -5,9 +5,10 @@
 
 use postern_edl::calls::{
     CallError, Carrier, Enclave, FINGERPRINT, Host, Malformed, PosternAttachReply,
-    PosternAttachRequest, PosternAttached, PosternCloseReply, PosternCloseRequest, PosternFile,
-    PosternOpenReply, PosternOpenRequest, PosternStatsReply, PosternStatsRequest, Request,
-    dispatch,
+    PosternAttachRequest, PosternAttached, PosternCloseReply, PosternCloseRequest,
+    PosternCreateReply, PosternCreateRequest, PosternFile, PosternListReply, PosternListRequest,
+    PosternOpenReply, PosternOpenRequest, PosternRemoveReply, PosternRemoveRequest,
+    PosternStatsReply, PosternStatsRequest, Request, dispatch,
 };
 use proptest::prelude::*;
 use std::task::{Context, Poll, Waker};
@@ -43,6 +44,9 @@ enum Any {
     Open(PosternOpenReply),
     Close(PosternCloseReply),
     Stats(PosternStatsReply),
+    Create(PosternCreateReply),
+    Remove(PosternRemoveReply),
+    List(PosternListReply),
 }
 
 macro_rules! told {
@@ -64,6 +68,9 @@ told! {
     postern_open, PosternOpen, PosternOpenRequest, PosternOpenReply, Open;
     postern_close, PosternClose, PosternCloseRequest, PosternCloseReply, Close;
     postern_stats, PosternStats, PosternStatsRequest, PosternStatsReply, Stats;
+    postern_create, PosternCreate, PosternCreateRequest, PosternCreateReply, Create;
+    postern_remove, PosternRemove, PosternRemoveRequest, PosternRemoveReply, Remove;
+    postern_list, PosternList, PosternListRequest, PosternListReply, List;
 }
 
 /// A carrier right into a host.
@@ -116,6 +123,19 @@ fn each_request_is_the_words_that_the_format_says() {
 
     Request::PosternStats(PosternStatsRequest { capacity: 9 }).encode(&mut bytes).unwrap();
     assert_eq!(bytes, words(&[4, 9]));
+
+    let short = u64::from(u16::from_le_bytes(*b"d/"));
+    let create = PosternCreateRequest { name: "d/".into(), blocks: 10 };
+    Request::PosternCreate(create).encode(&mut bytes).unwrap();
+    assert_eq!(bytes, words(&[5, 2, short, 10]));
+
+    let remove = PosternRemoveRequest { name: "d/".into() };
+    Request::PosternRemove(remove).encode(&mut bytes).unwrap();
+    assert_eq!(bytes, words(&[6, 2, short]));
+
+    let list = PosternListRequest { name: "d/".into(), after: String::new(), capacity: 32 };
+    Request::PosternList(list).encode(&mut bytes).unwrap();
+    assert_eq!(bytes, words(&[7, 2, short, 0, 32]));
 }
 
 #[test]
@@ -131,6 +151,19 @@ fn each_reply_is_the_words_that_the_format_says() {
         ),
         (Any::Open(PosternOpenReply { file }), words(&[2, 0, 1]), words(&[0, 1, 0, 77, 512])),
         (Any::Close(PosternCloseReply), words(&[3, 8]), words(&[0])),
+        (
+            Any::Create(PosternCreateReply {
+                file: PosternFile { handle: 1, ..Default::default() },
+            }),
+            words(&[5, 0, 9]),
+            words(&[0, 1, 0, 0, 0]),
+        ),
+        (Any::Remove(PosternRemoveReply), words(&[6, 0]), words(&[0])),
+        (
+            Any::List(PosternListReply { ids: b"ab".to_vec(), length: 2 }),
+            words(&[7, 0, 0, 32]),
+            words(&[0, 2, u64::from(u16::from_le_bytes(*b"ab")), 2]),
+        ),
         (
             Any::Stats(stats),
             words(&[4, 2]),
@@ -219,7 +252,7 @@ fn the_host_is_not_called_for_a_request_that_is_not_one() {
         (vec![], Malformed::Short { word: 0 }),
         (vec![0; 9], Malformed::Ragged { bytes: 9 }),
         (words(&[0]), Malformed::UnknownCall { call: 0 }),
-        (words(&[5, 0]), Malformed::UnknownCall { call: 5 }),
+        (words(&[8, 0]), Malformed::UnknownCall { call: 8 }),
         (words(&[u64::MAX]), Malformed::UnknownCall { call: u64::MAX }),
         (words(&[3]), Malformed::Short { word: 1 }),
         (words(&[3, 1, 1]), Malformed::Long { word: 2 }),
@@ -264,10 +297,17 @@ fn request() -> impl Strategy<Value = Request> {
                 port_bytes,
             })
         }),
-        ("[^\0]{0,40}", any::<u32>())
+        ("[a-z/]{0,40}", any::<u32>())
             .prop_map(|(name, flags)| Request::PosternOpen(PosternOpenRequest { name, flags })),
         any::<u32>().prop_map(|handle| Request::PosternClose(PosternCloseRequest { handle })),
         any::<u64>().prop_map(|capacity| Request::PosternStats(PosternStatsRequest { capacity })),
+        ("[a-z/]{0,20}", any::<u64>()).prop_map(|(name, blocks)| {
+            Request::PosternCreate(PosternCreateRequest { name, blocks })
+        }),
+        "[a-z/]{0,20}".prop_map(|name| Request::PosternRemove(PosternRemoveRequest { name })),
+        ("[a-z/]{0,20}", "[a-z/]{0,20}", any::<u64>()).prop_map(|(name, after, capacity)| {
+            Request::PosternList(PosternListRequest { name, after, capacity })
+        }),
     ]
 }
 

@@ -26,6 +26,9 @@ Examples:
       fio --name=t --filename=/sealed/data --ioengine=libaio --direct=1 \\
           --rw=randrw --bs=4k --iodepth=32 --size=1g --verify=crc32c
 
+  A protected directory for a program that makes its own files:
+    postern run --volume /data/=/srv/data --create 1G -- sh -c 'cd /data && mydatabase init'
+
   The same volume again, with a key of one's own and the latency of every stage saved:
     postern run --volume /sealed/data=/srv/data.vol --key-file /etc/postern/data.key \\
       --stats stages.json -- mydatabase --datafile /sealed/data";
@@ -65,14 +68,20 @@ pub enum Command {
 /// `postern run`.
 #[derive(Args, Debug)]
 pub struct RunArgs {
-    /// The program sees the volume in HOST_FILE under the absolute path GUEST_PATH; may be repeated
+    /// The program sees the volume in HOST_FILE under the absolute path GUEST_PATH; may be repeated.
+    /// With a slash at the end of GUEST_PATH it sees a directory, and HOST_FILE is one: each file
+    /// made there is a volume of its own
     #[arg(long, value_name = "GUEST_PATH=HOST_FILE", required = true)]
     pub volume: Vec<OsString>,
+    /// Most bytes that a file made in a protected directory can have (K, M, G, T)
+    #[arg(long, value_name = "SIZE", value_parser = size::parse, default_value = "16G")]
+    pub file_capacity: u64,
     /// Key of the volumes: 32 bytes, or 64 hexadecimal digits. Without it a development key beside
     /// each volume is used, HOST_FILE.key
     #[arg(long, value_name = "FILE")]
     pub key_file: Option<PathBuf>,
-    /// Make volumes that do not exist, SIZE bytes each (K, M, G, T: powers of 1024)
+    /// Make volumes that do not exist, SIZE bytes each (K, M, G, T: powers of 1024); directories
+    /// are made empty
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     pub create: Option<u64>,
     /// Use the daemon that listens here and start none; HOST_FILE is then the daemon's name for it
@@ -117,7 +126,7 @@ pub struct FormatArgs {
 /// `postern info` and `postern verify`.
 #[derive(Args, Debug)]
 pub struct VolumeArgs {
-    /// The host file of the volume
+    /// The host file of the volume, or the host directory of a protected directory
     pub host_file: PathBuf,
     /// Key of the volume; without it HOST_FILE.key
     #[arg(long, value_name = "FILE")]

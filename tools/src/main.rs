@@ -5,6 +5,7 @@
 
 mod cli;
 mod control;
+mod directory_volume;
 mod disk;
 mod error;
 mod key;

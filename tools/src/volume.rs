@@ -22,6 +22,7 @@ use serde_json::json;
 
 use crate::{
     cli::{FormatArgs, VolumeArgs},
+    directory_volume,
     disk::{Access, FileDisk},
     error::{Exit, Failure},
     key, size,
@@ -103,9 +104,27 @@ pub fn check(path: &Path, key: &[u8; 32], access: Access) -> Result<(), Failure>
     report.loss.map_or(Ok(()), |loss| Err(refused(path, &loss)))
 }
 
+/// The volume in `path`, opened for reading only.
+///
+/// # Errors
+/// As [`check`].
+pub fn open_to_read(
+    path: &Path,
+    key: &SlotKey,
+    access: Access,
+) -> Result<(FileDisk, Volume, OpenReport), Failure> {
+    let disk = FileDisk::open(path, access)?;
+    let (volume, report) = open_with(&disk, path, key)?;
+    Ok((disk, volume, report))
+}
+
 fn open(disk: &FileDisk, path: &Path, key: &[u8; 32]) -> Result<(Volume, OpenReport), Failure> {
+    open_with(disk, path, &SlotKey::new(*key))
+}
+
+fn open_with(disk: &FileDisk, path: &Path, key: &SlotKey) -> Result<(Volume, OpenReport), Failure> {
     let options = OpenOptions { read_only: true, ..OpenOptions::default() };
-    run_to_end(Volume::open(disk, &SlotKey::new(*key), &options)).map_err(|error| match error {
+    run_to_end(Volume::open(disk, key, &options)).map_err(|error| match error {
         VolumeError::Host { place, .. } if place >= disk.host_blocks() => Failure::new(
             Exit::Damaged,
             format_args!("the host file ends before block {place}, which every volume has"),
@@ -175,6 +194,9 @@ pub fn format(args: &FormatArgs) -> Result<(), Failure> {
 /// # Errors
 /// As [`check`].
 pub fn info(args: &VolumeArgs) -> Result<(), Failure> {
+    if args.host_file.is_dir() {
+        return directory_volume::info(args);
+    }
     let (_disk, volume, report) = look(args)?;
     let info = volume.info();
     let uuid: String = info.uuid.iter().map(|byte| format!("{byte:02x}")).collect();
@@ -241,6 +263,9 @@ fn look(args: &VolumeArgs) -> Result<(FileDisk, Volume, OpenReport), Failure> {
 /// As [`check`], except that damage is no error here: a journal or superblock that is gone and
 /// each range of data that cannot be read are reported on a line.
 pub fn verify(args: &VolumeArgs) -> Result<bool, Failure> {
+    if args.host_file.is_dir() {
+        return directory_volume::verify(args);
+    }
     let (disk, volume, report) = look(args)?;
     let mut progress = Progress::start(volume.size());
     let found = damaged_ranges(&disk, &volume, |done| progress.show(done));
@@ -279,7 +304,10 @@ pub fn verify(args: &VolumeArgs) -> Result<bool, Failure> {
 
 /// Reads the whole file of the guest; where a part fails, block by block. Answers the ranges of
 /// bytes that cannot be read, joined where they touch.
-fn damaged_ranges(
+///
+/// # Errors
+/// What reading says, other than `EIO`.
+pub fn damaged_ranges(
     disk: &FileDisk,
     volume: &Volume,
     mut progress: impl FnMut(u64),
@@ -316,6 +344,23 @@ fn damaged_ranges(
 
 /// Plain memory as the target of a read.
 struct Part(Lock<Vec<u8>>);
+
+/// Reads up to `length` bytes at `offset`.
+///
+/// # Errors
+/// `EIO` for damage.
+pub fn read(
+    disk: &FileDisk,
+    volume: &Volume,
+    offset: u64,
+    length: usize,
+) -> Result<Vec<u8>, Errno> {
+    let part = Part(Lock::new(vec![0; length]));
+    let done = run_to_end(volume.read(disk, offset, &part))?;
+    let mut bytes = part.0.into_inner();
+    bytes.truncate(done);
+    Ok(bytes)
+}
 
 impl Buffer for Part {
     fn len(&self) -> usize {

@@ -7,12 +7,14 @@ use std::sync::atomic::Ordering;
 use postern_edl::VERSION;
 use postern_edl::calls::{
     self, Host, PosternAttachReply, PosternAttachRequest, PosternAttached, PosternCloseReply,
-    PosternCloseRequest, PosternFile, PosternOpenReply, PosternOpenRequest, PosternStatsReply,
-    PosternStatsRequest,
+    PosternCloseRequest, PosternCreateReply, PosternCreateRequest, PosternFile, PosternListReply,
+    PosternListRequest, PosternOpenReply, PosternOpenRequest, PosternRemoveReply,
+    PosternRemoveRequest, PosternStatsReply, PosternStatsRequest,
 };
 use rustix::io::Errno;
 
 use crate::daemon::Daemon;
+use crate::files::HostFile;
 use crate::problem::log;
 use crate::region::Region;
 use crate::report::report;
@@ -21,6 +23,9 @@ use crate::socket::{Channel, MAX_REQUEST};
 
 /// Longest statistics text in one answer, bytes: it has to fit one message.
 const MAX_STATS: u64 = 128 << 10;
+/// Most ids in one answer, for the same reason, and the digits of one.
+const MAX_IDS: u64 = 4096;
+const ID_DIGITS: u64 = 32;
 
 /// Serves a connection until its peer, its lane or the daemon ends, then drains its lane.
 /// `stop` resolves when the daemon stops.
@@ -149,12 +154,37 @@ impl Caller {
         let attached = self.attached.as_ref().ok_or(Errno::NOTCONN)?;
         let catalog = &self.daemon.catalog;
         let (handle, file) = attached.session.open(catalog, request.name, request.flags).await?;
-        Ok(PosternFile {
-            handle,
-            flags: file.flags,
-            blocks: file.blocks,
-            alignment: file.alignment,
-        })
+        Ok(shown(handle, &file))
+    }
+
+    async fn create(&mut self, request: PosternCreateRequest) -> Result<PosternFile, Errno> {
+        self.no_descriptors()?;
+        let attached = self.attached.as_ref().ok_or(Errno::NOTCONN)?;
+        let catalog = &self.daemon.catalog;
+        let made = attached.session.create(catalog, request.name, request.blocks);
+        let (handle, file) = made.await?;
+        Ok(shown(handle, &file))
+    }
+
+    async fn remove(&mut self, name: String) -> Result<(), Errno> {
+        self.no_descriptors()?;
+        self.attached.as_ref().ok_or(Errno::NOTCONN)?;
+        let catalog = Arc::clone(&self.daemon.catalog);
+        let removed = tokio::task::spawn_blocking(move || catalog.remove(&name));
+        removed.await.map_err(|_| Errno::IO)?
+    }
+
+    async fn list(&mut self, request: PosternListRequest) -> Result<PosternListReply, Errno> {
+        self.no_descriptors()?;
+        self.attached.as_ref().ok_or(Errno::NOTCONN)?;
+        let PosternListRequest { name, after, capacity } = request;
+        let most =
+            usize::try_from((capacity / ID_DIGITS).min(MAX_IDS)).map_err(|_| Errno::INVAL)?;
+        let catalog = Arc::clone(&self.daemon.catalog);
+        let listed = tokio::task::spawn_blocking(move || catalog.list(&name, &after, most));
+        let ids = listed.await.map_err(|_| Errno::IO)??.concat().into_bytes();
+        let length = ids.len() as u64;
+        Ok(PosternListReply { ids, length })
     }
 
     async fn close(&mut self, handle: u32) -> Result<(), Errno> {
@@ -177,6 +207,11 @@ impl Caller {
         }
         Ok(PosternStatsReply { text, length })
     }
+}
+
+/// What the enclave is told of an open file.
+fn shown(handle: u32, file: &HostFile) -> PosternFile {
+    PosternFile { handle, flags: file.flags, blocks: file.blocks, alignment: file.alignment }
 }
 
 /// A doorbell must be an eventfd: writing to anything else could block or do worse.
@@ -221,5 +256,25 @@ impl Host for Caller {
         request: PosternStatsRequest,
     ) -> Result<PosternStatsReply, u32> {
         self.stats(request.capacity).await.map_err(positive)
+    }
+
+    async fn postern_create(
+        &mut self,
+        request: PosternCreateRequest,
+    ) -> Result<PosternCreateReply, u32> {
+        let file = self.create(request).await.map_err(positive)?;
+        Ok(PosternCreateReply { file })
+    }
+
+    async fn postern_remove(
+        &mut self,
+        request: PosternRemoveRequest,
+    ) -> Result<PosternRemoveReply, u32> {
+        self.remove(request.name).await.map_err(positive)?;
+        Ok(PosternRemoveReply)
+    }
+
+    async fn postern_list(&mut self, request: PosternListRequest) -> Result<PosternListReply, u32> {
+        self.list(request).await.map_err(positive)
     }
 }

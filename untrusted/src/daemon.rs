@@ -36,6 +36,10 @@ pub struct Options {
     /// Lets enclaves open any file beneath DIR by its path relative to DIR; no symbolic links.
     #[arg(long = "root", value_name = "DIR")]
     pub roots: Vec<PathBuf>,
+    /// Lets enclaves make, open and remove files in DIR under NAME: `index`, and names of 32
+    /// hexadecimal digits. A protected directory.
+    #[arg(long = "directory", value_name = "NAME=DIR")]
+    pub directories: Vec<OsString>,
     /// Uses the page cache for files whose file system refuses O_DIRECT, instead of refusing them.
     #[arg(long)]
     pub allow_buffered: bool,
@@ -72,7 +76,12 @@ impl Daemon {
     /// # Errors
     /// A [`Problem`] for the operator.
     pub fn start(options: &Options) -> Result<(Arc<Self>, Listener), Problem> {
-        let catalog = Catalog::new(&options.files, &options.roots, options.allow_buffered)?;
+        let catalog = Catalog::new(
+            &options.files,
+            &options.roots,
+            &options.directories,
+            options.allow_buffered,
+        )?;
         let listener = Listener::bind(&options.socket)?;
         let source = Source::load(!options.no_probes, options.probe_object.as_deref());
         raise_descriptor_limit();
@@ -164,6 +173,6 @@ impl Daemon {
 fn raise_descriptor_limit() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);
-    // What it was is enough for a few lanes; attach says so when it is not.
+    // What it was is enough for a few lanes and files; attach and open say so when it is not.
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
 }

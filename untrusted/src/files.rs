@@ -4,6 +4,8 @@
 //! opened, and looked at before they are (an open can have effects); O_DIRECT unless the operator
 //! allowed buffered I/O; the exclusive lock sits on the same open file description that does the
 //! I/O, so it lasts as long as requests can be under way.
+//! What is made and removed lies in a directory allowed for that, under a name that cannot lead out
+//! of it ([`crate::directory`]).
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -16,6 +18,7 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
+use crate::directory::Directory;
 use crate::problem::{Problem, log};
 
 /// Bytes of a block.
@@ -29,17 +32,19 @@ const CACHE_ONLY: [u64; 2] = [0x0102_1994, 0x8584_58f6];
 pub struct Catalog {
     files: BTreeMap<String, PathBuf>,
     roots: Vec<(PathBuf, OwnedFd)>,
+    directories: BTreeMap<String, Directory>,
     allow_buffered: bool,
 }
 
 impl Catalog {
-    /// Reads `NAME=HOST_FILE` pairs and opens the root directories.
+    /// Reads `NAME=HOST_FILE` and `NAME=DIR` pairs and opens the directories.
     ///
     /// # Errors
-    /// A malformed or doubled pair, a root that can not be opened.
+    /// A malformed or doubled pair, a directory that can not be opened.
     pub fn new(
         files: &[OsString],
         roots: &[PathBuf],
+        directories: &[OsString],
         allow_buffered: bool,
     ) -> Result<Self, Problem> {
         let mut named = BTreeMap::new();
@@ -75,7 +80,20 @@ impl Catalog {
             })?;
             opened.push((root.clone(), fd));
         }
-        Ok(Self { files: named, roots: opened, allow_buffered })
+        let mut writable = BTreeMap::new();
+        for pair in directories {
+            let (name, directory) = Directory::allow(pair)?;
+            if named.contains_key(&name) || writable.insert(name.clone(), directory).is_some() {
+                return Err(Problem::config("name given twice", name, "give each name one place"));
+            }
+        }
+        Ok(Self { files: named, roots: opened, directories: writable, allow_buffered })
+    }
+
+    /// The directory that a name of the form `DIRECTORY/FILE` begins with, and the rest.
+    fn in_directory<'a>(&self, name: &'a str) -> Option<(&Directory, &'a str)> {
+        let (directory, file) = name.split_once('/')?;
+        Some((self.directories.get(directory)?, file))
     }
 
     /// The place behind a name, without opening the file for I/O.
@@ -83,6 +101,9 @@ impl Catalog {
         if let Some(path) = self.files.get(name) {
             let fd = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
             return Ok((fd, path.clone()));
+        }
+        if let Some((directory, file)) = self.in_directory(name) {
+            return directory.locate(file);
         }
         let beneath =
             ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
@@ -131,6 +152,43 @@ impl Catalog {
             log(format_args!("open refused ({errno})"), format_args!("{name:?} = {shown}"), remedy);
         }
         file.map_err(|(errno, _)| errno)
+    }
+
+    /// Makes the file `name` of `blocks` blocks of zeros and opens it. Blocks on the host's file
+    /// system.
+    ///
+    /// # Errors
+    /// `EACCES` outside the directories allowed for it or for a name that is not an id, `EEXIST`,
+    /// `EFBIG`, else the host's; nothing is left behind.
+    pub fn create(&self, name: &str, blocks: u64) -> Result<HostFile, Errno> {
+        let (directory, file) = self.in_directory(name).ok_or(Errno::ACCESS)?;
+        directory.create(file, blocks).inspect_err(|e| {
+            log(
+                format_args!("create refused ({e})"),
+                format_args!("{name:?}"),
+                "it needs --directory NAME=DIR, room in DIR, and the right to write there",
+            );
+        })?;
+        self.open(name, 0).inspect_err(|_| {
+            let _ = directory.remove(file);
+        })
+    }
+
+    /// Removes the file `name`. Blocks on the host's file system.
+    ///
+    /// # Errors
+    /// `EACCES` as for [`Self::create`], `EBUSY` while somebody has it open, else the host's.
+    pub fn remove(&self, name: &str) -> Result<(), Errno> {
+        let (directory, file) = self.in_directory(name).ok_or(Errno::ACCESS)?;
+        directory.remove(file)
+    }
+
+    /// The ids in the directory `name` above `after`, ascending, at most `most` of them.
+    ///
+    /// # Errors
+    /// `EACCES` for a directory that was not allowed, else the host's.
+    pub fn list(&self, name: &str, after: &str, most: usize) -> Result<Vec<String>, Errno> {
+        self.directories.get(name).ok_or(Errno::ACCESS)?.list(after, most)
     }
 }
 

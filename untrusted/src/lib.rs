@@ -9,6 +9,7 @@
 
 pub mod connection;
 pub mod daemon;
+pub mod directory;
 pub mod engine;
 pub mod files;
 pub mod histogram;

@@ -300,16 +300,23 @@ impl Session {
             open.opens = open.opens.checked_add(1).ok_or(Errno::MFILE)?;
             return Ok((open.handle, Arc::clone(&open.file)));
         }
-        let used = |slot| state.files.iter().any(|open| slot_of(open.handle) == slot);
-        let slot = (0..MAX_FILES).find(|&slot| !used(slot)).ok_or(Errno::MFILE)?;
         let catalog = Arc::clone(catalog);
-        let opened = tokio::task::spawn_blocking(move || catalog.open(&name, flags));
-        let file = Arc::new(opened.await.map_err(|_| Errno::IO)??);
-        state.serial = state.serial.wrapping_add(1);
-        let handle = state.serial.wrapping_mul(MAX_FILES as u32) | slot as u32;
-        state.tell(|done| Command::Open { handle, file: Arc::clone(&file), done }).await;
-        state.files.push(OpenFile { handle, opens: 1, file: Arc::clone(&file) });
-        Ok((handle, file))
+        state.add(move || catalog.open(&name, flags)).await
+    }
+
+    /// Makes a file for the session and opens it.
+    ///
+    /// # Errors
+    /// As [`Catalog::create`]; `EMFILE` beyond [`MAX_FILES`].
+    pub async fn create(
+        &self,
+        catalog: &Arc<Catalog>,
+        name: String,
+        blocks: u64,
+    ) -> Result<(u32, Arc<HostFile>), Errno> {
+        let mut state = self.state.lock().await;
+        let catalog = Arc::clone(catalog);
+        state.add(move || catalog.create(&name, blocks)).await
     }
 
     /// Closes a file once; the last close waits for what is in flight on it and releases it.
@@ -330,6 +337,28 @@ impl Session {
 }
 
 impl State {
+    /// Opens a file with `open` in a free slot and tells every lane of it.
+    async fn add(
+        &mut self,
+        open: impl FnOnce() -> Result<HostFile, Errno> + Send + 'static,
+    ) -> Result<(u32, Arc<HostFile>), Errno> {
+        let mut used = [false; MAX_FILES];
+        self.files.iter().for_each(|open| used[slot_of(open.handle)] = true);
+        let slot = used.iter().position(|used| !used).ok_or(Errno::MFILE).inspect_err(|e| {
+            log(
+                format_args!("open refused ({e}): {MAX_FILES} files are open"),
+                "one session",
+                "the program must close some first",
+            );
+        })?;
+        let file = Arc::new(tokio::task::spawn_blocking(open).await.map_err(|_| Errno::IO)??);
+        self.serial = self.serial.wrapping_add(1);
+        let handle = self.serial.wrapping_mul(MAX_FILES as u32) | slot as u32;
+        self.tell(|done| Command::Open { handle, file: Arc::clone(&file), done }).await;
+        self.files.push(OpenFile { handle, opens: 1, file: Arc::clone(&file) });
+        Ok((handle, file))
+    }
+
     /// Tells every lane and waits until all have answered or ended.
     async fn tell(&self, command: impl Fn(oneshot::Sender<()>) -> Command) {
         let mut answers = Vec::with_capacity(self.lanes.len());

@@ -39,6 +39,8 @@ pub struct Orders<'a> {
     pub socket: &'a Path,
     /// Name and absolute path of each host file.
     pub files: Vec<(&'a str, &'a Path)>,
+    /// Name and absolute path of each directory of volumes.
+    pub directories: Vec<(&'a str, &'a Path)>,
     /// Where it leaves its statistics when it stops.
     pub stats: &'a Path,
     /// Where its standard error goes.
@@ -82,11 +84,13 @@ impl Daemon {
             .map_err(|e| Failure::io("cannot write the daemon's log", orders.log.display(), &e))?;
         let mut command = Command::new(orders.executable);
         command.arg("--socket").arg(orders.socket).arg("--stats-file").arg(orders.stats);
-        for (name, path) in &orders.files {
-            let mut file = OsString::from(name);
-            file.push("=");
-            file.push(path);
-            command.arg("--file").arg(file);
+        let files = orders.files.iter().map(|place| ("--file", place));
+        let directories = orders.directories.iter().map(|place| ("--directory", place));
+        for (option, (name, path)) in files.chain(directories) {
+            let mut place = OsString::from(name);
+            place.push("=");
+            place.push(path);
+            command.arg(option).arg(place);
         }
         if orders.allow_buffered {
             command.arg("--allow-buffered");

@@ -22,7 +22,7 @@ use std::{
     process::{Child, Command, ExitStatus},
 };
 
-use postern_sim::config::{RUN_VARIABLE, RunConfig, VolumeConfig};
+use postern_sim::config::{DirectoryConfig, RUN_VARIABLE, RunConfig, VolumeConfig};
 use rustix::process::{Pid, Signal, kill_process};
 
 use self::{
@@ -34,6 +34,7 @@ use self::{
 };
 use crate::{
     cli::RunArgs,
+    directory_volume,
     disk::Access,
     error::{Exit, Failure},
     key, stats, volume,
@@ -63,7 +64,8 @@ pub fn run(args: &RunArgs) -> Result<u8, Failure> {
             let orders = Orders {
                 executable: plan.daemon.as_deref().unwrap_or(Path::new("posternd")),
                 socket: &socket,
-                files: volumes.iter().map(|v| (v.name.as_str(), v.host_file.as_path())).collect(),
+                files: places(&volumes, false),
+                directories: places(&volumes, true),
                 stats: &left_stats,
                 log: args.daemon_log.clone().unwrap_or_else(|| directory.join("daemon.log")),
                 allow_buffered: args.allow_buffered,
@@ -77,7 +79,8 @@ pub fn run(args: &RunArgs) -> Result<u8, Failure> {
             (socket, Some(daemon))
         }
     };
-    let run_file = directory.write("run.json", &run_config(&socket, &volumes)?)?;
+    let config = run_config(&socket, &volumes, args.file_capacity)?;
+    let run_file = directory.write("run.json", &config)?;
     let mut guest = start(args, &plan, &volumes, &run_file, &signals)?;
     let status = attend(&mut guest, daemon.as_mut(), &signals)?;
 
@@ -99,6 +102,12 @@ pub fn run(args: &RunArgs) -> Result<u8, Failure> {
     Ok(code_of(status))
 }
 
+/// Names and paths of the volumes, or of the directories of volumes.
+fn places(volumes: &[ReadyVolume], directories: bool) -> Vec<(&str, &Path)> {
+    let chosen = volumes.iter().filter(|volume| volume.directory == directories);
+    chosen.map(|volume| (volume.name.as_str(), volume.host_file.as_path())).collect()
+}
+
 /// A volume of this run, ready.
 struct ReadyVolume {
     guest_path: String,
@@ -108,16 +117,19 @@ struct ReadyVolume {
     host_file: PathBuf,
     /// Absolute.
     key_file: PathBuf,
+    /// A directory of volumes.
+    directory: bool,
 }
 
 /// Makes what is to be made and looks at what exists: its key, its header, its newest state.
 fn local_volumes(args: &RunArgs, plan: &Plan) -> Result<Vec<ReadyVolume>, Failure> {
     let mut ready = Vec::with_capacity(plan.volumes.len());
     for (number, planned) in plan.volumes.iter().enumerate() {
-        let PlannedVolume { guest_path, host_file } = planned;
+        let PlannedVolume { guest_path, host_file, directory } = planned;
         let access = Access { write: true, allow_buffered: args.allow_buffered };
         let exists = std::fs::symlink_metadata(host_file).is_ok();
         let key_file = match (exists, args.create) {
+            (_, _) if *directory => directory_volume::prepare(host_file, args, access)?,
             (false, Some(size)) => {
                 key::choose_and_make(args.key_file.as_deref(), host_file, |key| {
                     volume::make(host_file, size, key, access)
@@ -137,6 +149,7 @@ fn local_volumes(args: &RunArgs, plan: &Plan) -> Result<Vec<ReadyVolume>, Failur
             name: format!("v{number}"),
             host_file: absolute(host_file)?,
             key_file: absolute(&key_file)?,
+            directory: *directory,
         });
     }
     Ok(ready)
@@ -162,6 +175,7 @@ fn remote_volumes(args: &RunArgs, plan: &Plan) -> Result<Vec<ReadyVolume>, Failu
             name: planned.host_file.to_string_lossy().into_owned(),
             host_file: PathBuf::new(),
             key_file: key_file.clone(),
+            directory: planned.directory,
         })
         .collect())
 }
@@ -170,7 +184,11 @@ fn absolute(path: &Path) -> Result<PathBuf, Failure> {
     path.canonicalize().map_err(|error| Failure::io("cannot find", path.display(), &error))
 }
 
-fn run_config(socket: &Path, volumes: &[ReadyVolume]) -> Result<Vec<u8>, Failure> {
+fn run_config(
+    socket: &Path,
+    volumes: &[ReadyVolume],
+    file_capacity: u64,
+) -> Result<Vec<u8>, Failure> {
     let text = |path: &Path| {
         path.to_str().map(str::to_owned).ok_or_else(|| {
             Failure::new(Exit::Usage, "a path is not UTF-8", path.display(), "use another path")
@@ -180,11 +198,24 @@ fn run_config(socket: &Path, volumes: &[ReadyVolume]) -> Result<Vec<u8>, Failure
         socket: text(socket)?,
         volumes: volumes
             .iter()
+            .filter(|volume| !volume.directory)
             .map(|volume| {
                 Ok(VolumeConfig {
                     guest_path: volume.guest_path.clone(),
                     name: volume.name.clone(),
                     key_file: text(&volume.key_file)?,
+                })
+            })
+            .collect::<Result<_, Failure>>()?,
+        directories: volumes
+            .iter()
+            .filter(|volume| volume.directory)
+            .map(|volume| {
+                Ok(DirectoryConfig {
+                    guest_path: volume.guest_path.clone(),
+                    name: volume.name.clone(),
+                    key_file: text(&volume.key_file)?,
+                    file_capacity,
                 })
             })
             .collect::<Result<_, Failure>>()?,
@@ -294,17 +325,22 @@ mod tests {
 
     #[test]
     fn the_run_file_says_what_the_enclave_reads() {
-        let volumes = [ReadyVolume {
-            guest_path: "/sealed/data".into(),
-            name: "v0".into(),
+        let volume = |guest_path: &str, name: &str, directory| ReadyVolume {
+            guest_path: guest_path.into(),
+            name: name.into(),
             host_file: "/h/data.vol".into(),
             key_file: "/h/data.vol.key".into(),
-        }];
-        let bytes = run_config(Path::new("/r/daemon.sock"), &volumes).unwrap();
+            directory,
+        };
+        let volumes = [volume("/sealed/data", "v0", false), volume("/data", "v1", true)];
+        let bytes = run_config(Path::new("/r/daemon.sock"), &volumes, 4096).unwrap();
         let json: serde_json::Value = serde_json::from_slice(&bytes).unwrap();
         assert_eq!(json["socket"], "/r/daemon.sock");
         assert_eq!(json["volumes"][0]["guest_path"], "/sealed/data");
         assert_eq!(json["volumes"][0]["name"], "v0");
         assert_eq!(json["volumes"][0]["key_file"], "/h/data.vol.key");
+        assert_eq!(json["directories"][0]["guest_path"], "/data");
+        assert_eq!(json["directories"][0]["name"], "v1");
+        assert_eq!(json["directories"][0]["file_capacity"], 4096);
     }
 }

@@ -24,6 +24,8 @@ pub struct PlannedVolume {
     pub guest_path: String,
     /// Host file as given; with a daemon of someone else's, that daemon's name for it.
     pub host_file: PathBuf,
+    /// A directory of files, each a volume; the guest path was given with a slash at its end.
+    pub directory: bool,
 }
 
 /// Everything that could be checked without touching a volume.
@@ -78,6 +80,14 @@ impl Plan {
     }
 }
 
+impl PlannedVolume {
+    /// Whether `other` lies beneath this one's path.
+    fn has(&self, other: &Self) -> bool {
+        let rest = other.guest_path.strip_prefix(&self.guest_path);
+        rest.is_some_and(|rest| rest.starts_with('/'))
+    }
+}
+
 /// Reads every `--volume`.
 fn volumes(given: &[OsString]) -> Result<Vec<PlannedVolume>, Failure> {
     if given.len() > MOST_VOLUMES {
@@ -96,6 +106,14 @@ fn volumes(given: &[OsString]) -> Result<Vec<PlannedVolume>, Failure> {
         };
         if !guests.insert(volume.guest_path.clone()) {
             return Err(twice("two volumes under one path", &volume.guest_path));
+        }
+        if let Some(other) = volumes.iter().find(|other| other.directory && other.has(volume)) {
+            return Err(Failure::new(
+                Exit::Usage,
+                "one protected path inside another",
+                format_args!("{} in {}/", volume.guest_path, other.guest_path),
+                "put them side by side",
+            ));
         }
         let host = volume.host_file.canonicalize().unwrap_or_else(|_| volume.host_file.clone());
         if !hosts.insert(host) {
@@ -123,6 +141,10 @@ fn volume(given: &OsString) -> Result<PlannedVolume, Failure> {
     let Ok(guest_path) = str::from_utf8(guest) else {
         return Err(bad("the guest path is not UTF-8", "use another path"));
     };
+    let (guest_path, directory) = match guest_path.strip_suffix('/') {
+        Some(path) if !path.is_empty() => (path, true),
+        _ => (guest_path, false),
+    };
     if !guest_path.starts_with('/') {
         return Err(bad("the guest path is not absolute", "write it from the root, /like/this"));
     }
@@ -131,7 +153,7 @@ fn volume(given: &OsString) -> Result<PlannedVolume, Failure> {
     if !plain || guest_path.len() > 4095 {
         return Err(bad(
             "the guest path is not a plain file path",
-            "leave out `.`, `..`, empty parts and a slash at the end",
+            "leave out `.`, `..` and empty parts; a slash at the end makes it a directory",
         ));
     }
     if host.is_empty() {
@@ -141,7 +163,7 @@ fn volume(given: &OsString) -> Result<PlannedVolume, Failure> {
     if host_file.to_str().is_none() {
         return Err(bad("the host file's path is not UTF-8", "use another path"));
     }
-    Ok(PlannedVolume { guest_path: guest_path.to_owned(), host_file })
+    Ok(PlannedVolume { guest_path: guest_path.to_owned(), host_file, directory })
 }
 
 #[cfg(test)]
@@ -168,7 +190,7 @@ mod tests {
             "./x=h",
             "/=h",
             "//x=h",
-            "/x/=h",
+            "/x//=h",
             "/x/../y=h",
             "/./x=h",
         ] {
@@ -176,6 +198,16 @@ mod tests {
             assert_eq!(failure.exit, Exit::Usage, "{text}");
             assert!(failure.to_string().contains(text), "{failure}");
         }
+    }
+
+    #[test]
+    fn a_slash_at_the_end_makes_a_directory_that_nothing_else_lies_in() {
+        let made = volume(&"/data/=host".into()).unwrap();
+        assert_eq!((made.guest_path.as_str(), made.directory), ("/data", true));
+        let of = |list: &[&str]| volumes(&list.iter().map(OsString::from).collect::<Vec<_>>());
+        assert!(of(&["/data/=x", "/data2=y", "/other/=z"]).is_ok());
+        assert!(of(&["/data/=x", "/data/file=y"]).is_err());
+        assert!(of(&["/data/=x", "/data=y"]).is_err());
     }
 
     #[test]

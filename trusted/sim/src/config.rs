@@ -12,6 +12,22 @@ pub struct RunConfig {
     pub socket: String,
     /// The protected files.
     pub volumes: Vec<VolumeConfig>,
+    /// The protected directories.
+    #[serde(default)]
+    pub directories: Vec<DirectoryConfig>,
+}
+
+/// One protected directory.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct DirectoryConfig {
+    /// Absolute path under which the guest sees the directory, without a slash at the end.
+    pub guest_path: String,
+    /// Name of the directory at the daemon.
+    pub name: String,
+    /// File that holds the key.
+    pub key_file: String,
+    /// Most bytes that a file made in it can have; a multiple of 4096.
+    pub file_capacity: u64,
 }
 
 /// One protected file.

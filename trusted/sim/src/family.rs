@@ -4,22 +4,24 @@
 //! A volume is opened by the first process that needs it and closed cleanly when its last user is
 //! gone. Its core lives in the arena; every process reaches the host over a lane of its own.
 //!
+//! Volumes of the run file and the indexes of protected directories keep their number; a file of a
+//! protected directory has one while it is open.
+//!
 //! Holds: a volume is open at most once per family; nobody opens it while it is being closed; a
 //! process that dies while it opens, closes or works on a volume ends the family (the next open
 //! recovers), instead of leaving others waiting for ever.
 
-use core::sync::atomic::{AtomicBool, Ordering};
+mod opening;
+
+use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::Arc;
 
-use postern_trusted::{
-    errno::Errno,
-    sync::Lock,
-    volume::{OpenOptions, SlotKey, Volume, VolumeError},
-};
+use postern_trusted::{directory::FileId, errno::Errno, sync::Lock, volume::Volume};
 
 use crate::{
     arena,
     config::{self, RunConfig, VolumeConfig},
+    directory::{Directory, Member},
     identity, message,
     process::{self, Process},
     spin::Tickets,
@@ -36,7 +38,11 @@ pub struct Family {
     pub session: Lock<Option<Session>>,
     /// Which threads may spin.
     pub tickets: Tickets,
-    volumes: Vec<Entry>,
+    /// The protected directories.
+    pub directories: Vec<Directory>,
+    volumes: Lock<Vec<Option<Arc<Entry>>>>,
+    /// Volumes that are being closed, until all that goes with it is done.
+    closing: AtomicUsize,
     processes: Lock<Vec<&'static Process>>,
 }
 
@@ -49,12 +55,46 @@ pub struct Session {
     pub token: [u64; 2],
 }
 
+/// Map nodes of a directory's file in memory, in bytes: a thousand files share the arena.
+const FILE_CACHE: usize = 2 << 20;
+
 struct Entry {
-    config: VolumeConfig,
+    source: Source,
     slot: Lock<Slot>,
 }
 
+/// A file of a protected directory that is to be opened.
+#[derive(Clone)]
+pub struct Wanted {
+    /// The directory's number.
+    pub directory: usize,
+    /// Inode.
+    pub inode: u64,
+    /// Id of its volume.
+    pub id: FileId,
+    /// Its volume is to be made.
+    pub fresh: bool,
+    /// What messages call it.
+    pub path: String,
+}
+
+/// Where a volume comes from.
+enum Source {
+    Volume(VolumeConfig),
+    /// The index of the directory with this number.
+    Index(usize),
+    File(Wanted),
+}
+
+impl Source {
+    fn is_file(&self, directory: usize, inode: u64) -> bool {
+        matches!(self, Self::File(file) if file.directory == directory && file.inode == inode)
+    }
+}
+
 enum State {
+    /// A file's entry that was taken out of the list.
+    Retired,
     Closed,
     /// Being opened or closed by this process.
     Busy(u32),
@@ -69,10 +109,14 @@ struct Slot {
 
 /// A volume that the family has open.
 pub struct OpenVolume {
-    /// Index in the run file.
+    /// Its number in the family while it is open.
     pub index: usize,
     /// The volume's core.
     pub volume: Volume,
+    /// For a file of a protected directory: which.
+    pub member: Option<Member>,
+    /// It was closed cleanly before.
+    pub clean: bool,
     /// The host file's handle in the session.
     pub handle: u32,
     /// Size of the host file in blocks.
@@ -133,20 +177,24 @@ fn read_config() -> Option<&'static Family> {
 
 impl Family {
     fn new(config: RunConfig, kick: i32) -> Self {
-        let volumes = config
-            .volumes
+        let volumes = config.volumes.iter().cloned().map(Source::Volume);
+        let first_index = config.volumes.len();
+        let directories: Vec<Directory> = config
+            .directories
             .iter()
-            .map(|config| Entry {
-                config: config.clone(),
-                slot: Lock::new(Slot { state: State::Closed, users: 0 }),
-            })
+            .enumerate()
+            .map(|(number, config)| Directory::new(number, first_index + number, config.clone()))
             .collect();
+        let volumes = volumes.chain((0..directories.len()).map(Source::Index));
+        let volumes = volumes.map(|source| Some(Arc::new(Entry::new(source)))).collect();
         Self {
             config,
             kick,
             session: Lock::new(None),
             tickets: Tickets::new(wait::processors()),
-            volumes,
+            directories,
+            volumes: Lock::new(volumes),
+            closing: AtomicUsize::new(0),
             processes: Lock::new(Vec::with_capacity(64)),
         }
     }
@@ -154,13 +202,25 @@ impl Family {
     /// The volume that the guest sees at `path` (absolute, normalised).
     #[must_use]
     pub fn volume_of(&self, path: &[u8]) -> Option<usize> {
-        self.volumes.iter().position(|entry| entry.config.guest_path.as_bytes() == path)
+        self.config.volumes.iter().position(|volume| volume.guest_path.as_bytes() == path)
     }
 
-    /// Path under which the guest sees volume `index`.
+    /// Path under which the guest sees volume `index`, as it was when the volume was opened.
     #[must_use]
-    pub fn guest_path(&self, index: usize) -> &str {
-        &self.volumes[index].config.guest_path
+    pub fn guest_path(&self, index: usize) -> String {
+        self.entry(index).map_or_else(String::new, |entry| self.path_of(&entry.source))
+    }
+
+    fn path_of(&self, source: &Source) -> String {
+        match source {
+            Source::Volume(config) => config.guest_path.clone(),
+            Source::Index(number) => self.directories[*number].config.guest_path.clone(),
+            Source::File(file) => file.path.clone(),
+        }
+    }
+
+    fn entry(&self, index: usize) -> Option<Arc<Entry>> {
+        self.volumes.lock().get(index)?.clone()
     }
 
     /// Opens volume `index`, or joins it if it is open, as one more user. Ends with
@@ -169,26 +229,98 @@ impl Family {
     /// # Errors
     /// `EIO` with a message on stderr that says why; `EBUSY` if another program has it.
     pub fn acquire(&self, index: usize) -> Result<Arc<OpenVolume>, Errno> {
-        let entry = &self.volumes[index];
+        let entry = self.entry(index).ok_or(Errno::EIO)?;
+        self.join(index, &entry)?.ok_or(Errno::EIO)
+    }
+
+    /// As [`Self::acquire`] for a file of a protected directory, whose index the caller has open.
+    ///
+    /// # Errors
+    /// As [`Self::acquire`].
+    pub fn acquire_file(&self, wanted: &Wanted) -> Result<Arc<OpenVolume>, Errno> {
+        loop {
+            let (index, entry) = self.enter(wanted);
+            match self.join(index, &entry) {
+                Ok(Some(volume)) => return Ok(volume),
+                Ok(None) => {} // Retired meanwhile.
+                Err(errno) => {
+                    self.retire(index, &entry);
+                    return Err(errno);
+                }
+            }
+        }
+    }
+
+    /// The entry of a file, made if there is none.
+    fn enter(&self, wanted: &Wanted) -> (usize, Arc<Entry>) {
+        let mut volumes = self.volumes.lock();
+        let found = volumes.iter().enumerate().find_map(|(index, entry)| {
+            let entry = entry.as_ref()?;
+            entry.source.is_file(wanted.directory, wanted.inode).then(|| (index, entry.clone()))
+        });
+        if let Some(found) = found {
+            return found;
+        }
+        let entry = Arc::new(Entry::new(Source::File(wanted.clone())));
+        let free = volumes.iter().position(Option::is_none);
+        let index = free.unwrap_or(volumes.len());
+        match free {
+            Some(index) => volumes[index] = Some(entry.clone()),
+            None => volumes.push(Some(entry.clone())),
+        }
+        (index, entry)
+    }
+
+    /// Takes the entry of a file that is closed out of the list.
+    fn retire(&self, index: usize, entry: &Arc<Entry>) {
+        if !matches!(entry.source, Source::File(_)) {
+            return;
+        }
+        let mut volumes = self.volumes.lock();
+        let mut slot = entry.slot.lock();
+        if matches!(slot.state, State::Closed)
+            && volumes[index].as_ref().is_some_and(|listed| Arc::ptr_eq(listed, entry))
+        {
+            slot.state = State::Retired;
+            volumes[index] = None;
+        }
+    }
+
+    /// The open volume of a file of a protected directory, if it is open now, without a user more;
+    /// `Some(None)` while it is being opened or closed.
+    pub fn open_file(&self, directory: usize, inode: u64) -> Option<Option<Arc<OpenVolume>>> {
+        let volumes = self.volumes.lock();
+        let mut entries = volumes.iter().flatten();
+        let entry = entries.find(|entry| entry.source.is_file(directory, inode))?;
+        match &entry.slot.lock().state {
+            State::Open(volume) => Some(Some(volume.clone())),
+            State::Busy(_) => Some(None),
+            State::Closed | State::Retired => None,
+        }
+    }
+
+    /// `None`: the entry is no longer in the list.
+    fn join(&self, index: usize, entry: &Entry) -> Result<Option<Arc<OpenVolume>>, Errno> {
         loop {
             let mut slot = entry.slot.lock();
             match &slot.state {
+                State::Retired => return Ok(None),
                 State::Open(volume) => {
                     let volume = volume.clone();
                     slot.users += 1;
-                    return Ok(volume);
+                    return Ok(Some(volume));
                 }
                 State::Closed => {
                     slot.state = State::Busy(identity::process_id());
                     drop(slot);
-                    let opened = self.open(index, &entry.config);
+                    let opened = self.open(index, &entry.source);
                     let mut slot = entry.slot.lock();
                     return match opened {
                         Ok(volume) => {
                             let volume = Arc::new(volume);
                             slot.state = State::Open(volume.clone());
                             slot.users = 1;
-                            Ok(volume)
+                            Ok(Some(volume))
                         }
                         Err(errno) => {
                             slot.state = State::Closed;
@@ -207,26 +339,30 @@ impl Family {
 
     /// One more user of an open volume (a request in flight).
     pub fn retain(&self, volume: &OpenVolume) {
-        self.volumes[volume.index].slot.lock().users += 1;
+        if let Some(entry) = self.entry(volume.index) {
+            entry.slot.lock().users += 1;
+        }
     }
 
     /// One user less; `true` if it was the last: the caller closes with [`Self::close`].
     #[must_use]
     pub fn release(&self, volume: &OpenVolume) -> bool {
-        let mut slot = self.volumes[volume.index].slot.lock();
+        let Some(entry) = self.entry(volume.index) else { return false };
+        let mut slot = entry.slot.lock();
         slot.users = slot.users.saturating_sub(1);
         slot.users == 0
     }
 
     /// Closes volume `index` if nobody uses it.
     pub async fn close(&self, index: usize) {
-        let entry = &self.volumes[index];
+        let Some(entry) = self.entry(index) else { return };
         let volume = {
             let mut slot = entry.slot.lock();
             match &slot.state {
                 State::Open(volume) if slot.users == 0 => {
                     let volume = volume.clone();
                     slot.state = State::Busy(identity::process_id());
+                    self.closing.fetch_add(1, Ordering::AcqRel);
                     volume
                 }
                 _ => return,
@@ -234,76 +370,53 @@ impl Family {
         };
         match process::current().disk(&volume) {
             Ok(disk) => {
+                if let Source::Index(number) = entry.source {
+                    self.directories[number].publish_rest(&volume, &disk).await;
+                }
+                let size = volume.size();
                 if let Err(errno) = volume.volume.close(&disk).await {
-                    volume.report(&entry.config.guest_path, "closing failed", errno);
+                    volume.report(&self.path_of(&entry.source), "closing failed", errno);
+                } else if let Some(member) = &volume.member {
+                    self.directories[member.directory].remember(member, size);
                 }
                 process::current().give_back(volume.handle);
             }
-            Err(errno) => volume.report(&entry.config.guest_path, "closing failed", errno),
+            Err(errno) => volume.report(&self.path_of(&entry.source), "closing failed", errno),
         }
         entry.slot.lock().state = State::Closed;
+        self.retire(index, &entry);
+        if let Some(member) = &volume.member {
+            self.directories[member.directory].reap(self, member.inode);
+            if self.release(&member.index) {
+                // One level: an index is no member.
+                Box::pin(self.close(member.index.index)).await;
+            }
+        }
+        self.closing.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// Waits until nothing is being closed any more, by whichever process.
+    pub fn wait_for_closing(&self) {
+        while self.closing.load(Ordering::Acquire) > 0 {
+            process::pause();
+        }
+    }
+
+    /// Waits while volume `index` is being opened or closed.
+    pub fn wait_for_rest(&self, index: usize) {
+        while let Some(entry) = self.entry(index) {
+            let State::Busy(by) = entry.slot.lock().state else { return };
+            wait_for(by);
+        }
     }
 
     /// Volumes that are open now.
     pub fn open_volumes(&self) -> impl Iterator<Item = Arc<OpenVolume>> {
-        self.volumes.iter().filter_map(|entry| match &entry.slot.lock().state {
+        let length = self.volumes.lock().len();
+        (0..length).filter_map(|index| match &self.entry(index)?.slot.lock().state {
             State::Open(volume) => Some(volume.clone()),
             _ => None,
         })
-    }
-
-    fn open(&self, index: usize, config: &VolumeConfig) -> Result<OpenVolume, Errno> {
-        let process = process::current();
-        let path = &config.guest_path;
-        let key = message::read_file(config.key_file.as_bytes(), 4096).map_err(|errno| {
-            message::say(&format!("{path}: cannot read key file {}: {errno}", config.key_file));
-            Errno::EIO
-        })?;
-        let key = config::parse_key(&key).map_err(|bad| {
-            message::say(&format!("{path}: key file {}: {bad}", config.key_file));
-            Errno::EIO
-        })?;
-        let file = process.open_host_file(&config.name).inspect_err(|errno| {
-            let hint = match *errno {
-                Errno::EBUSY => "another program has this volume open; wait until it ends",
-                Errno::EINVAL => "the host's file system refuses O_DIRECT",
-                Errno::ENOENT => "the host file is gone, or the daemon was not told of it",
-                _ => "the daemon refused the host file; its own messages say more",
-            };
-            message::say(&format!("{path}: {}: {errno}: {hint}", config.name));
-        })?;
-        let disk = process.lane_file(file.handle, file.blocks);
-        let key = SlotKey::new(key);
-        let opened = disk.and_then(|disk| {
-            process.block_on(Volume::open(&disk, &key, &OpenOptions::default())).map_err(
-                |error: VolumeError| {
-                    message::say(&format!("{path}: {error}"));
-                    Errno::EIO
-                },
-            )
-        });
-        match opened {
-            Ok((volume, report)) => {
-                if !report.clean && report.journal_blocks > 0 {
-                    message::say(&format!(
-                        "{path}: recovered after a crash: {} journal blocks replayed, {} records \
-                         applied, {} unsynced ones skipped",
-                        report.journal_blocks, report.records_applied, report.records_skipped
-                    ));
-                }
-                Ok(OpenVolume {
-                    index,
-                    volume,
-                    handle: file.handle,
-                    host_blocks: file.blocks,
-                    failed: AtomicBool::new(false),
-                })
-            }
-            Err(errno) => {
-                process.give_back(file.handle);
-                Err(errno)
-            }
-        }
     }
 
     /// Notes a process of the family.
@@ -335,8 +448,14 @@ impl Family {
     }
 }
 
+impl Entry {
+    fn new(source: Source) -> Self {
+        Self { source, slot: Lock::new(Slot { state: State::Closed, users: 0 }) }
+    }
+}
+
 /// Another process opens or closes the volume: waits a moment.
-fn wait_for(other: u32) {
+pub(crate) fn wait_for(other: u32) {
     if other != identity::process_id() && !identity::is_alive(other) {
         end_torn(other);
     }

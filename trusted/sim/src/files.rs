@@ -25,6 +25,7 @@ use std::sync::Arc;
 use postern_trusted::errno::Errno;
 
 use crate::{
+    directory::{self, Listing},
     identity,
     runtime::{self, OpenVolume},
     sys,
@@ -52,6 +53,8 @@ pub struct OpenFile {
     /// Where read(2) and write(2) go on, in bytes.
     position: AtomicU64,
     locks: locks::Description,
+    /// For a directory: its entries. The volume is then the index that they come from.
+    listing: Option<Listing>,
 }
 
 impl OpenFile {
@@ -59,6 +62,27 @@ impl OpenFile {
     #[must_use]
     pub fn volume(&self) -> &OpenVolume {
         &self.volume
+    }
+
+    /// The entries of a directory; `None` for a file.
+    #[must_use]
+    pub fn listing(&self) -> Option<&Listing> {
+        self.listing.as_ref()
+    }
+
+    /// A directory has no content: what reads and writes answer.
+    ///
+    /// # Errors
+    /// `EISDIR`.
+    pub fn content(&self) -> Result<(), Errno> {
+        if self.listing.is_some() { Err(Errno::EISDIR) } else { Ok(()) }
+    }
+
+    /// Directory number and inode of what is in a protected directory.
+    #[must_use]
+    pub fn node(&self) -> Option<(usize, u64)> {
+        let listed = self.listing.as_ref().map(|listing| (listing.directory, listing.inode));
+        listed.or_else(|| self.volume.member.as_ref().map(|m| (m.directory, m.inode)))
     }
 
     /// The volume's index in the run file.
@@ -182,17 +206,35 @@ pub fn open(index: usize, flags: i32) -> Result<i32, Errno> {
     if is_guest_of_its_parents_memory() {
         return Err(Errno::EACCES);
     }
+    install(runtime::open_volume(index)?, None, flags)
+}
+
+/// Gives an open volume a descriptor; with a `listing` it is a directory's. Its user passes to the
+/// open file, or is given back on an error.
+///
+/// # Errors
+/// `EACCES` in a vfork child; `EMFILE`, `ENFILE`, `ENOMEM`; what O_TRUNC says.
+pub fn install(
+    volume: Arc<OpenVolume>,
+    listing: Option<Listing>,
+    flags: i32,
+) -> Result<i32, Errno> {
+    let is_path = flags & libc::O_PATH != 0;
     let close_on_exec = flags & libc::O_CLOEXEC != 0;
     // O_PATH drops everything but these (open(2)).
-    let kept = libc::O_PATH | libc::O_NOFOLLOW;
+    let kept = libc::O_PATH | libc::O_NOFOLLOW | libc::O_DIRECTORY;
     let kept = if is_path { flags & kept } else { flags & !OPEN_ONLY | LARGE_FILE };
     let file = Arc::new(OpenFile {
-        volume: runtime::open_volume(index)?,
-        index,
+        index: volume.index,
+        volume,
         flags: AtomicI32::new(kept),
         position: AtomicU64::new(0),
         locks: locks::Description::new(),
+        listing,
     });
+    if is_guest_of_its_parents_memory() {
+        return Err(Errno::EACCES);
+    }
     let fd = placeholder::make(close_on_exec)?;
     if !is_path
         && flags & libc::O_TRUNC != 0
@@ -365,18 +407,21 @@ impl Transit {
 /// [`fork_parent`] or [`fork_child`].
 pub fn fork_prepare() -> Transit {
     attributes::fork_prepare();
+    directory::cwd::fork_prepare();
     Transit(TABLE.fork_prepare())
 }
 
 /// After a fork, in the parent, whether it came about or not.
 pub fn fork_parent() {
     TABLE.fork_parent();
+    directory::cwd::fork_done();
     attributes::fork_done();
 }
 
 /// After a fork, in the child.
 pub fn fork_child() {
     TABLE.fork_child();
+    directory::cwd::fork_done();
     attributes::fork_done();
 }
 

@@ -321,6 +321,8 @@ impl AioFile for OpenFile {
             append: flags & libc::O_APPEND != 0,
             dsync: flags & libc::O_DSYNC != 0,
             sync: flags & libc::O_SYNC == libc::O_SYNC,
+            // A directory can be synced and nothing else.
+            has_data: self.listing().is_none(),
             ..FileTraits::REGULAR
         }
     }

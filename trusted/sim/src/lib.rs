@@ -6,6 +6,7 @@
 pub mod arena;
 pub mod config;
 pub mod control;
+pub mod directory;
 pub mod family;
 pub mod files;
 pub mod guest;

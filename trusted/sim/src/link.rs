@@ -8,8 +8,8 @@ use core::sync::atomic::{AtomicBool, Ordering};
 
 use postern_edl::{
     calls::{
-        CallError, Enclave, PosternAttachRequest, PosternCloseRequest, PosternFile,
-        PosternOpenRequest,
+        CallError, Enclave, PosternAttachRequest, PosternCloseRequest, PosternCreateRequest,
+        PosternFile, PosternListRequest, PosternOpenRequest, PosternRemoveRequest,
     },
     port::Geometry,
 };
@@ -109,6 +109,41 @@ impl Link {
             Ok(reply) => Ok(reply.file),
             Err(CallError::Refused(errno)) => Err(Errno(i32::try_from(errno).unwrap_or(5))),
             Err(error) => Err(refused(name, "open", &error)),
+        }
+    }
+
+    /// Makes a host file of `blocks` blocks in a directory of the daemon, and opens it.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn create(&self, name: &str, blocks: u64) -> Result<PosternFile, Errno> {
+        let request = PosternCreateRequest { name: name.into(), blocks };
+        match self.control.lock().postern_create(&request) {
+            Ok(reply) => Ok(reply.file),
+            Err(CallError::Refused(errno)) => Err(Errno(i32::try_from(errno).unwrap_or(5))),
+            Err(error) => Err(refused(name, "create", &error)),
+        }
+    }
+
+    /// Removes a host file from a directory of the daemon.
+    pub fn remove(&self, name: &str) {
+        // What cannot be removed stays: no name leads to it, and the next opening of the
+        // directory tries again.
+        let _ = self.control.lock().postern_remove(&PosternRemoveRequest { name: name.into() });
+    }
+
+    /// Ids of the host files in a directory of the daemon: a page of those above `after`, each of
+    /// 32 hexadecimal digits; empty at the end.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn list(&self, name: &str, after: &str) -> Result<Vec<u8>, Errno> {
+        const ROOM: u64 = 32 * 4096;
+        let request = PosternListRequest { name: name.into(), after: after.into(), capacity: ROOM };
+        match self.control.lock().postern_list(&request) {
+            Ok(reply) => Ok(reply.ids),
+            Err(CallError::Refused(errno)) => Err(Errno(i32::try_from(errno).unwrap_or(5))),
+            Err(error) => Err(refused(name, "list", &error)),
         }
     }
 

@@ -252,6 +252,21 @@ impl Process {
         self.link()?.open(name)
     }
 
+    /// Makes a host file by its name at the daemon and opens it.
+    ///
+    /// # Errors
+    /// As [`Link::create`].
+    pub fn create_host_file(&self, name: &str, blocks: u64) -> Result<PosternFile, Errno> {
+        self.link()?.create(name, blocks)
+    }
+
+    /// Removes a host file. One that stays is removed when its directory is opened next.
+    pub fn remove_host_file(&self, name: &str) {
+        if let Ok(link) = self.link() {
+            link.remove(name);
+        }
+    }
+
     /// Gives a host file back to the daemon.
     pub fn give_back(&self, handle: u32) {
         if let Some(link) = self.link.get() {
@@ -359,7 +374,7 @@ impl Process {
             self.executor.spawn(async move {
                 if let Err(errno) = volume.volume.run_chore(&disk, chore).await {
                     let path = family.guest_path(volume.index);
-                    volume.report(path, "background write failed", errno);
+                    volume.report(&path, "background write failed", errno);
                 }
             });
         }

@@ -50,6 +50,8 @@ pub fn close_volume(volume: &OpenVolume) {
 pub fn settle(index: usize) {
     if let Some(family) = family() {
         process::current().block_on(family.close(index));
+        // Another thread may have begun to close it.
+        family.wait_for_rest(index);
     }
 }
 

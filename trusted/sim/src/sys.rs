@@ -195,6 +195,16 @@ pub fn getcwd(out: &mut [u8]) -> Result<usize, Errno> {
     check(raw).map(|length| length.saturating_sub(1))
 }
 
+/// chdir(2).
+///
+/// # Errors
+/// What the kernel says.
+pub fn chdir(path: &core::ffi::CStr) -> Result<(), Errno> {
+    // SAFETY: `path` is a C string that lives through the call.
+    let raw = unsafe { syscall6(libc::SYS_chdir, path.as_ptr() as usize, 0, 0, 0, 0, 0) };
+    check(raw).map(drop)
+}
+
 /// getpid(2), asked of the kernel every time.
 #[must_use]
 pub fn getpid() -> u32 {

@@ -2,12 +2,12 @@
 //!
 //! Holds: an entry is found only under the whole pointer it was read through (place, order), so a
 //! place that was given to another block never answers for its old node. Nodes never change. At
-//! most [`SETS`] × [`WAYS`] nodes are kept: 24 MiB.
+//! most [`SETS`] × [`WAYS`] nodes are kept, 24 MiB, or what [`NodeCache::limit`] leaves.
 
 use alloc::{sync::Arc, vec::Vec};
 
 use super::layout::{Order, Ptr};
-use crate::disk::Block;
+use crate::disk::{BLOCK, Block};
 
 const WAYS: usize = 8;
 const SETS: usize = 768;
@@ -34,16 +34,23 @@ impl NodeCache {
         Self { sets: (0..SETS).map(|_| Vec::new()).collect(), clock: 0 }
     }
 
-    fn set(place: u64, order: Order) -> usize {
+    /// Forgets everything, and keeps at most `bytes` of nodes from now on.
+    pub(crate) fn limit(&mut self, bytes: usize) {
+        let sets = (bytes / (WAYS * BLOCK)).clamp(1, SETS);
+        self.sets = (0..sets).map(|_| Vec::new()).collect();
+    }
+
+    fn set(&self, place: u64, order: Order) -> usize {
         let mixed = (place ^ order.0.rotate_left(32)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        (mixed >> 32) as usize % SETS
+        (mixed >> 32) as usize % self.sets.len()
     }
 
     pub(crate) fn get(&mut self, ptr: &Ptr) -> Option<&Node> {
         let place = ptr.place();
         self.clock = self.clock.wrapping_add(1);
         let clock = self.clock;
-        let set = &mut self.sets[Self::set(place, ptr.order)];
+        let set = self.set(place, ptr.order);
+        let set = &mut self.sets[set];
         let entry = set.iter_mut().find(|e| e.place == place && e.order == ptr.order)?;
         entry.used = clock;
         Some(&entry.node)
@@ -52,7 +59,8 @@ impl NodeCache {
     pub(crate) fn insert(&mut self, ptr: &Ptr, level: u32, node: Node) {
         let place = ptr.place();
         let clock = self.clock;
-        let set = &mut self.sets[Self::set(place, ptr.order)];
+        let set = self.set(place, ptr.order);
+        let set = &mut self.sets[set];
         set.retain(|e| !(e.place == place && e.order == ptr.order));
         if set.len() == WAYS {
             // Of the lowest level present, the one not used for longest.

@@ -7,7 +7,7 @@ use super::{
     Chore, Counters, Volume,
     cache::NodeCache,
     core::{Checkpoints, Core, Expect, Flushes, Health, Journal, Map, Timers, Waiters, wake},
-    crypto::{EpochKey, Salt, VolumeKey},
+    crypto::{EpochKey, Salt, Secret, VolumeKey},
     delta::Delta,
     layout::{BLOCK_BYTES, RING_RESERVE},
     ranges::{EOF, RangeLocks},
@@ -170,10 +170,11 @@ impl Core {
 }
 
 impl Volume {
-    pub(crate) fn new(key: VolumeKey, core: Core) -> Self {
+    pub(crate) fn new(key: VolumeKey, derivation: Secret, core: Core) -> Self {
         Self {
             geometry: core.geometry,
             key,
+            derivation,
             keys: Lock::new(BTreeMap::new()),
             core: Lock::new(core),
             expecting: AtomicBool::new(false),
@@ -244,6 +245,12 @@ impl Volume {
         };
         wake(wakers);
         result
+    }
+
+    /// Keeps at most `bytes` of map nodes in memory from now on, 32 KiB at least: for many open
+    /// volumes that share one heap.
+    pub fn limit_cache(&self, bytes: usize) {
+        self.core.lock().cache.limit(bytes);
     }
 
     /// Bytes of the guest's file.

@@ -45,6 +45,16 @@ pub(crate) async fn write_blocks<D: Disk>(
     transfer.write(place, blocks.len()).await.map_err(failed)
 }
 
+/// Whether a volume of this geometry can lie on this disk.
+fn check<D: Disk>(disk: &D, geometry: Geometry) -> Result<Geometry, VolumeError> {
+    let geometry = geometry.check()?;
+    let (needed, found) = (geometry.host_blocks, disk.host_blocks());
+    if found < needed {
+        return Err(VolumeError::HostFileShort { needed, found });
+    }
+    Ok(geometry)
+}
+
 /// Makes a volume of the given geometry.
 pub(crate) async fn format<D: Disk>(
     disk: &D,
@@ -52,13 +62,23 @@ pub(crate) async fn format<D: Disk>(
     geometry: Geometry,
     size: u64,
 ) -> Result<(), VolumeError> {
-    let geometry = geometry.check()?;
-    if disk.host_blocks() < geometry.host_blocks {
-        return Err(VolumeError::HostFileShort {
-            needed: geometry.host_blocks,
-            found: disk.host_blocks(),
-        });
-    }
+    check(disk, geometry)?;
+    // An older volume's header and superblocks go first, then the ring and the reserve are
+    // written, so that they are warm and have their space on the host.
+    zeroes(disk, 0, RING_START).await?;
+    zeroes(disk, geometry.ring_start, geometry.ring_blocks + geometry.reserve_blocks).await?;
+    format_fresh(disk, key, geometry, size).await
+}
+
+/// As [`format`], where the host file reads as zeros from the start. Nothing relies on that: what
+/// a host puts there instead does not authenticate under keys made here.
+async fn format_fresh<D: Disk>(
+    disk: &D,
+    key: &SlotKey,
+    geometry: Geometry,
+    size: u64,
+) -> Result<(), VolumeError> {
+    let geometry = check(disk, geometry)?;
     let mut fresh = Fresh {
         uuid: [0; 16],
         master: Secret([0; 32]),
@@ -78,10 +98,6 @@ pub(crate) async fn format<D: Disk>(
         disk.random(out)?;
     }
     let volume_key = VolumeKey::new(fresh.uuid, fresh.key.clone());
-    // An older volume's header and superblocks go first, then the ring and the reserve are
-    // written, so that they are warm and have their space on the host.
-    zeroes(disk, 0, RING_START).await?;
-    zeroes(disk, geometry.ring_start, geometry.ring_blocks + geometry.reserve_blocks).await?;
     let superblock = Superblock {
         generation: 1,
         clean: true,
@@ -123,6 +139,28 @@ impl Volume {
     #[must_use]
     pub fn host_blocks(size: u64) -> u64 {
         Geometry::for_size(size).map_or(0, |geometry| geometry.host_blocks)
+    }
+
+    /// Blocks of the host file for [`Self::format_empty`]; 0 for a capacity that cannot be.
+    #[must_use]
+    pub fn small_host_blocks(capacity: u64) -> u64 {
+        Geometry::for_small_file(capacity).map_or(0, |geometry| geometry.host_blocks)
+    }
+
+    /// Makes the volume of one file among many in the new, sparse host file behind `disk`: without
+    /// content at first, `capacity` bytes at most. Has a small journal and writes only 18 blocks,
+    /// whatever the capacity; the host gives space for the rest when it is used.
+    ///
+    /// The file must already have [`Self::small_host_blocks`] blocks.
+    ///
+    /// # Errors
+    /// As [`Self::format`].
+    pub async fn format_empty<D: Disk>(
+        disk: &D,
+        key: &SlotKey,
+        capacity: u64,
+    ) -> Result<(), VolumeError> {
+        format_fresh(disk, key, Geometry::for_small_file(capacity)?, 0).await
     }
 
     /// Makes a volume in the host file behind `disk`, whatever is there: everything in it is lost.

@@ -39,6 +39,8 @@ pub(crate) struct Opened {
     pub(crate) key: Secret,
     /// Its version in the keyring.
     pub(crate) key_version: u32,
+    /// What keys for other volumes are derived from.
+    pub(crate) derivation: Secret,
     /// Unknown features that forbid writing.
     pub(crate) read_only: bool,
 }
@@ -189,7 +191,8 @@ fn unlock(bytes: &HeaderBytes, key: &SlotKey) -> Result<(Opened, Secret), Volume
     }
     let (key, key_version) = open_keyring(bytes, &master, &uuid)?;
     let read_only = get64(bytes, 32) & !RO_COMPAT_KNOWN != 0;
-    Ok((Opened { uuid, generation, key, key_version, read_only }, master))
+    let derivation = crypto::derive(&master.0, &[], &[b"postern/1 derivation", &uuid]);
+    Ok((Opened { uuid, generation, key, key_version, derivation, read_only }, master))
 }
 
 fn open_keyring(

@@ -34,6 +34,8 @@ pub(crate) const RING_START: u64 = 512;
 /// Smallest and largest number of blocks of the ring. The largest fills region 0 up to region 1's
 /// space slots.
 pub(crate) const RING_BLOCKS: core::ops::RangeInclusive<u64> = 64..=(REGION - RING_START);
+/// Blocks of the ring of one file among many, at most: 2 MiB.
+const SMALL_RING: u64 = 512;
 /// Ring places kept for recovery and close.
 pub(crate) const RING_RESERVE: u64 = 8;
 /// Bits of a place.
@@ -215,15 +217,25 @@ impl Geometry {
         if capacity > MAX_CAPACITY {
             return Err(VolumeError::Misuse(Misuse::TooLarge));
         }
-        let gib = (1 << 30) / BLOCK_BYTES;
         let ring_blocks = (capacity / 32).clamp(*RING_BLOCKS.start(), *RING_BLOCKS.end());
+        Ok(Self::with_ring(capacity, ring_blocks))
+    }
+
+    /// The geometry of one file among many: a small journal, which is read at each opening.
+    pub(crate) fn for_small_file(size: u64) -> Result<Self, VolumeError> {
+        let usual = Self::for_size(size)?;
+        Ok(Self::with_ring(usual.capacity, usual.ring_blocks.min(SMALL_RING)))
+    }
+
+    fn with_ring(capacity: u64, ring_blocks: u64) -> Self {
+        let gib = (1 << 30) / BLOCK_BYTES;
         let reserve_start = RING_START + ring_blocks;
         let reserve_blocks = nodes_worst(capacity, 1024) + 256 + 1024;
         let home_stride = if capacity < 4 * gib { 160 } else { 144 };
         let home_start = reserve_start + reserve_blocks;
         let tail = (capacity / 8).clamp(gib / 8, 64 * gib);
         let host_blocks = home_start + capacity.div_ceil(FANOUT) * home_stride + tail;
-        Ok(Self {
+        Self {
             capacity,
             host_blocks,
             ring_start: RING_START,
@@ -233,7 +245,7 @@ impl Geometry {
             home_start,
             home_stride,
             slack: 256,
-        })
+        }
     }
 
     /// Checks numbers that came from an authentic superblock all the same: every later use may

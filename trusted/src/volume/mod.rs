@@ -60,11 +60,12 @@ use alloc::{collections::BTreeMap, sync::Arc};
 
 use self::{
     core::Core,
-    crypto::{EpochKey, VolumeKey},
+    crypto::{EpochKey, Secret, VolumeKey},
     layout::Geometry,
 };
 use crate::sync::Lock;
 
+pub(crate) use self::crypto::sha256;
 pub use self::{
     chores::Info,
     core::Counters,
@@ -119,6 +120,8 @@ pub enum Chore {
 pub struct Volume {
     geometry: Geometry,
     key: VolumeKey,
+    /// What keys for other volumes are derived from.
+    derivation: Secret,
     keys: Lock<BTreeMap<u32, Arc<EpochKey>>>,
     core: Lock<Core>,
     /// The guest syncs after each few writes: a hint for writers.

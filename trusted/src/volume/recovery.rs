@@ -15,7 +15,7 @@ use futures_util::{StreamExt, stream::FuturesUnordered};
 use super::{
     OpenOptions, OpenReport, SlotKey, Volume,
     core::{Core, Health, Map, Pending},
-    crypto::{EpochKey, Kind, Salt, VolumeKey},
+    crypto::{EpochKey, Kind, Salt, Secret, VolumeKey},
     delta::{Delta, Zero},
     error::VolumeError,
     header::{self, HeaderBytes},
@@ -188,8 +188,7 @@ impl Volume {
             scan,
             read_only,
             lost,
-            key_version: opened.key_version as u16,
-        };
+            key_version: opened.key_version as u16, derivation: opened.derivation };
         opening.finish(disk, volume_key, report).await
     }
 
@@ -317,6 +316,7 @@ struct Opening {
     /// Evidence was found that something is missing, and accepted.
     lost: bool,
     key_version: u16,
+    derivation: Secret,
 }
 
 impl Opening {
@@ -349,7 +349,7 @@ impl Opening {
             disk.random(&mut salt)?;
         }
         let key = Arc::new(volume_key.epoch(id, &salt));
-        let volume = Volume::new(volume_key, self.core(key.clone(), salt));
+        let volume = Volume::new(volume_key, self.derivation.clone(), self.core(key.clone(), salt));
         let replay = volume.replay(disk, &self.superblock, &self.scan, &mut report).await?;
         {
             let mut core = volume.core.lock();

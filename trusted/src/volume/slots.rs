@@ -62,6 +62,16 @@ impl SlotKey {
     }
 }
 
+#[cfg(test)]
+impl SlotKey {
+    pub(crate) fn key_file(&self) -> Option<[u8; 32]> {
+        match &self.0 {
+            Presented::KeyFile(bytes) => Some(*bytes),
+            Presented::Passphrase(_) => None,
+        }
+    }
+}
+
 impl fmt::Debug for SlotKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("SlotKey(..)")
@@ -227,6 +237,13 @@ fn aad(slot: &[u8], uuid: &[u8; 16]) -> [u8; 80] {
 }
 
 impl Volume {
+    /// A key for another volume, which whoever can open this one can derive: `salt` names that
+    /// volume within `purpose`. It stays the same when key slots change.
+    #[must_use]
+    pub fn derive_key(&self, salt: &[u8], purpose: &[u8]) -> SlotKey {
+        SlotKey::new(crypto::derive(&self.derivation.0, salt, &[purpose]).0)
+    }
+
     /// The key slots in use. Takes no key: this much anybody can see.
     ///
     /// # Errors

@@ -7,7 +7,7 @@ use tokio::sync::oneshot;
 use crate::files::HostFile;
 
 /// Most files a session has open at once.
-pub const MAX_FILES: usize = 64;
+pub const MAX_FILES: usize = 1024;
 
 /// The slot a handle belongs to: its low bits. The rest is a serial number, so that a handle that
 /// was given back never names a later file.
@@ -25,13 +25,14 @@ struct Entry {
 
 /// Open files by handle.
 pub struct FileTable {
-    slots: [Option<Entry>; MAX_FILES],
+    /// [`MAX_FILES`] of them.
+    slots: Box<[Option<Entry>]>,
     closing: usize,
 }
 
 impl Default for FileTable {
     fn default() -> Self {
-        Self { slots: [const { None }; MAX_FILES], closing: 0 }
+        Self { slots: (0..MAX_FILES).map(|_| None).collect(), closing: 0 }
     }
 }
 

@@ -30,7 +30,7 @@ fn bench(entries: usize) -> Bench {
     let directory = tempfile::tempdir().unwrap();
     std::fs::write(directory.path().join("disk"), vec![7u8; 65536]).unwrap();
     let roots = [directory.path().to_owned()];
-    let catalog = crate::files::Catalog::new(&[], &roots, true).unwrap();
+    let catalog = crate::files::Catalog::new(&[], &roots, &[], true).unwrap();
     let bell = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
     let doorbells = Doorbells { driver: bell(), service: bell() };
     let region = Arc::new(Region::map(&memory, bytes).unwrap());

@@ -3,6 +3,7 @@
 use core::ffi::{c_char, c_int, c_uint};
 
 use postern_sim::{
+    directory::{self, Facts, Place},
     files::{self, attributes},
     guest,
     runtime::OpenVolume,
@@ -35,6 +36,24 @@ enum Ask {
     Access(c_int),
 }
 
+/// The answer about what is in a protected directory.
+fn reply_facts(facts: &Facts, ask: Ask) -> Result<c_int, Errno> {
+    match ask {
+        Ask::Stat(to) => put(to, &facts.stat()),
+        Ask::Statx(to) => put(to, &facts.statx()),
+        Ask::StatFs(to) => put(to, &facts.statfs()?),
+        Ask::StatVfs(to) => put(to, &facts.statvfs()?),
+        Ask::Access(_) => Ok(0),
+    }
+}
+
+fn of_place(place: &Place, ask: Ask) -> c_int {
+    answer(|| match ask {
+        Ask::Access(mode) => directory::access(place, mode).map(|()| 0),
+        _ => reply_facts(&directory::stat(place)?, ask),
+    })
+}
+
 fn reply(volume: &OpenVolume, ask: Ask) -> Result<c_int, Errno> {
     match ask {
         Ask::Stat(to) => put(to, &volume.stat()),
@@ -60,6 +79,9 @@ fn of_path(found: Found, ask: Ask) -> c_int {
 }
 
 fn path_or(directory: c_int, path: *const c_char, ask: Ask, next: impl FnOnce() -> c_int) -> c_int {
+    if let Some(place) = guest_paths::place(directory, path) {
+        return of_place(&place, ask);
+    }
     match guest_paths::find(directory, path) {
         Some(found) => of_path(found, ask),
         None => next(),
@@ -68,7 +90,13 @@ fn path_or(directory: c_int, path: *const c_char, ask: Ask, next: impl FnOnce() 
 
 fn descriptor_or(fd: c_int, ask: Ask, next: impl FnOnce() -> c_int) -> c_int {
     match files::lookup(fd) {
-        Some(file) => answer(|| reply(file.volume(), ask)),
+        Some(file) => answer(|| match file.node() {
+            Some((number, inode)) => {
+                let holder = directory::number(number)?;
+                reply_facts(&holder.facts(inode)?, ask)
+            }
+            None => reply(file.volume(), ask),
+        }),
         None => next(),
     }
 }

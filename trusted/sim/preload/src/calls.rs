@@ -12,14 +12,12 @@ use core::ffi::{c_char, c_long};
 use libc::AT_FDCWD;
 use postern_sim::{
     files::{self, Kind},
-    inside, sys,
+    inside, message, sys,
 };
 use postern_trusted::errno::Errno;
 
 use crate::{
-    attributes,
-    guest_paths::{self, Found},
-    namespace,
+    guest_paths, namespace,
     next::set_errno,
     raw, state,
 };
@@ -174,11 +172,12 @@ fn int(word: usize) -> i32 {
     word as u32 as i32
 }
 
-/// The protected file that a path argument names.
-fn found(number: c_long, arguments: &Arguments) -> Option<Found> {
-    paths(number).iter().find_map(|&(directory, path)| {
+/// Whether a path argument names a protected file, or something in a protected directory.
+fn names_ours(number: c_long, arguments: &Arguments) -> bool {
+    paths(number).iter().any(|&(directory, path)| {
         let directory = directory.map_or(AT_FDCWD, |at| int(arguments[at]));
-        guest_paths::find(directory, arguments[path] as *const c_char)
+        let path = arguments[path] as *const c_char;
+        guest_paths::find(directory, path).is_some() || guest_paths::place(directory, path).is_some()
     })
 }
 
@@ -228,90 +227,54 @@ unsafe fn answer_asked(number: c_long, arguments: Arguments) -> Option<c_long> {
             files::kind(fd) != Kind::Other || files::kind(int(arguments[1])) != Kind::Other
         }
         libc::SYS_close_range => true,
-        libc::SYS_getcwd => false,
+        // SAFETY: as the caller's.
+        libc::SYS_getcwd => return unsafe { raw::text_call(number, arguments) },
         _ => class_of(usize::try_from(number).unwrap_or(0)) & class::DESCRIPTOR != 0,
     };
     if by_descriptor && files::is_internal(fd) {
         set_errno(Errno::EBADF);
         return Some(-1);
     }
-    let found = if by_descriptor { None } else { found(number, &arguments) };
-    if !by_descriptor && found.is_none() && !is_relative_to_ours(number, &arguments) {
+    let named = !by_descriptor && names_ours(number, &arguments);
+    if !by_descriptor && !named && !is_relative_to_ours(number, &arguments) {
         return None;
     }
     // SAFETY: as the caller's.
     unsafe {
         let known = raw::descriptor_call(number, arguments)
             .or_else(|| raw::other_call(number, arguments))
-            .or_else(|| name_call(number, arguments));
-        match (known, found) {
-            (None, Some(found)) => {
-                // Never on to the kernel: it would make a plain file under the protected name.
-                let what = format!("system call {number} is not supported on a protected path");
-                guest_paths::refuse(found.index, &what);
-                set_errno(Errno::EACCES);
-                Some(-1)
-            }
-            (known, _) => known,
+            .or_else(|| raw::text_call(number, arguments))
+            .or_else(|| attribute_call(number, arguments));
+        if known.is_none() && named {
+            // Never on to the kernel: it would make a plain file under the protected name.
+            message::say(&format!("system call {number} is not supported on a protected path"));
+            set_errno(Errno::EACCES);
+            return Some(-1);
         }
+        known
     }
 }
 
-/// Calls on names and attributes that libc's `syscall` is not often used for.
+/// Extended attributes.
 ///
 /// # Safety
 /// As the system call.
-unsafe fn name_call(number: c_long, arguments: Arguments) -> Option<c_long> {
+unsafe fn attribute_call(number: c_long, arguments: Arguments) -> Option<c_long> {
     let [a, b, c, d, e, _] = arguments;
     let (path, second) = (a as *const c_char, b as *const c_char);
-    let uint = |word: usize| word as u32;
     // SAFETY: the caller's arguments, passed to the function of the same meaning.
-    let result: i32 = unsafe {
+    Some(unsafe {
         match number {
-            libc::SYS_rmdir => namespace::rmdir(path),
-            libc::SYS_mkdir => namespace::mkdir(path, uint(b)),
-            libc::SYS_mkdirat => namespace::mkdirat(int(a), second, uint(c)),
-            libc::SYS_mknod => namespace::mknod(path, uint(b), c as u64),
-            libc::SYS_mknodat => namespace::mknodat(int(a), second, uint(c), d as u64),
-            libc::SYS_renameat => namespace::renameat(int(a), second, int(c), d as _),
-            libc::SYS_link => namespace::link(path, second),
-            libc::SYS_linkat => namespace::linkat(int(a), second, int(c), d as _, int(e)),
-            libc::SYS_symlink => namespace::symlink(path, second),
-            libc::SYS_symlinkat => namespace::symlinkat(path, int(b), c as _),
-            libc::SYS_chdir => namespace::chdir(path),
-            libc::SYS_fchdir => namespace::fchdir(int(a)),
-            libc::SYS_chmod => namespace::chmod(path, uint(b)),
-            libc::SYS_fchmodat => namespace::fchmodat(int(a), second, uint(c), 0),
-            libc::SYS_chown => namespace::chown(path, uint(b), uint(c)),
-            libc::SYS_lchown => namespace::lchown(path, uint(b), uint(c)),
-            libc::SYS_fchownat => namespace::fchownat(int(a), second, uint(c), uint(d), int(e)),
-            libc::SYS_utimensat => namespace::utimensat(int(a), second, c as _, int(d)),
-            libc::SYS_utime => namespace::utime(path, b as _),
-            libc::SYS_utimes => namespace::utimes(path, b as _),
-            libc::SYS_faccessat2 => attributes::faccessat(int(a), second, int(c), int(d)),
-            libc::SYS_fsetxattr => namespace::fsetxattr(int(a), second, c as _, d, int(e)),
-            libc::SYS_setxattr => namespace::setxattr(path, second, c as _, d, int(e)),
-            libc::SYS_lsetxattr => namespace::lsetxattr(path, second, c as _, d, int(e)),
-            libc::SYS_readlink => return Some(namespace::readlink(path, b as _, c) as c_long),
-            libc::SYS_readlinkat => {
-                return Some(namespace::readlinkat(int(a), second, c as _, d) as c_long);
-            }
-            libc::SYS_getxattr => {
-                return Some(namespace::getxattr(path, second, c as _, d) as c_long);
-            }
-            libc::SYS_lgetxattr => {
-                return Some(namespace::lgetxattr(path, second, c as _, d) as c_long);
-            }
-            libc::SYS_fgetxattr => {
-                return Some(namespace::fgetxattr(int(a), second, c as _, d) as c_long);
-            }
-            libc::SYS_listxattr => return Some(namespace::listxattr(path, b as _, c) as c_long),
-            libc::SYS_llistxattr => return Some(namespace::llistxattr(path, b as _, c) as c_long),
-            libc::SYS_flistxattr => {
-                return Some(namespace::flistxattr(int(a), b as _, c) as c_long);
-            }
+            libc::SYS_fsetxattr => namespace::fsetxattr(int(a), second, c as _, d, int(e)).into(),
+            libc::SYS_setxattr => namespace::setxattr(path, second, c as _, d, int(e)).into(),
+            libc::SYS_lsetxattr => namespace::lsetxattr(path, second, c as _, d, int(e)).into(),
+            libc::SYS_getxattr => namespace::getxattr(path, second, c as _, d) as c_long,
+            libc::SYS_lgetxattr => namespace::lgetxattr(path, second, c as _, d) as c_long,
+            libc::SYS_fgetxattr => namespace::fgetxattr(int(a), second, c as _, d) as c_long,
+            libc::SYS_listxattr => namespace::listxattr(path, b as _, c) as c_long,
+            libc::SYS_llistxattr => namespace::llistxattr(path, b as _, c) as c_long,
+            libc::SYS_flistxattr => namespace::flistxattr(int(a), b as _, c) as c_long,
             _ => return None,
         }
-    };
-    Some(result.into())
+    })
 }

@@ -12,7 +12,7 @@ use core::ffi::{c_char, c_int};
 
 use crate::{
     next::{Next, export},
-    state,
+    process, state, working,
 };
 
 type Strings = *const *const c_char;
@@ -43,20 +43,59 @@ fn has_slash(path: *const c_char) -> bool {
 
 fn replace(path: *const c_char, searched: bool, next: impl FnOnce() -> c_int) -> c_int {
     if state::active() && (searched && !has_slash(path) || is_executable(libc::AT_FDCWD, path, 0)) {
+        // A vfork child acts for its parent here, in whose memory it is.
+        process::let_go();
         state::drain();
     }
     next()
 }
 
+unsafe extern "C" {
+    /// The process's environment.
+    static environ: Strings;
+}
+
+/// Calls `name` (execve or execvpe) of the next library with the working directory in the
+/// environment, if it is a protected one; `next` otherwise.
+fn with_directory(
+    name: &'static Next,
+    path: *const c_char,
+    arguments: Strings,
+    environment: Strings,
+    next: impl FnOnce() -> c_int,
+) -> c_int {
+    type Call = unsafe extern "C" fn(*const c_char, Strings, Strings) -> c_int;
+    match (working::environment(environment), name.find()) {
+        (Some(environment), Some(at)) => {
+            // SAFETY: 1. A C function of this signature. 2. The caller's path and arguments; the
+            //    environment lives through the call.
+            unsafe {
+                let call: Call = core::mem::transmute(at);
+                call(path, arguments, environment.as_ptr())
+            }
+        }
+        _ => next(),
+    }
+}
+
+static EXECVE: Next = Next::new(c"execve");
+static EXECVPE: Next = Next::new(c"execvpe");
+
+/// The environment of those that are not given one.
+fn inherited() -> Strings {
+    // SAFETY: a pointer that libc keeps; who changes it meanwhile races with libc itself.
+    unsafe { environ }
+}
+
 export! {
     fn [execve](path: *const c_char, arguments: Strings, environment: Strings) -> c_int, next =>
-        replace(path, false, next);
+        replace(path, false, || with_directory(&EXECVE, path, arguments, environment, next));
     fn [execv](path: *const c_char, arguments: Strings) -> c_int, next =>
-        replace(path, false, next);
+        replace(path, false, || with_directory(&EXECVE, path, arguments, inherited(), next));
     fn [execvp](path: *const c_char, arguments: Strings) -> c_int, next =>
-        replace(path, true, next);
+        replace(path, true, || with_directory(&EXECVPE, path, arguments, inherited(), next));
     fn [execvpe](path: *const c_char, arguments: Strings, environment: Strings) -> c_int, next =>
-        replace(path, true, next);
+        replace(path, true, || with_directory(&EXECVPE, path, arguments, environment, next));
     fn [fexecve](fd: c_int, arguments: Strings, environment: Strings) -> c_int, next => {
         if state::active() && is_executable(fd, c"".as_ptr(), libc::AT_EMPTY_PATH) {
             state::drain();

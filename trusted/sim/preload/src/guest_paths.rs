@@ -1,8 +1,9 @@
-//! Which volume a path argument names.
+//! Which volume, or place in a protected directory, a path argument names.
 
 use core::ffi::{c_char, c_int};
 
 use postern_sim::{
+    directory::{self, Place, cwd},
     files::{self, Kind, path::Normal, placeholder},
     guest, message, runtime, sys,
 };
@@ -21,6 +22,27 @@ pub struct Found {
 /// The protected file that `path`, relative to `directory`, names. `None`: the kernel's business,
 /// also where the path cannot be read.
 pub fn find(directory: c_int, path: *const c_char) -> Option<Found> {
+    let normal = absolute(directory, path)?;
+    let index = runtime::volume_of(normal.as_bytes())?;
+    Some(Found { index, directory: normal.directory })
+}
+
+/// The place in a protected directory that `path`, relative to `directory`, names.
+pub fn place(directory: c_int, path: *const c_char) -> Option<Place> {
+    if !has_directories() {
+        return None;
+    }
+    let normal = absolute(directory, path)?;
+    directory::find(normal.as_bytes(), normal.directory)
+}
+
+fn has_directories() -> bool {
+    state::active()
+        && postern_sim::family::family().is_some_and(|family| !family.directories.is_empty())
+}
+
+/// `path`, relative to `directory`, made absolute.
+pub fn absolute(directory: c_int, path: *const c_char) -> Option<Normal> {
     if path.is_null() || !state::active() {
         return None;
     }
@@ -28,9 +50,7 @@ pub fn find(directory: c_int, path: *const c_char) -> Option<Found> {
     let path = guest::read_path(path as u64, &mut room).ok()?;
     let mut base = [0; guest::PATH_ROOM];
     let base = if path.first() == Some(&b'/') { &[][..] } else { base_of(directory, &mut base)? };
-    let normal = Normal::new(base, path)?;
-    let index = runtime::volume_of(normal.as_bytes())?;
-    Some(Found { index, directory: normal.directory })
+    Normal::new(base, path)
 }
 
 /// As [`find`], from the working directory.
@@ -40,10 +60,15 @@ pub fn find_here(path: *const c_char) -> Option<Found> {
 
 fn base_of(directory: c_int, room: &mut [u8]) -> Option<&[u8]> {
     let length = if directory == libc::AT_FDCWD {
-        sys::getcwd(room).ok()?
+        match cwd::get(room) {
+            Some(length) => length,
+            None => sys::getcwd(room).ok()?,
+        }
     } else {
         if files::kind(directory) != Kind::Other {
-            return None;
+            let path = files::lookup(directory)?.listing()?.path().ok()??;
+            room.get_mut(..path.len())?.copy_from_slice(&path);
+            return room.get(..path.len());
         }
         let mut link = [0; 32];
         let length = sys::readlink(placeholder::own_path(directory, &mut link).ok()?, room).ok()?;

@@ -21,6 +21,7 @@ mod data;
 mod descriptors;
 mod exec;
 mod guest_paths;
+mod listing;
 mod mapping;
 mod namespace;
 mod next;
@@ -30,6 +31,7 @@ mod raw;
 mod signals;
 mod size;
 mod state;
+mod working;
 
 /// Everything that the library allocates lies in memory that forked children share.
 #[global_allocator]

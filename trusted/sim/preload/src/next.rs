@@ -58,6 +58,16 @@ impl Failed for *mut libc::FILE {
     const FAILED: Self = core::ptr::null_mut();
 }
 
+macro_rules! fail_with_null {
+    ($($type:ty)+) => { $(
+        impl Failed for *mut $type {
+            const FAILED: Self = core::ptr::null_mut();
+        }
+    )+ };
+}
+
+fail_with_null! { libc::DIR libc::dirent64 core::ffi::c_char }
+
 /// Sets `errno`.
 pub fn set_errno(errno: Errno) {
     // SAFETY: the calling thread's own errno.

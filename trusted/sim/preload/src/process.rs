@@ -1,13 +1,19 @@
 //! fork and exit.
 
-use core::{cell::Cell, ffi::c_int};
+use core::{
+    cell::Cell,
+    ffi::{c_char, c_int, c_void},
+};
 
 use postern_sim::{
     files::{self, Transit},
     inside,
 };
 
-use crate::{next::export, state};
+use crate::{
+    next::{Next, export},
+    state, working,
+};
 
 std::thread_local! {
     /// What the child of the fork under way will own; null outside of one.
@@ -24,6 +30,7 @@ pub fn watch_forks() {
 }
 
 unsafe extern "C" fn before() {
+    let_go();
     // The table stands still: a handler that wants to change it waits until it may.
     inside::hold();
     TRANSIT.set(Box::into_raw(Box::new(files::fork_prepare())));
@@ -45,6 +52,14 @@ unsafe extern "C" fn in_child() {
     // The list is the parent's to free.
     TRANSIT.set(core::ptr::null_mut());
     inside::release();
+}
+
+/// What this process keeps open only because it looked at it is closed: the child may become
+/// another program, which opens it for itself.
+pub fn let_go() {
+    if state::active() {
+        files::attributes::let_go();
+    }
 }
 
 fn take_transit() -> Option<Transit> {
@@ -77,6 +92,7 @@ export! {
         if !state::active() {
             return next();
         }
+        let_go();
         inside::hold();
         let transit = files::fork_prepare();
         let child = next();
@@ -89,6 +105,63 @@ export! {
         }
         inside::release();
         child
+    };
+}
+
+type Strings = *const *const c_char;
+
+/// posix_spawn(3) and posix_spawnp(3) of the next library, with the working directory in the
+/// environment if it is a protected one.
+macro_rules! export_spawn {
+    ($($name:ident)+) => { $(
+        /// The C function of this name, around protected files.
+        ///
+        /// # Safety
+        /// As the C function of this name.
+        #[unsafe(no_mangle)]
+        pub unsafe extern "C" fn $name(
+            child: *mut c_int,
+            path: *const c_char,
+            actions: *const c_void,
+            attributes: *const c_void,
+            arguments: Strings,
+            environment: Strings,
+        ) -> c_int {
+            type Call = unsafe extern "C" fn(
+                *mut c_int, *const c_char, *const c_void, *const c_void, Strings, Strings,
+            ) -> c_int;
+            static NEXT: Next = Next::new(
+                match core::ffi::CStr::from_bytes_with_nul(concat!(stringify!($name), "\0").as_bytes()) {
+                    Ok(name) => name,
+                    Err(_) => c"",
+                },
+            );
+            let_go();
+            let Some(at) = NEXT.find() else { return libc::ENOSYS };
+            let changed = working::environment(environment);
+            let environment = changed.as_ref().map_or(environment, |changed| changed.as_ptr());
+            // SAFETY: 1. The C function of this name has this signature. 2. The arguments are the
+            //    caller's own; a changed environment lives through the call.
+            unsafe {
+                let call: Call = core::mem::transmute(at);
+                call(child, path, actions, attributes, arguments, environment)
+            }
+        }
+    )+ };
+}
+
+export_spawn! { posix_spawn posix_spawnp }
+
+export! {
+    fn [system](command: *const c_char) -> c_int, next => {
+        let_go();
+        working::announce();
+        next()
+    };
+    fn [popen](command: *const c_char, kind: *const c_char) -> *mut libc::FILE, next => {
+        let_go();
+        working::announce();
+        next()
     };
 }
 

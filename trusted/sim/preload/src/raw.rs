@@ -15,9 +15,9 @@ use postern_trusted::errno::Errno;
 use crate::{
     aio, attributes,
     calls::Arguments,
-    data, descriptors, namespace,
+    data, descriptors, listing, namespace,
     next::{answer, export, signed},
-    open, size, state,
+    open, size, state, working,
 };
 
 /// io_pgetevents(2)'s number on x86-64.
@@ -107,6 +107,10 @@ pub unsafe fn descriptor_call(number: c_long, arguments: Arguments) -> Option<c_
             libc::SYS_fchown => namespace::fchown(fd, uint(b), uint(c)).into(),
             libc::SYS_newfstatat => attributes::fstatat(fd, b as _, c as _, int(d)).into(),
             libc::SYS_statx => attributes::statx(fd, b as _, int(c), uint(d), e as _).into(),
+            libc::SYS_getdents64 => listing::getdents64(fd, b as _, c) as c_long,
+            libc::SYS_fchdir => working::fchdir(fd).into(),
+            libc::SYS_fchownat => namespace::fchownat(fd, b as _, uint(c), uint(d), int(e)).into(),
+            libc::SYS_utimensat => namespace::utimensat(fd, b as _, c as _, int(d)).into(),
             _ => return None,
         })
     }
@@ -138,6 +142,27 @@ pub unsafe fn other_call(number: c_long, arguments: Arguments) -> Option<c_long>
             libc::SYS_access => attributes::access(path, int(b)),
             libc::SYS_faccessat => attributes::faccessat(int(a), b as _, int(c), 0),
             libc::SYS_truncate => size::truncate(path, long(b)),
+            libc::SYS_faccessat2 => attributes::faccessat(int(a), b as _, int(c), int(d)),
+            libc::SYS_chdir => working::chdir(path),
+            libc::SYS_fchdir => working::fchdir(int(a)),
+            libc::SYS_mkdir => namespace::mkdir(path, uint(b)),
+            libc::SYS_mkdirat => namespace::mkdirat(int(a), b as _, uint(c)),
+            libc::SYS_rmdir => namespace::rmdir(path),
+            libc::SYS_mknod => namespace::mknod(path, uint(b), c as u64),
+            libc::SYS_mknodat => namespace::mknodat(int(a), b as _, uint(c), d as u64),
+            libc::SYS_link => namespace::link(path, b as _),
+            libc::SYS_linkat => namespace::linkat(int(a), b as _, int(c), d as _, int(e)),
+            libc::SYS_symlink => namespace::symlink(path, b as _),
+            libc::SYS_symlinkat => namespace::symlinkat(path, int(b), c as _),
+            libc::SYS_renameat => namespace::renameat(int(a), b as _, int(c), d as _),
+            libc::SYS_chmod => namespace::chmod(path, uint(b)),
+            libc::SYS_fchmodat => namespace::fchmodat(int(a), b as _, uint(c), 0),
+            libc::SYS_chown => namespace::chown(path, uint(b), uint(c)),
+            libc::SYS_lchown => namespace::lchown(path, uint(b), uint(c)),
+            libc::SYS_fchownat => namespace::fchownat(int(a), b as _, uint(c), uint(d), int(e)),
+            libc::SYS_utime => namespace::utime(path, b as _),
+            libc::SYS_utimes => namespace::utimes(path, b as _),
+            libc::SYS_utimensat => namespace::utimensat(int(a), b as _, c as _, int(d)),
             libc::SYS_unlink => namespace::unlink(path),
             libc::SYS_unlinkat => namespace::unlinkat(int(a), b as _, int(c)),
             libc::SYS_rename => namespace::rename(path, b as _),
@@ -150,6 +175,27 @@ pub unsafe fn other_call(number: c_long, arguments: Arguments) -> Option<c_long>
         }
     };
     Some(result.into())
+}
+
+/// Calls that put text: a link's target, the working directory. `None`: not one of them, or the
+/// kernel's business.
+///
+/// # Safety
+/// As the system call.
+pub unsafe fn text_call(number: c_long, arguments: Arguments) -> Option<c_long> {
+    let [a, b, c, d, ..] = arguments;
+    // SAFETY: the caller's arguments, passed to the function of the same meaning.
+    unsafe {
+        Some(match number {
+            libc::SYS_readlink => namespace::readlink(a as _, b as _, c) as c_long,
+            libc::SYS_readlinkat => namespace::readlinkat(int(a), b as _, c as _, d) as c_long,
+            libc::SYS_getcwd => {
+                let path = working::getcwd_raw(a as _, b)?;
+                answer(|| path.map(signed)) as c_long
+            }
+            _ => return None,
+        })
+    }
 }
 
 /// Calls that concern the process: AIO, dispositions of signals, its end. `None`: not one of them,
@@ -205,6 +251,9 @@ export! {
         let concerns = files::kind(int(a)) != Kind::Other;
         // SAFETY: the caller's arguments.
         let handled = unsafe {
+            if let Some(result) = text_call(number, arguments) {
+                return result;
+            }
             match if concerns { descriptor_call(number, arguments) } else { None } {
                 Some(result) => Some(result),
                 None => other_call(number, arguments),

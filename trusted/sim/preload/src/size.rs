@@ -2,7 +2,10 @@
 
 use core::ffi::{c_char, c_int, c_uint};
 
-use postern_sim::files::{self, attributes};
+use postern_sim::{
+    directory,
+    files::{self, attributes},
+};
 use postern_trusted::errno::Errno;
 
 use crate::{
@@ -29,6 +32,16 @@ fn truncate_path(found: guest_paths::Found, length: i64) -> c_int {
     })
 }
 
+fn truncate_place(place: &directory::Place, length: i64) -> c_int {
+    answer(|| {
+        let length = u64::try_from(length).map_err(|_| Errno::EINVAL)?;
+        if length > files::io::MAX_BYTES {
+            return Err(Errno::EFBIG);
+        }
+        directory::truncate(place, length).map(|()| 0)
+    })
+}
+
 fn allocate(file: &files::OpenFile, mode: c_int, offset: i64, length: i64) -> Result<(), Errno> {
     file.allocate(mode, offset, length)
 }
@@ -39,9 +52,10 @@ export! {
         None => next(),
     };
     fn [truncate, truncate64](path: *const c_char, length: i64) -> c_int, next =>
-        match guest_paths::find_here(path) {
-            Some(found) => truncate_path(found, length),
-            None => next(),
+        match (guest_paths::find_here(path), guest_paths::place(libc::AT_FDCWD, path)) {
+            (Some(found), _) => truncate_path(found, length),
+            (None, Some(place)) => truncate_place(&place, length),
+            (None, None) => next(),
         };
     fn [fallocate, fallocate64](
         fd: c_int, mode: c_int, offset: i64, length: i64,

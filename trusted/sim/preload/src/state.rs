@@ -52,6 +52,7 @@ fn begin() {
     let _ = identity::process_id();
     fault::install();
     crate::process::watch_forks();
+    crate::working::inherit();
     crate::calls::patch::install();
 }
 

@@ -62,6 +62,33 @@ impl Ground {
         run(&self.program, [file])
     }
 
+    fn native_directory(&self) -> Result<Output, String> {
+        let directory = self.directory.join("native");
+        fs::create_dir(&directory).map_err(|error| error.to_string())?;
+        run(&self.program, [directory])
+    }
+
+    fn protected_directory(&self) -> Result<Output, String> {
+        let guest = self.directory.join("vault");
+        let mut mapping = guest.clone().into_os_string();
+        mapping.push("/=");
+        mapping.push(self.directory.join("host"));
+        run(
+            &self.postern,
+            [
+                "run".as_ref(),
+                "--no-probes".as_ref(),
+                "--create".as_ref(),
+                SIZE.as_ref(),
+                "--volume".as_ref(),
+                mapping.as_os_str(),
+                "--".as_ref(),
+                self.program.as_os_str(),
+                guest.as_os_str(),
+            ],
+        )
+    }
+
     fn protected(&self) -> Result<Output, String> {
         let volume = self.directory.join("volume");
         let guest = self.directory.join("vault");
@@ -110,6 +137,15 @@ fn run<A: AsRef<OsStr>>(
 }
 
 fn compare(name: &str, what: &str) {
+    compare_in(name, what, Ground::native, Ground::protected);
+}
+
+fn compare_in(
+    name: &str,
+    what: &str,
+    native: impl FnOnce(&Ground) -> Result<Output, String>,
+    protected: impl FnOnce(&Ground) -> Result<Output, String>,
+) {
     let ground = match Ground::find(name) {
         Ok(ground) => ground,
         Err(missing) => {
@@ -117,8 +153,8 @@ fn compare(name: &str, what: &str) {
             return;
         }
     };
-    let native = ground.native().unwrap_or_else(|why| panic!("{why}"));
-    let protected = ground.protected().unwrap_or_else(|why| panic!("{why}"));
+    let native = native(&ground).unwrap_or_else(|why| panic!("{why}"));
+    let protected = protected(&ground).unwrap_or_else(|why| panic!("{why}"));
     let [native, protected] =
         [&native, &protected].map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
     assert!(native.ends_with("done\n"), "the native run broke off:\n{native}");
@@ -136,4 +172,14 @@ fn file_calls_answer_on_a_protected_path_what_they_answer_on_ext4() {
 #[test]
 fn children_threads_and_moved_rings_behave_on_a_protected_path_as_on_ext4() {
     compare("processes", "children and rings");
+}
+
+#[test]
+fn names_attributes_and_listings_of_a_protected_directory_are_what_ext4_has() {
+    compare_in(
+        "directory",
+        "directory calls",
+        Ground::native_directory,
+        Ground::protected_directory,
+    );
 }

@@ -12,12 +12,15 @@ use postern_trusted::{errno::Errno, platform::Buffer, sync::Lock};
 
 use super::io::wall_ns;
 use crate::{
-    identity, process,
+    directory::Facts,
+    family, identity, process,
     runtime::{self, OpenVolume},
     sys, wait,
 };
 
 const VOLUMES: usize = 64;
+/// Files that a name table holds, with short names.
+const FILES: u64 = 1 << 17;
 /// Preferred size of reads and writes, in bytes.
 const BLOCK: i64 = 4096;
 /// Device number of all protected files: no device of the host has major 1872.
@@ -40,6 +43,9 @@ fn changed(index: usize) -> Option<&'static AtomicI64> {
 impl OpenVolume {
     /// Notes that the guest changed the file now.
     pub(super) fn touch(&self) {
+        if let Some(member) = &self.member {
+            return member.touch();
+        }
         if let Some(changed) = changed(self.index) {
             changed.store(wall_ns(), Ordering::Relaxed);
         }
@@ -124,6 +130,99 @@ impl OpenVolume {
     }
 }
 
+/// Number of the file system of directory `number`: the first is that of the volumes.
+const fn minor(directory: usize) -> u32 {
+    // At most 64 directories.
+    1 + directory as u32
+}
+
+impl Facts {
+    /// What stat(2) answers.
+    #[must_use]
+    pub fn stat(&self) -> libc::stat {
+        // SAFETY: all-zero is a valid stat: it has only integers.
+        let mut stat: libc::stat = unsafe { core::mem::zeroed() };
+        stat.st_dev = libc::makedev(DEVICE_MAJOR, minor(self.directory));
+        stat.st_ino = self.inode;
+        stat.st_mode = self.mode;
+        stat.st_nlink = self.links.into();
+        (stat.st_uid, stat.st_gid) = (self.uid, self.gid);
+        stat.st_size = i64::try_from(self.size).unwrap_or(i64::MAX);
+        stat.st_blksize = BLOCK;
+        stat.st_blocks = i64::try_from(self.size.next_multiple_of(4096) / 512).unwrap_or(i64::MAX);
+        let [accessed, modified, changed] = self.times.map(split);
+        (stat.st_atime, stat.st_atime_nsec) = accessed;
+        (stat.st_mtime, stat.st_mtime_nsec) = modified;
+        (stat.st_ctime, stat.st_ctime_nsec) = changed;
+        stat
+    }
+
+    /// What statx(2) answers, with the basic fields.
+    #[must_use]
+    pub fn statx(&self) -> libc::statx {
+        // SAFETY: all-zero is a valid statx: it has only integers.
+        let mut statx: libc::statx = unsafe { core::mem::zeroed() };
+        statx.stx_mask = libc::STATX_BASIC_STATS;
+        statx.stx_blksize = u32::try_from(BLOCK).unwrap_or(4096);
+        statx.stx_nlink = self.links;
+        (statx.stx_uid, statx.stx_gid) = (self.uid, self.gid);
+        statx.stx_mode = u16::try_from(self.mode).unwrap_or(0);
+        statx.stx_ino = self.inode;
+        statx.stx_size = self.size;
+        statx.stx_blocks = self.size.next_multiple_of(4096) / 512;
+        let times = self.times.map(|time| {
+            let (seconds, nanoseconds) = split(time);
+            // SAFETY: as above.
+            let mut time: libc::statx_timestamp = unsafe { core::mem::zeroed() };
+            time.tv_sec = seconds;
+            time.tv_nsec = u32::try_from(nanoseconds).unwrap_or(0);
+            time
+        });
+        [statx.stx_atime, statx.stx_mtime, statx.stx_ctime] = times;
+        (statx.stx_dev_major, statx.stx_dev_minor) = (DEVICE_MAJOR, minor(self.directory));
+        statx
+    }
+
+    /// What statfs(2) answers: room for one more file of the largest size.
+    ///
+    /// # Errors
+    /// `EIO` if there is no such directory.
+    pub fn statfs(&self) -> Result<libc::statfs, Errno> {
+        // SAFETY: all-zero is a valid statfs: it has only integers.
+        let mut statfs: libc::statfs = unsafe { core::mem::zeroed() };
+        let blocks = self.room()?;
+        statfs.f_type = libc::EXT4_SUPER_MAGIC;
+        (statfs.f_bsize, statfs.f_frsize) = (BLOCK, BLOCK);
+        (statfs.f_blocks, statfs.f_bfree, statfs.f_bavail) = (blocks, blocks, blocks);
+        (statfs.f_files, statfs.f_ffree, statfs.f_namelen) = (FILES, FILES, 255);
+        Ok(statfs)
+    }
+
+    /// The same as statvfs(3) answers it.
+    ///
+    /// # Errors
+    /// As [`Self::statfs`].
+    pub fn statvfs(&self) -> Result<libc::statvfs, Errno> {
+        // SAFETY: all-zero is a valid statvfs: it has only integers.
+        let mut statvfs: libc::statvfs = unsafe { core::mem::zeroed() };
+        let blocks = self.room()?;
+        (statvfs.f_bsize, statvfs.f_frsize) = (BLOCK.unsigned_abs(), BLOCK.unsigned_abs());
+        (statvfs.f_blocks, statvfs.f_bfree, statvfs.f_bavail) = (blocks, blocks, blocks);
+        (statvfs.f_files, statvfs.f_ffree, statvfs.f_favail) = (FILES, FILES, FILES);
+        statvfs.f_namemax = 255;
+        Ok(statvfs)
+    }
+
+    fn room(&self) -> Result<u64, Errno> {
+        Ok(crate::directory::number(self.directory)?.config.file_capacity / 4096)
+    }
+}
+
+/// Nanoseconds since the epoch as seconds and the rest.
+const fn split(time: i64) -> (i64, i64) {
+    (time.div_euclid(1_000_000_000), time.rem_euclid(1_000_000_000))
+}
+
 impl OpenVolume {
     /// truncate(2): the size changes, and the times.
     ///
@@ -201,15 +300,30 @@ pub fn hold(index: usize) -> Result<Arc<OpenVolume>, Errno> {
     }
 }
 
-/// Gives back what [`hold`] keeps.
-pub(super) fn release_held() {
+/// Gives back what [`hold`] keeps, and waits until it is closed: another program may be about to
+/// open it.
+pub fn let_go() {
+    let held = release_held();
+    held.iter().copied().for_each(runtime::settle);
+    if !held.is_empty()
+        && let Some(family) = family::family()
+    {
+        family.wait_for_closing();
+    }
+}
+
+/// Gives back what [`hold`] keeps; answers what it was.
+pub(super) fn release_held() -> Vec<usize> {
     let me = identity::process_id();
+    let mut given_back = Vec::new();
     for index in 0..VOLUMES {
         let taken = HELD.lock()[index].take_if(|(owner, _)| *owner == me);
         if let Some((_, volume)) = taken {
             runtime::close_volume(&volume);
+            given_back.push(index);
         }
     }
+    given_back
 }
 
 /// Keeps [`HELD`] still while the process forks.

@@ -6,7 +6,11 @@ use core::sync::atomic::Ordering;
 use postern_trusted::{errno::Errno, platform::Buffer};
 
 use super::OpenFile;
-use crate::{guest::GuestBuffer, sys};
+use crate::{
+    directory::{Entry, Listing},
+    guest::GuestBuffer,
+    sys,
+};
 
 /// Alignment that O_DIRECT asks of offset, address and length, in bytes.
 pub const DIRECT_ALIGNMENT: u64 = 512;
@@ -76,6 +80,7 @@ impl OpenFile {
         if !self.readable() {
             return Err(Errno::EBADF);
         }
+        self.content()?;
         if buffer.is_empty() {
             return Ok(0);
         }
@@ -223,6 +228,9 @@ impl OpenFile {
         if self.is_path() {
             return Err(Errno::EBADF);
         }
+        if let Some(listing) = self.listing() {
+            return self.seek_entry(listing, offset, whence);
+        }
         let from = match whence {
             libc::SEEK_SET => 0,
             libc::SEEK_CUR => self.position.load(Ordering::Relaxed),
@@ -240,6 +248,40 @@ impl OpenFile {
             self.position.store(place, Ordering::Relaxed);
         }
         Ok(place)
+    }
+
+    /// lseek(2) of a directory: the position is the number of the next entry.
+    fn seek_entry(&self, listing: &Listing, offset: i64, whence: i32) -> Result<u64, Errno> {
+        let from = match whence {
+            libc::SEEK_SET => 0,
+            libc::SEEK_CUR => self.position.load(Ordering::Relaxed),
+            _ => return Err(Errno::EINVAL),
+        };
+        let place = from.checked_add_signed(offset).ok_or(Errno::EINVAL)?;
+        if place == 0 {
+            listing.rewind();
+        }
+        self.position.store(place, Ordering::Relaxed);
+        Ok(place)
+    }
+
+    /// The next entry of a directory, if `fits` takes it.
+    ///
+    /// # Errors
+    /// `EBADF` for `O_PATH`, `ENOTDIR` for a file, `ENOENT` for a removed directory, `EIO`.
+    pub fn next_entry(&self, fits: impl FnOnce(&Entry, u64) -> bool) -> Result<bool, Errno> {
+        if self.is_path() {
+            return Err(Errno::EBADF);
+        }
+        let listing = self.listing().ok_or(Errno::ENOTDIR)?;
+        let at = self.position.load(Ordering::Relaxed);
+        let place = usize::try_from(at).map_err(|_| Errno::EINVAL)?;
+        let Some(entry) = listing.entry(place)? else { return Ok(false) };
+        let taken = fits(&entry, at + 1);
+        if taken {
+            self.position.store(at + 1, Ordering::Relaxed);
+        }
+        Ok(taken)
     }
 
     /// The first data or hole at or after `offset`, in steps of the volume's blocks.

@@ -163,3 +163,23 @@ fn work_that_a_host_writes_into_a_slot_is_bounded() {
         assert_eq!(opens(&image, key()), Err(VolumeError::DamagedHeader));
     }
 }
+
+#[test]
+fn a_derived_key_stays_when_slots_change_and_differs_for_each_name_and_volume() {
+    let derived = |image: &Image, by: SlotKey, salt: &'static [u8]| {
+        let mut runner = runner(image);
+        let disk = runner.disk.clone();
+        runner.block_on(async move {
+            let options = OpenOptions { read_only: true, ..OpenOptions::default() };
+            let (volume, _) = Volume::open(&disk, &by, &options).await.unwrap();
+            volume.derive_key(salt, b"test").key_file().unwrap()
+        })
+    };
+    let image = formatted(1, tiny());
+    let before = derived(&image, key(), b"one");
+    let (image, _) = put(&image, key(), words(), None);
+    let (image, _) = clear(&image, words(), 0);
+    assert_eq!(derived(&image, words(), b"one"), before);
+    assert_ne!(derived(&image, words(), b"two"), before);
+    assert_ne!(derived(&formatted(2, tiny()), key(), b"one"), before);
+}

@@ -1,0 +1,132 @@
+//! A protected directory: kill -9 amid its changes, and a host that exchanges, removes and cuts
+//! files.
+
+use std::{
+    ffi::OsString,
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use crate::common::{World, begin, children, end, name_of, signal, until};
+
+const ROUNDS: u64 = 8;
+const DAMAGED: i32 = 65;
+
+/// `postern run` of `program` with the directory under `/data`.
+fn run<A: AsRef<std::ffi::OsStr>>(
+    world: &World,
+    directory: &Path,
+    program: impl IntoIterator<Item = A>,
+) -> Command {
+    let mut shown = OsString::from("/data/=");
+    shown.push(directory);
+    let mut command = world.postern(["run", "--no-probes", "--create", "1M", "--volume"]);
+    command.arg(shown).arg("--").args(program);
+    command
+}
+
+/// Runs a line of the shell in the directory.
+fn shell(world: &World, directory: &Path, line: &str) -> crate::common::Ended {
+    end(&mut run(world, directory, ["sh", "-c", line]))
+}
+
+/// The host files that have an id for a name.
+fn volumes(directory: &Path) -> Vec<PathBuf> {
+    let all = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
+    let mut files: Vec<_> = all.filter(|path| !path.ends_with("index")).collect();
+    files.sort();
+    files
+}
+
+#[test]
+fn every_finished_change_of_a_name_survives_kill_9_and_nothing_else_is_left() {
+    let Some(world) = World::new() else { return };
+    let Some(program) = world.guest("names") else { return };
+    let (directory, log) = (world.path("d"), world.path("log"));
+    let words = |mode: &str| -> Vec<OsString> {
+        vec![program.clone().into(), mode.into(), "/data".into(), log.clone().into()]
+    };
+    let finished = || fs::metadata(&log).map_or(0, |log| log.len() / 8);
+    for round in 0..ROUNDS {
+        let enough = finished() + 1 + round;
+        let mut running = begin(&mut run(&world, &directory, words("write")));
+        until("enough finished files", || {
+            assert!(running.is_running(), "the guest ended by itself");
+            (finished() >= enough).then_some(())
+        });
+        let all = children(running.pid());
+        let guest = all.into_iter().find(|&pid| name_of(pid) == "names").unwrap();
+        signal("KILL", guest);
+        running.wait().expect(128 + 9);
+        end(&mut run(&world, &directory, words("check"))).expect(0);
+        let info = end(&mut world.postern(["info", "d", "--json"])).expect(0);
+        let info: serde_json::Value = serde_json::from_str(&info.stdout).unwrap();
+        assert_eq!(info["files"], volumes(&directory).len(), "round {round}");
+    }
+    end(&mut world.postern(["verify", "d"])).expect(0);
+}
+
+#[test]
+fn exchanged_missing_and_cut_host_files_give_eio_and_name_the_guests_path() {
+    let Some(world) = World::new() else { return };
+    let directory = world.path("d");
+    shell(&world, &directory, "echo one > /data/one; echo two > /data/two").expect(0);
+    let files = volumes(&directory);
+    assert_eq!(files.len(), 2);
+    let refused = |what: &str| {
+        for name in ["one", "two"] {
+            let ended = shell(&world, &directory, &format!("cat /data/{name}"));
+            assert_ne!(ended.code(), 0, "{what}");
+            assert_eq!(ended.stdout, "", "{what}");
+            assert!(ended.stderr.contains("Input/output error"), "{what}: {}", ended.stderr);
+            let named = format!("postern: /data/{name}: ");
+            assert!(ended.stderr.contains(&named), "{what}: {}", ended.stderr);
+        }
+        end(&mut world.postern(["verify", "d"])).expect(DAMAGED);
+    };
+    let aside = world.path("aside");
+    let exchange = || {
+        fs::rename(&files[0], &aside).unwrap();
+        fs::rename(&files[1], &files[0]).unwrap();
+        fs::rename(&aside, &files[1]).unwrap();
+    };
+    exchange();
+    refused("exchanged");
+    exchange();
+    let moved = world.path("moved");
+    fs::create_dir(&moved).unwrap();
+    files.iter().for_each(|f| fs::rename(f, moved.join(f.file_name().unwrap())).unwrap());
+    refused("missing");
+    files.iter().for_each(|f| fs::rename(moved.join(f.file_name().unwrap()), f).unwrap());
+    let lengths: Vec<u64> = files.iter().map(|f| fs::metadata(f).unwrap().len()).collect();
+    let cut = |to: &dyn Fn(u64) -> u64| {
+        for (file, length) in files.iter().zip(&lengths) {
+            fs::OpenOptions::new().write(true).open(file).unwrap().set_len(to(*length)).unwrap();
+        }
+    };
+    cut(&|length| length - 4096);
+    refused("cut");
+    cut(&|length| length);
+    let ended = shell(&world, &directory, "cat /data/one /data/two").expect(0);
+    assert_eq!(ended.stdout, "one\ntwo\n");
+    end(&mut world.postern(["verify", "d"])).expect(0);
+}
+
+#[test]
+fn an_index_of_garbage_and_a_directory_in_use_are_refused() {
+    let Some(world) = World::new() else { return };
+    let directory = world.path("d");
+    shell(&world, &directory, "echo one > /data/one").expect(0);
+    // The shell has a file open while another program looks at the directory.
+    let held = shell(&world, &directory, "exec 3</data/one; ls /data");
+    assert_ne!(held.code(), 0);
+    assert!(held.stderr.contains("EBUSY: another program has this volume open"), "{}", held.stderr);
+    let index = directory.join("index");
+    let whole = fs::read(&index).unwrap();
+    fs::write(&index, vec![0x5a; whole.len()]).unwrap();
+    let ended = shell(&world, &directory, "cat /data/one");
+    assert_eq!(ended.code(), DAMAGED, "{}", ended.stderr);
+    fs::write(&index, whole).unwrap();
+    assert_eq!(shell(&world, &directory, "cat /data/one").expect(0).stdout, "one\n");
+}
