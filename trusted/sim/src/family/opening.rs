@@ -1,0 +1,141 @@
+//! Opening a volume: its key, its host file, its recovery.
+//!
+//! Holds: a host file that was made for a volume that then could not be is removed again.
+
+use core::sync::atomic::AtomicBool;
+
+use postern_trusted::{
+    directory::{INDEX_NAME, file_key, host_name},
+    errno::Errno,
+    volume::{OpenOptions, SlotKey, Volume, VolumeError},
+};
+
+use super::{FILE_CACHE, Family, OpenVolume, Source, Wanted};
+use crate::{config, directory::Member, message, process};
+
+impl Family {
+    /// Key file and name at the daemon of a volume.
+    fn place_of(&self, source: &Source) -> (String, String) {
+        let within = |number: usize, file: &str| {
+            let config = &self.directories[number].config;
+            (config.key_file.clone(), format!("{}/{file}", config.name))
+        };
+        match source {
+            Source::Volume(config) => (config.key_file.clone(), config.name.clone()),
+            Source::Index(number) => within(*number, INDEX_NAME),
+            Source::File(file) => within(file.directory, &host_name(&file.id)),
+        }
+    }
+
+    pub(super) fn open(&self, index: usize, source: &Source) -> Result<OpenVolume, Errno> {
+        let process = process::current();
+        let path = &self.path_of(source);
+        let (key_file, name) = &self.place_of(source);
+        let key = message::read_file(key_file.as_bytes(), 4096).map_err(|errno| {
+            message::say(&format!("{path}: cannot read key file {key_file}: {errno}"));
+            Errno::EIO
+        })?;
+        let key = config::parse_key(&key).map_err(|bad| {
+            message::say(&format!("{path}: key file {key_file}: {bad}"));
+            Errno::EIO
+        })?;
+        let mut key = SlotKey::new(key);
+        let mut capacity = None;
+        if let Source::File(file) = source {
+            key = file_key(&key, &file.id);
+            capacity = file.fresh.then(|| self.directories[file.directory].config.file_capacity);
+        }
+        let host = match capacity {
+            Some(capacity) => process.create_host_file(name, Volume::small_host_blocks(capacity)),
+            None => process.open_host_file(name),
+        };
+        let file = host.map_err(|errno| {
+            let hint = match errno {
+                Errno::EBUSY => "another program has this volume open; wait until it ends",
+                Errno::EINVAL => "the host's file system refuses O_DIRECT",
+                Errno::ENOENT => "the host file is gone, or the daemon was not told of it",
+                Errno::EMFILE | Errno::ENFILE => "too many files are open at the daemon",
+                Errno::ENOSPC => "the host has no room",
+                _ => "the daemon refused the host file; its own messages say more",
+            };
+            message::say(&format!("{path}: {name}: {errno}: {hint}"));
+            // A name of ours that the host cannot resolve is damage, not a missing file.
+            let damaged = errno == Errno::ENOENT && matches!(source, Source::File(_));
+            if damaged { Errno::EIO } else { errno }
+        })?;
+        let disk = process.lane_file(file.handle, file.blocks);
+        let opened = disk.and_then(|disk| {
+            let opening = async {
+                if let Some(capacity) = capacity {
+                    Volume::format_empty(&disk, &key, capacity).await?;
+                }
+                Volume::open(&disk, &key, &OpenOptions::default()).await
+            };
+            process.block_on(opening).map_err(|error: VolumeError| {
+                message::say(&format!("{path}: {error}"));
+                Errno::EIO
+            })
+        });
+        match opened {
+            Ok((volume, report)) => {
+                if !report.clean && report.journal_blocks > 0 {
+                    message::say(&format!(
+                        "{path}: recovered after a crash: {} journal blocks replayed, {} records \
+                         applied, {} unsynced ones skipped",
+                        report.journal_blocks, report.records_applied, report.records_skipped
+                    ));
+                }
+                let member = match source {
+                    Source::File(file) => {
+                        volume.limit_cache(FILE_CACHE);
+                        let index = self.directories[file.directory].entry;
+                        Some(Member::new(file.directory, file.inode, self.acquire(index)?))
+                    }
+                    _ => None,
+                };
+                Ok(OpenVolume {
+                    index,
+                    volume,
+                    member,
+                    clean: report.clean,
+                    handle: file.handle,
+                    host_blocks: file.blocks,
+                    failed: AtomicBool::new(false),
+                })
+            }
+            Err(errno) => {
+                process.give_back(file.handle);
+                if capacity.is_some() {
+                    process.remove_host_file(name);
+                }
+                Err(errno)
+            }
+        }
+    }
+
+    /// Bytes in a file of a protected directory that is not open. Writes nothing.
+    ///
+    /// # Errors
+    /// As [`Self::acquire`].
+    pub fn size_of_closed(&self, wanted: Wanted) -> Result<u64, Errno> {
+        let process = process::current();
+        let path = wanted.path.clone();
+        let id = wanted.id;
+        let (key_file, name) = self.place_of(&Source::File(wanted));
+        let failed = |what: &dyn core::fmt::Display| {
+            message::say(&format!("{path}: {name}: {what}"));
+            Errno::EIO
+        };
+        let key = message::read_file(key_file.as_bytes(), 4096).map_err(|e| failed(&e))?;
+        let key = config::parse_key(&key).map_err(|bad| failed(&bad))?;
+        let key = file_key(&SlotKey::new(key), &id);
+        let file = process.open_host_file(&name).map_err(|errno| failed(&errno))?;
+        let size = process.lane_file(file.handle, file.blocks).and_then(|disk| {
+            let options = OpenOptions { read_only: true, ..OpenOptions::default() };
+            let opened = process.block_on(Volume::open(&disk, &key, &options));
+            opened.map(|(volume, _)| volume.size()).map_err(|error| failed(&error))
+        });
+        process.give_back(file.handle);
+        size
+    }
+}
