@@ -11,7 +11,7 @@ use postern_trusted::{
 };
 
 use super::{FILE_CACHE, Family, OpenVolume, Source, Wanted};
-use crate::{config, directory::Member, message, process};
+use crate::{config, directory::Member, message, process, runtime};
 
 impl Family {
     /// Key file and name at the daemon of a volume.
@@ -28,23 +28,32 @@ impl Family {
     }
 
     pub(super) fn open(&self, index: usize, source: &Source) -> Result<OpenVolume, Errno> {
+        let Source::File(file) = source else {
+            let (key_file, _) = self.place_of(source);
+            let key = read_key(&self.path_of(source), &key_file)?;
+            return self.open_with(index, source, &key, None, None);
+        };
+        let directory = &self.directories[file.directory];
+        let names = self.acquire(directory.entry)?;
+        let key = file_key(&names.volume, &file.id);
+        let capacity = file.fresh.then_some(directory.config.file_capacity);
+        let member = Member::new(file.directory, file.inode, names.clone());
+        self.open_with(index, source, &key, capacity, Some(member))
+            .inspect_err(|_| runtime::close_volume(&names))
+    }
+
+    /// Opens a volume with `key`; makes it first if it is given a `capacity`.
+    fn open_with(
+        &self,
+        index: usize,
+        source: &Source,
+        key: &SlotKey,
+        capacity: Option<u64>,
+        member: Option<Member>,
+    ) -> Result<OpenVolume, Errno> {
         let process = process::current();
         let path = &self.path_of(source);
-        let (key_file, name) = &self.place_of(source);
-        let key = message::read_file(key_file.as_bytes(), 4096).map_err(|errno| {
-            message::say(&format!("{path}: cannot read key file {key_file}: {errno}"));
-            Errno::EIO
-        })?;
-        let key = config::parse_key(&key).map_err(|bad| {
-            message::say(&format!("{path}: key file {key_file}: {bad}"));
-            Errno::EIO
-        })?;
-        let mut key = SlotKey::new(key);
-        let mut capacity = None;
-        if let Source::File(file) = source {
-            key = file_key(&key, &file.id);
-            capacity = file.fresh.then(|| self.directories[file.directory].config.file_capacity);
-        }
+        let (_, name) = &self.place_of(source);
         let host = match capacity {
             Some(capacity) => process.create_host_file(name, Volume::small_host_blocks(capacity)),
             None => process.open_host_file(name),
@@ -67,9 +76,9 @@ impl Family {
         let opened = disk.and_then(|disk| {
             let opening = async {
                 if let Some(capacity) = capacity {
-                    Volume::format_empty(&disk, &key, capacity).await?;
+                    Volume::format_empty(&disk, key, capacity).await?;
                 }
-                Volume::open(&disk, &key, &OpenOptions::default()).await
+                Volume::open(&disk, key, &OpenOptions::default()).await
             };
             process.block_on(opening).map_err(|error: VolumeError| {
                 message::say(&format!("{path}: {error}"));
@@ -85,14 +94,9 @@ impl Family {
                         report.journal_blocks, report.records_applied, report.records_skipped
                     ));
                 }
-                let member = match source {
-                    Source::File(file) => {
-                        volume.limit_cache(FILE_CACHE);
-                        let index = self.directories[file.directory].entry;
-                        Some(Member::new(file.directory, file.inode, self.acquire(index)?))
-                    }
-                    _ => None,
-                };
+                if member.is_some() {
+                    volume.limit_cache(FILE_CACHE);
+                }
                 Ok(OpenVolume {
                     index,
                     volume,
@@ -120,15 +124,14 @@ impl Family {
     pub fn size_of_closed(&self, wanted: Wanted) -> Result<u64, Errno> {
         let process = process::current();
         let path = wanted.path.clone();
-        let id = wanted.id;
-        let (key_file, name) = self.place_of(&Source::File(wanted));
+        let names = self.acquire(self.directories[wanted.directory].entry)?;
+        let key = file_key(&names.volume, &wanted.id);
+        runtime::close_volume(&names);
+        let (_, name) = self.place_of(&Source::File(wanted));
         let failed = |what: &dyn core::fmt::Display| {
             message::say(&format!("{path}: {name}: {what}"));
             Errno::EIO
         };
-        let key = message::read_file(key_file.as_bytes(), 4096).map_err(|e| failed(&e))?;
-        let key = config::parse_key(&key).map_err(|bad| failed(&bad))?;
-        let key = file_key(&SlotKey::new(key), &id);
         let file = process.open_host_file(&name).map_err(|errno| failed(&errno))?;
         let size = process.lane_file(file.handle, file.blocks).and_then(|disk| {
             let options = OpenOptions { read_only: true, ..OpenOptions::default() };
@@ -138,4 +141,14 @@ impl Family {
         process.give_back(file.handle);
         size
     }
+}
+
+/// Reads the key of the volume at `path`.
+fn read_key(path: &str, key_file: &str) -> Result<SlotKey, Errno> {
+    let refused = |what: &dyn core::fmt::Display| {
+        message::say(&format!("{path}: key file {key_file}: {what}"));
+        Errno::EIO
+    };
+    let content = message::read_file(key_file.as_bytes(), 4096).map_err(|errno| refused(&errno))?;
+    config::parse_key(&content).map(SlotKey::new).map_err(|bad| refused(&bad))
 }
