@@ -13,6 +13,7 @@ pub mod host;
 pub mod identity;
 pub mod link;
 pub mod message;
+pub mod posix_aio;
 pub mod process;
 pub mod runtime;
 pub mod service;

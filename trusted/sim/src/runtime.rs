@@ -62,20 +62,6 @@ impl OpenVolume {
         self.run(async |volume, disk| volume.read(disk, offset, buffer).await)
     }
 
-    /// Writes at `offset`; waits for it, and with `sync` until it is durable.
-    ///
-    /// # Errors
-    /// `ENOSPC`, `EFBIG`, `EIO`; `EFAULT` for the buffer.
-    pub fn write(&self, offset: u64, buffer: &impl Buffer, sync: bool) -> Result<usize, Errno> {
-        self.run(async |volume, disk| {
-            let length = volume.write(disk, offset, buffer).await?;
-            if sync {
-                volume.sync(disk).await?;
-            }
-            Ok(length)
-        })
-    }
-
     /// fsync(2).
     ///
     /// # Errors

@@ -12,6 +12,7 @@ use postern_trusted::port::Sleeper;
 
 use crate::{
     family::{self, Family},
+    posix_aio,
     process::{self, Process},
     sys,
     wait::{self, Signals, now_ns},
@@ -74,6 +75,7 @@ fn run() {
         let silent = process.drives() == drives && process.sleepers.sleeping() == 0;
         let listening = now < LISTEN_UNTIL.load(Ordering::Relaxed);
         process.tend(family, silent || listening);
+        posix_aio::give_notices();
         drives = process.drives();
         if now - census_ns > CENSUS_NS {
             census_ns = now;

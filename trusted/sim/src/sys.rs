@@ -162,6 +162,13 @@ pub fn gettid() -> u32 {
     u32::try_from(id).unwrap_or(0)
 }
 
+/// getuid(2).
+#[must_use]
+pub fn user_id() -> u32 {
+    let id = numbers(libc::SYS_getuid, 0, 0, 0).unwrap_or(0);
+    u32::try_from(id).unwrap_or(0)
+}
+
 /// geteuid(2) and getegid(2).
 #[must_use]
 pub fn effective_ids() -> (u32, u32) {

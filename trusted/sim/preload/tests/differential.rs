@@ -137,3 +137,8 @@ fn file_calls_answer_on_a_protected_path_what_they_answer_on_ext4() {
 fn children_threads_and_moved_rings_behave_on_a_protected_path_as_on_ext4() {
     compare("processes", "children and rings");
 }
+
+#[test]
+fn posix_aio_on_a_protected_path_behaves_as_on_ext4() {
+    compare("posixaio", "POSIX AIO");
+}
