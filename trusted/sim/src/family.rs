@@ -20,10 +20,12 @@ use postern_trusted::{
 use crate::{
     arena,
     config::{self, RunConfig, VolumeConfig},
-    identity, message,
+    files, identity,
+    inheritance::Inheritance,
+    message,
     process::{self, Process},
     spin::Tickets,
-    wait,
+    sys, wait,
 };
 
 /// The family: one per guest program and its forked children.
@@ -36,6 +38,8 @@ pub struct Family {
     pub session: Lock<Option<Session>>,
     /// Which threads may spin.
     pub tickets: Tickets,
+    /// What passes from program to program at exec.
+    pub inheritance: Inheritance,
     volumes: Vec<Entry>,
     processes: Lock<Vec<&'static Process>>,
 }
@@ -110,6 +114,10 @@ fn read_config() -> Option<&'static Family> {
     if let Some(family) = CACHED.get() {
         return Some(family);
     }
+    if let Some(family) = rejoin() {
+        let _ = CACHED.set(family);
+        return Some(family);
+    }
     let path = std::env::var(config::RUN_VARIABLE).ok()?;
     let text = match message::read_file(path.as_bytes(), 1 << 20) {
         Ok(text) => text,
@@ -126,8 +134,24 @@ fn read_config() -> Option<&'static Family> {
         }
     };
     let kick = process::keep(wait::eventfd().ok()?);
+    // The next program after exec watches it too.
+    let _ = sys::fcntl(kick, libc::F_SETFD, 0);
+    if let Some(memory) = arena::descriptor() {
+        files::mark_internal(memory);
+    }
     let family = arena::root(|| Family::new(config, kick))?;
     let _ = CACHED.set(family);
+    Some(family)
+}
+
+/// The family that the program before exec belonged to.
+fn rejoin() -> Option<&'static Family> {
+    let family = arena::existing_root::<Family>()?;
+    if let Err(errno) = sys::fcntl(family.kick, libc::F_GETFD, 0) {
+        message::say(&format!("a descriptor of this library was closed before exec: {errno}"));
+        process::abort();
+    }
+    arena::descriptor().into_iter().chain([family.kick]).for_each(files::mark_internal);
     Some(family)
 }
 
@@ -146,6 +170,7 @@ impl Family {
             kick,
             session: Lock::new(None),
             tickets: Tickets::new(wait::processors()),
+            inheritance: Inheritance::new(),
             volumes,
             processes: Lock::new(Vec::with_capacity(64)),
         }
@@ -306,9 +331,28 @@ impl Family {
         }
     }
 
-    /// Notes a process of the family.
+    /// Notes a process of the family. One of the same number was the same process before exec.
     pub fn enrol(&self, process: &'static Process) {
-        self.processes.lock().push(process);
+        let mut processes = self.processes.lock();
+        processes.retain(|other| other.id() != process.id());
+        processes.push(process);
+    }
+
+    /// Whether no other process of the family is known.
+    #[must_use]
+    pub fn is_alone(&self) -> bool {
+        let me = identity::process_id();
+        self.processes.lock().iter().all(|process| process.id() == me)
+    }
+
+    /// The daemon no longer knows session `number`: forgets it, unless volumes are open in it.
+    pub fn forget_session(&self, number: u64) -> bool {
+        if self.open_volumes().next().is_some() {
+            message::say("the session with the daemon has ended; start the program again");
+            return false;
+        }
+        self.session.lock().take_if(|session| session.number == number);
+        true
     }
 
     /// Strikes a process out: it has drained and will not come back.

@@ -25,7 +25,7 @@ use std::sync::Arc;
 use postern_trusted::errno::Errno;
 
 use crate::{
-    identity,
+    family, identity,
     runtime::{self, OpenVolume},
     sys,
 };
@@ -52,6 +52,8 @@ pub struct OpenFile {
     /// Where read(2) and write(2) go on, in bytes.
     position: AtomicU64,
     locks: locks::Description,
+    /// Its number in the family, by which a placeholder leads to it after exec.
+    number: u64,
 }
 
 impl OpenFile {
@@ -131,6 +133,9 @@ impl OpenFile {
 
 impl Drop for OpenFile {
     fn drop(&mut self) {
+        if let Some(family) = family::family() {
+            family.inheritance.strike(self.number);
+        }
         runtime::close_volume(&self.volume);
     }
 }
@@ -180,14 +185,18 @@ pub fn open(index: usize, flags: i32) -> Result<i32, Errno> {
     // O_PATH drops everything but these (open(2)).
     let kept = libc::O_PATH | libc::O_NOFOLLOW;
     let kept = if is_path { flags & kept } else { flags & !OPEN_ONLY | LARGE_FILE };
+    let inheritance = &family::family().ok_or(Errno::ENOENT)?.inheritance;
+    let number = inheritance.number();
     let file = Arc::new(OpenFile {
         volume: runtime::open_volume(index)?,
         index,
         flags: AtomicI32::new(kept),
         position: AtomicU64::new(0),
         locks: locks::Description::new(),
+        number,
     });
-    let fd = placeholder::make(close_on_exec)?;
+    inheritance.enter(number, &file);
+    let fd = placeholder::make(number, close_on_exec)?;
     if !is_path
         && flags & libc::O_TRUNC != 0
         && let Err(errno) = file.truncate_to(0)
@@ -335,6 +344,42 @@ pub fn protect_internal(fd: i32) -> i32 {
     };
     TABLE.mark_internal(fd);
     fd
+}
+
+/// Marks a descriptor that this program was left as one of our own.
+pub fn mark_internal(fd: i32) {
+    TABLE.mark_internal(fd);
+}
+
+/// Enters an open file under a placeholder that this program was left.
+pub fn adopt(fd: i32, file: Arc<OpenFile>) {
+    // A number outside the table answers EBADF, as after open.
+    drop(TABLE.insert(fd, file));
+}
+
+/// The open files behind the numbers in use, one for each number.
+#[must_use]
+pub fn all() -> Vec<Arc<OpenFile>> {
+    collect(|_| true)
+}
+
+/// Those whose numbers stay open across exec.
+#[must_use]
+pub fn inheritable() -> Vec<Arc<OpenFile>> {
+    let close = libc::FD_CLOEXEC as usize;
+    collect(|fd| sys::fcntl(fd, libc::F_GETFD, 0).is_ok_and(|flags| flags & close == 0))
+}
+
+fn collect(wanted: impl Fn(i32) -> bool) -> Vec<Arc<OpenFile>> {
+    let mut found = Vec::new();
+    let mut from = 0;
+    while let Some(fd) = TABLE.first(Kind::Protected, from, u32::MAX) {
+        if wanted(fd) {
+            found.extend(TABLE.get(fd));
+        }
+        from = fd.unsigned_abs() + 1;
+    }
+    found
 }
 
 /// Closes a descriptor that [`protect_internal`] answered.

@@ -11,6 +11,8 @@ pub mod files;
 pub mod guest;
 pub mod host;
 pub mod identity;
+pub mod image;
+pub mod inheritance;
 pub mod link;
 pub mod message;
 pub mod posix_aio;

@@ -2,7 +2,7 @@
 
 use core::sync::atomic::{AtomicU32, Ordering};
 
-use postern_sim::{config::RUN_VARIABLE, guest::fault, identity, runtime, sys};
+use postern_sim::{config::RUN_VARIABLE, files, guest::fault, identity, inheritance, runtime, sys};
 
 const UNKNOWN: u32 = u32::MAX;
 const INERT: u32 = u32::MAX - 1;
@@ -52,6 +52,8 @@ fn begin() {
     let _ = identity::process_id();
     fault::install();
     crate::process::watch_forks();
+    // What the program before exec left open.
+    inheritance::adopt();
 }
 
 /// Waits for what is in flight and closes what is open: the process is about to end or to become
@@ -60,6 +62,24 @@ pub fn drain() {
     if STATE.load(Ordering::Acquire) == ACTIVE && identity::process_id() == sys::getpid() {
         runtime::exit_drain();
     }
+}
+
+/// Runs `exec`, which does not return if it succeeds. What the next program inherits is kept for it;
+/// a vfork child does no more than that, in its parent's memory.
+pub fn around_exec<T>(exec: impl FnOnce() -> T) -> T {
+    if STATE.load(Ordering::Acquire) != ACTIVE {
+        return exec();
+    }
+    if identity::process_id() == sys::getpid() {
+        runtime::exec_drain();
+        let failed = exec();
+        runtime::stay();
+        return failed;
+    }
+    inheritance::hand_over(files::inheritable());
+    let failed = exec();
+    inheritance::after_failed_exec();
+    failed
 }
 
 extern "C" fn start() {
