@@ -17,6 +17,7 @@ pub mod io;
 pub mod locks;
 pub mod path;
 pub mod placeholder;
+pub mod snapshot;
 pub mod table;
 
 use core::sync::atomic::{AtomicI32, AtomicU64, Ordering};

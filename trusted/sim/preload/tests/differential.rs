@@ -139,6 +139,16 @@ fn children_threads_and_moved_rings_behave_on_a_protected_path_as_on_ext4() {
 }
 
 #[test]
+fn mappings_and_sendfile_on_a_protected_path_behave_as_on_ext4() {
+    compare("moving", "mappings and sendfile");
+}
+
+#[test]
+fn descriptors_of_a_protected_file_pass_through_exec_as_on_ext4() {
+    compare("inheriting", "descriptors after exec");
+}
+
+#[test]
 fn posix_aio_on_a_protected_path_behaves_as_on_ext4() {
     compare("posixaio", "POSIX AIO");
 }

@@ -25,14 +25,19 @@ pub mod rwf {
     pub const DSYNC: i32 = 0x2;
     /// As O_SYNC, for one write.
     pub const SYNC: i32 = 0x4;
+    /// Fail rather than wait.
+    pub const NOWAIT: i32 = 0x8;
     /// Write at the end, whatever the offset.
     pub const APPEND: i32 = 0x10;
     /// Ignore O_APPEND.
     pub const NOAPPEND: i32 = 0x20;
+    /// Keep nothing in the page cache: there is none.
+    pub const DONTCACHE: i32 = 0x80;
     /// Raise no SIGPIPE.
     pub const NOSIGNAL: i32 = 0x100;
     /// Those that a protected file understands.
-    pub const UNDERSTOOD: i32 = HIPRI | DSYNC | SYNC | APPEND | NOAPPEND | NOSIGNAL;
+    pub const UNDERSTOOD: i32 =
+        HIPRI | DSYNC | SYNC | NOWAIT | APPEND | NOAPPEND | DONTCACHE | NOSIGNAL;
 }
 
 /// Where a read or write happens.
