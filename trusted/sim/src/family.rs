@@ -20,7 +20,8 @@ use postern_trusted::{
 use crate::{
     arena,
     config::{self, RunConfig, VolumeConfig},
-    files, identity,
+    files::{self, locks::Locks},
+    identity,
     inheritance::Inheritance,
     message,
     process::{self, Process},
@@ -38,6 +39,8 @@ pub struct Family {
     pub session: Lock<Option<Session>>,
     /// Which threads may spin.
     pub tickets: Tickets,
+    /// Locks on protected files.
+    pub locks: Locks,
     /// What passes from program to program at exec.
     pub inheritance: Inheritance,
     volumes: Vec<Entry>,
@@ -170,6 +173,7 @@ impl Family {
             kick,
             session: Lock::new(None),
             tickets: Tickets::new(wait::processors()),
+            locks: Locks::new(),
             inheritance: Inheritance::new(),
             volumes,
             processes: Lock::new(Vec::with_capacity(64)),
@@ -363,6 +367,7 @@ impl Family {
     /// Ends the calling process if another one of the family died with work unfinished: what it
     /// held of the volume will never complete.
     pub fn check_the_dead(&self) {
+        self.locks.reap();
         let me = identity::process_id();
         let dead = {
             let mut processes = self.processes.lock();

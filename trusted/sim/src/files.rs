@@ -20,7 +20,7 @@ pub mod placeholder;
 pub mod snapshot;
 pub mod table;
 
-use core::sync::atomic::{AtomicI32, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::Arc;
 
 use postern_trusted::errno::Errno;
@@ -52,8 +52,7 @@ pub struct OpenFile {
     flags: AtomicI32,
     /// Where read(2) and write(2) go on, in bytes.
     position: AtomicU64,
-    locks: locks::Description,
-    /// Its number in the family, by which a placeholder leads to it after exec.
+    /// Its number in the family: locks belong to it, and a placeholder leads to it after exec.
     number: u64,
 }
 
@@ -134,6 +133,7 @@ impl OpenFile {
 
 impl Drop for OpenFile {
     fn drop(&mut self) {
+        self.end_locks();
         if let Some(family) = family::family() {
             family.inheritance.strike(self.number);
         }
@@ -193,7 +193,6 @@ pub fn open(index: usize, flags: i32) -> Result<i32, Errno> {
         index,
         flags: AtomicI32::new(kept),
         position: AtomicU64::new(0),
-        locks: locks::Description::new(),
         number,
     });
     inheritance.enter(number, &file);
@@ -236,9 +235,23 @@ pub fn close(fd: i32) -> Result<(), Errno> {
     }
 }
 
+static EXECUTING: AtomicBool = AtomicBool::new(false);
+
+/// Whether this process is about to exec: numbers that survive it keep the process's locks.
+pub fn set_executing(executing: bool) {
+    EXECUTING.store(executing, Ordering::Relaxed);
+}
+
+fn survives_exec(fd: i32) -> bool {
+    let close = libc::FD_CLOEXEC as usize;
+    sys::fcntl(fd, libc::F_GETFD, 0).is_ok_and(|flags| flags & close == 0)
+}
+
 /// One number less leads to `file`; with the last one of the family the volume is closed.
 fn forget(fd: i32, file: Arc<OpenFile>) {
-    file.release_locks(!TABLE.has_other(fd, &file));
+    if !(EXECUTING.load(Ordering::Relaxed) && survives_exec(fd)) {
+        file.release_locks();
+    }
     let index = file.index;
     if Arc::into_inner(file).is_some() {
         runtime::settle(index);
@@ -367,8 +380,7 @@ pub fn all() -> Vec<Arc<OpenFile>> {
 /// Those whose numbers stay open across exec.
 #[must_use]
 pub fn inheritable() -> Vec<Arc<OpenFile>> {
-    let close = libc::FD_CLOEXEC as usize;
-    collect(|fd| sys::fcntl(fd, libc::F_GETFD, 0).is_ok_and(|flags| flags & close == 0))
+    collect(survives_exec)
 }
 
 fn collect(wanted: impl Fn(i32) -> bool) -> Vec<Arc<OpenFile>> {

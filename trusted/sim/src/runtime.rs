@@ -132,12 +132,14 @@ pub fn exec_drain() {
             }
         }
     }
+    files::set_executing(true);
     leave();
     inheritance::hand_over(files);
 }
 
 /// After an exec that failed: goes on as before it, with the descriptors that would have survived.
 pub fn stay() {
+    files::set_executing(false);
     if let Some(family) = family() {
         family.enrol(process::current());
         inheritance::after_failed_exec();

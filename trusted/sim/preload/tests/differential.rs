@@ -144,6 +144,11 @@ fn mappings_and_sendfile_on_a_protected_path_behave_as_on_ext4() {
 }
 
 #[test]
+fn locks_on_a_protected_path_behave_as_on_ext4() {
+    compare("locking", "locks");
+}
+
+#[test]
 fn descriptors_of_a_protected_file_pass_through_exec_as_on_ext4() {
     compare("inheriting", "descriptors after exec");
 }
