@@ -31,7 +31,7 @@ const PAGE: u64 = 4096;
 /// AUDIT_ARCH_X86_64.
 const X86_64: u32 = 0xc000_003e;
 /// What the library calls its placeholders.
-const PLACEHOLDER: &[u8] = b"/memfd:postern ";
+const PLACEHOLDER: &[u8] = b"/memfd:postern-file-";
 
 /// Answers for one run's program and its children.
 pub struct Warden {

@@ -5,22 +5,28 @@
 //! volume core, open files, nonce counters and executors exist once for the whole family.
 //! (A private heap would duplicate the nonce counter at fork: the same nonce for two plaintexts.)
 //!
-//! Holds: objects here hold no process-private pointers except into the program image, which fork
-//! copies at the same address. The region is left out of core dumps and gone with the last process.
+//! The region is a memory file whose descriptor survives exec: the next program maps it again, if
+//! it belongs to the same run ([`run_name`]) and has this library, the same build at the same
+//! address ([`Image`]).
+//!
+//! Holds: objects here hold no process-private pointers except into the library's image, which
+//! fork copies at the same address and a program after exec has there too, or it does not join.
+//! The region is left out of core dumps and gone with the last process.
 #![allow(unsafe_code)]
 
 use core::{
     alloc::{GlobalAlloc, Layout},
     cell::UnsafeCell,
+    ffi::CStr,
     ptr,
-    sync::atomic::{AtomicPtr, AtomicU8, AtomicUsize, Ordering},
+    sync::atomic::{AtomicI32, AtomicPtr, AtomicU8, AtomicUsize, Ordering},
 };
 
 use dlmalloc::Dlmalloc;
 use lock_api::RawMutex;
 use postern_trusted::sync::RawLock;
 
-use crate::sys;
+use crate::{config, image::Image, inheritance, process, sys};
 
 /// Where the arena lies in every process of every family (an address no loader or mmap picks).
 pub const BASE: usize = 0x6e00_0000_0000;
@@ -73,6 +79,8 @@ struct Header {
     used: AtomicUsize,
     /// What the family shares ([`root`]).
     root: AtomicPtr<u8>,
+    /// Who can share it; `None`: nobody after exec.
+    image: Option<Image>,
     heap: UnsafeCell<Dlmalloc<Bump>>,
 }
 
@@ -109,14 +117,89 @@ fn ready() -> bool {
     }
 }
 
+/// The memory file's descriptor; -1 is none. Private to the process.
+static DESCRIPTOR: AtomicI32 = AtomicI32::new(-1);
+
+/// The descriptor that carries the arena across exec, if there is one.
+#[must_use]
+pub fn descriptor() -> Option<i32> {
+    let fd = DESCRIPTOR.load(Ordering::Relaxed);
+    (fd >= 0).then_some(fd)
+}
+
+/// Name of the memory file: "postern-arena-" and a number that stands for the run file's path, so
+/// that a run started inside another one has an arena of its own.
+fn run_name(room: &mut [u8; 32]) -> &CStr {
+    const PREFIX: &[u8] = b"postern-arena-";
+    let mut variable = [0_u8; 32];
+    variable[..config::RUN_VARIABLE.len()].copy_from_slice(config::RUN_VARIABLE.as_bytes());
+    // SAFETY: a C string; the answer is null or one too.
+    let path = unsafe {
+        let path = libc::getenv(variable.as_ptr().cast());
+        if path.is_null() { c"" } else { CStr::from_ptr(path) }
+    };
+    // FNV-1a.
+    let hash = path.to_bytes().iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
+    });
+    room[..PREFIX.len()].copy_from_slice(PREFIX);
+    for (n, digit) in room[PREFIX.len()..PREFIX.len() + 16].iter_mut().enumerate() {
+        let nibble = hash >> (60 - 4 * n) & 15;
+        *digit = b"0123456789abcdef"[usize::try_from(nibble).unwrap_or(0)];
+    }
+    CStr::from_bytes_until_nul(room).unwrap_or(c"postern-arena")
+}
+
 fn make() -> bool {
+    let mut room = [0; 32];
+    let name = run_name(&mut room);
+    let image = Image::own();
+    if image.is_some()
+        && let Some(inherited) = inheritance::find_memory(name.to_bytes())
+        && join(inherited, image)
+    {
+        DESCRIPTOR.store(inherited, Ordering::Relaxed);
+        return true;
+    }
+    let file = image.and_then(|_| memory_file(name));
+    if !map(file) {
+        return false;
+    }
+    DESCRIPTOR.store(file.unwrap_or(-1), Ordering::Relaxed);
+    // SAFETY: the header's pages are mapped, zero and ours alone until STATE says MADE.
+    unsafe {
+        let header = BASE as *mut Header;
+        ptr::addr_of_mut!((*header).used).write(AtomicUsize::new(HEADER_BYTES));
+        ptr::addr_of_mut!((*header).image).write(image);
+        ptr::addr_of_mut!((*header).heap)
+            .write(UnsafeCell::new(Dlmalloc::new_with_allocator(Bump)));
+    }
+    true
+}
+
+/// A memory file of the arena's size that can neither shrink nor grow, under a high number, kept
+/// across exec. `None`: the arena is for forked children alone.
+fn memory_file(name: &CStr) -> Option<i32> {
+    let made = sys::memfd(name).ok()?;
+    let fits = sys::file_size_limit() >= BYTES as u64 && sys::ftruncate(made, BYTES).is_ok();
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    let sealed = fits && sys::fcntl(made, libc::F_ADD_SEALS, seals.unsigned_abs() as usize).is_ok();
+    let limit = sys::descriptor_limit().min(4096);
+    let from = usize::try_from(limit - limit / 16).unwrap_or(0);
+    let moved = if sealed { sys::fcntl(made, libc::F_DUPFD, from).ok() } else { None };
+    let _ = sys::close(made);
+    moved.and_then(|fd| i32::try_from(fd).ok())
+}
+
+/// Maps the memory file, or memory for this process and its children alone, at [`BASE`].
+fn map(file: Option<i32>) -> bool {
     let protection = (libc::PROT_READ | libc::PROT_WRITE) as usize;
-    let flags =
-        (libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED_NOREPLACE)
-            as usize;
+    let kind =
+        if file.is_some() { libc::MAP_SHARED } else { libc::MAP_SHARED | libc::MAP_ANONYMOUS };
+    let flags = (kind | libc::MAP_NORESERVE | libc::MAP_FIXED_NOREPLACE) as usize;
+    let file = file.map_or(usize::MAX, |fd| fd as usize);
     // SAFETY: a new mapping at an address where nothing is mapped (NOREPLACE).
-    let at =
-        unsafe { sys::syscall6(libc::SYS_mmap, BASE, BYTES, protection, flags, usize::MAX, 0) };
+    let at = unsafe { sys::syscall6(libc::SYS_mmap, BASE, BYTES, protection, flags, file, 0) };
     if at.cast_unsigned() != BASE {
         return false;
     }
@@ -124,14 +207,24 @@ fn make() -> bool {
     unsafe {
         sys::syscall6(libc::SYS_madvise, BASE, BYTES, libc::MADV_DONTDUMP as usize, 0, 0, 0);
     }
-    // SAFETY: the header's pages are mapped, zero and ours alone until STATE says MADE.
-    unsafe {
-        let header = BASE as *mut Header;
-        ptr::addr_of_mut!((*header).used).write(AtomicUsize::new(HEADER_BYTES));
-        ptr::addr_of_mut!((*header).heap)
-            .write(UnsafeCell::new(Dlmalloc::new_with_allocator(Bump)));
-    }
     true
+}
+
+/// Maps the arena that the program before exec left, if its objects make sense in this image.
+fn join(file: i32, image: Option<Image>) -> bool {
+    if sys::file_size(file) != Ok(BYTES as u64) || !map(Some(file)) {
+        return false;
+    }
+    // SAFETY: mapped just now; a memory file of this name and size was made by `make`, which
+    // writes the header before anything can exec. Any bytes that fail the comparison are refused.
+    let theirs = unsafe { ptr::addr_of!((*(BASE as *const Header)).image).read() };
+    process::set_lock_hooks();
+    let known = theirs == image && !header().root.load(Ordering::Acquire).is_null();
+    if !known {
+        // SAFETY: the mapping made above, of which nothing is kept.
+        unsafe { sys::syscall6(libc::SYS_munmap, BASE, BYTES, 0, 0, 0, 0) };
+    }
+    known
 }
 
 /// The allocator of the preload library.
@@ -175,6 +268,16 @@ unsafe impl GlobalAlloc for FamilyArena {
         with_heap(|heap| unsafe { heap.realloc(block, layout.size(), layout.align(), size) })
             .unwrap_or(ptr::null_mut())
     }
+}
+
+/// The family's root object, if there is one already.
+#[must_use]
+pub fn existing_root<T: Send + Sync>() -> Option<&'static T> {
+    if !ready() {
+        return None;
+    }
+    // SAFETY: as in `root`.
+    unsafe { header().root.load(Ordering::Acquire).cast::<T>().as_ref() }
 }
 
 /// The family's root object, the same for all its processes. Made by the first that asks; if two

@@ -22,10 +22,13 @@ use crate::{
     arena,
     config::{self, RunConfig, VolumeConfig},
     directory::{Directory, Member},
-    identity, message,
+    files::{self, locks::Locks},
+    identity,
+    inheritance::Inheritance,
+    message,
     process::{self, Process},
     spin::Tickets,
-    wait,
+    sys, wait,
 };
 
 /// The family: one per guest program and its forked children.
@@ -43,6 +46,10 @@ pub struct Family {
     volumes: Lock<Vec<Option<Arc<Entry>>>>,
     /// Volumes that are being closed, until all that goes with it is done.
     closing: AtomicUsize,
+    /// Locks on protected files.
+    pub locks: Locks,
+    /// What passes from program to program at exec.
+    pub inheritance: Inheritance,
     processes: Lock<Vec<&'static Process>>,
 }
 
@@ -154,6 +161,10 @@ fn read_config() -> Option<&'static Family> {
     if let Some(family) = CACHED.get() {
         return Some(family);
     }
+    if let Some(family) = rejoin() {
+        let _ = CACHED.set(family);
+        return Some(family);
+    }
     let path = std::env::var(config::RUN_VARIABLE).ok()?;
     let text = match message::read_file(path.as_bytes(), 1 << 20) {
         Ok(text) => text,
@@ -170,8 +181,24 @@ fn read_config() -> Option<&'static Family> {
         }
     };
     let kick = process::keep(wait::eventfd().ok()?);
+    // The next program after exec watches it too.
+    let _ = sys::fcntl(kick, libc::F_SETFD, 0);
+    if let Some(memory) = arena::descriptor() {
+        files::mark_internal(memory);
+    }
     let family = arena::root(|| Family::new(config, kick))?;
     let _ = CACHED.set(family);
+    Some(family)
+}
+
+/// The family that the program before exec belonged to.
+fn rejoin() -> Option<&'static Family> {
+    let family = arena::existing_root::<Family>()?;
+    if let Err(errno) = sys::fcntl(family.kick, libc::F_GETFD, 0) {
+        message::say(&format!("a descriptor of this library was closed before exec: {errno}"));
+        process::abort();
+    }
+    arena::descriptor().into_iter().chain([family.kick]).for_each(files::mark_internal);
     Some(family)
 }
 
@@ -195,6 +222,8 @@ impl Family {
             directories,
             volumes: Lock::new(volumes),
             closing: AtomicUsize::new(0),
+            locks: Locks::new(),
+            inheritance: Inheritance::new(),
             processes: Lock::new(Vec::with_capacity(64)),
         }
     }
@@ -419,9 +448,28 @@ impl Family {
         })
     }
 
-    /// Notes a process of the family.
+    /// Notes a process of the family. One of the same number was the same process before exec.
     pub fn enrol(&self, process: &'static Process) {
-        self.processes.lock().push(process);
+        let mut processes = self.processes.lock();
+        processes.retain(|other| other.id() != process.id());
+        processes.push(process);
+    }
+
+    /// Whether no other process of the family is known.
+    #[must_use]
+    pub fn is_alone(&self) -> bool {
+        let me = identity::process_id();
+        self.processes.lock().iter().all(|process| process.id() == me)
+    }
+
+    /// The daemon no longer knows session `number`: forgets it, unless volumes are open in it.
+    pub fn forget_session(&self, number: u64) -> bool {
+        if self.open_volumes().next().is_some() {
+            message::say("the session with the daemon has ended; start the program again");
+            return false;
+        }
+        self.session.lock().take_if(|session| session.number == number);
+        true
     }
 
     /// Strikes a process out: it has drained and will not come back.
@@ -432,6 +480,7 @@ impl Family {
     /// Ends the calling process if another one of the family died with work unfinished: what it
     /// held of the volume will never complete.
     pub fn check_the_dead(&self) {
+        self.locks.reap();
         let me = identity::process_id();
         let dead = {
             let mut processes = self.processes.lock();

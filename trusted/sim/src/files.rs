@@ -17,16 +17,17 @@ pub mod io;
 pub mod locks;
 pub mod path;
 pub mod placeholder;
+pub mod snapshot;
 pub mod table;
 
-use core::sync::atomic::{AtomicI32, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::Arc;
 
 use postern_trusted::errno::Errno;
 
 use crate::{
     directory::{self, Listing},
-    identity,
+    family, identity,
     runtime::{self, OpenVolume},
     sys,
 };
@@ -52,7 +53,8 @@ pub struct OpenFile {
     flags: AtomicI32,
     /// Where read(2) and write(2) go on, in bytes.
     position: AtomicU64,
-    locks: locks::Description,
+    /// Its number in the family: locks belong to it, and a placeholder leads to it after exec.
+    number: u64,
     /// For a directory: its entries. The volume is then the index that they come from.
     listing: Option<Listing>,
 }
@@ -155,6 +157,10 @@ impl OpenFile {
 
 impl Drop for OpenFile {
     fn drop(&mut self) {
+        self.end_locks();
+        if let Some(family) = family::family() {
+            family.inheritance.strike(self.number);
+        }
         runtime::close_volume(&self.volume);
     }
 }
@@ -224,18 +230,21 @@ pub fn install(
     // O_PATH drops everything but these (open(2)).
     let kept = libc::O_PATH | libc::O_NOFOLLOW | libc::O_DIRECTORY;
     let kept = if is_path { flags & kept } else { flags & !OPEN_ONLY | LARGE_FILE };
+    let inheritance = &family::family().ok_or(Errno::ENOENT)?.inheritance;
+    let number = inheritance.number();
     let file = Arc::new(OpenFile {
         index: volume.index,
         volume,
         flags: AtomicI32::new(kept),
         position: AtomicU64::new(0),
-        locks: locks::Description::new(),
         listing,
+        number,
     });
     if is_guest_of_its_parents_memory() {
         return Err(Errno::EACCES);
     }
-    let fd = placeholder::make(close_on_exec)?;
+    inheritance.enter(number, &file);
+    let fd = placeholder::make(number, close_on_exec)?;
     if !is_path
         && flags & libc::O_TRUNC != 0
         && let Err(errno) = file.truncate_to(0)
@@ -274,9 +283,23 @@ pub fn close(fd: i32) -> Result<(), Errno> {
     }
 }
 
+static EXECUTING: AtomicBool = AtomicBool::new(false);
+
+/// Whether this process is about to exec: numbers that survive it keep the process's locks.
+pub fn set_executing(executing: bool) {
+    EXECUTING.store(executing, Ordering::Relaxed);
+}
+
+fn survives_exec(fd: i32) -> bool {
+    let close = libc::FD_CLOEXEC as usize;
+    sys::fcntl(fd, libc::F_GETFD, 0).is_ok_and(|flags| flags & close == 0)
+}
+
 /// One number less leads to `file`; with the last one of the family the volume is closed.
 fn forget(fd: i32, file: Arc<OpenFile>) {
-    file.release_locks(!TABLE.has_other(fd, &file));
+    if !(EXECUTING.load(Ordering::Relaxed) && survives_exec(fd)) {
+        file.release_locks();
+    }
     let index = file.index;
     if Arc::into_inner(file).is_some() {
         runtime::settle(index);
@@ -383,6 +406,41 @@ pub fn protect_internal(fd: i32) -> i32 {
     };
     TABLE.mark_internal(fd);
     fd
+}
+
+/// Marks a descriptor that this program was left as one of our own.
+pub fn mark_internal(fd: i32) {
+    TABLE.mark_internal(fd);
+}
+
+/// Enters an open file under a placeholder that this program was left.
+pub fn adopt(fd: i32, file: Arc<OpenFile>) {
+    // A number outside the table answers EBADF, as after open.
+    drop(TABLE.insert(fd, file));
+}
+
+/// The open files behind the numbers in use, one for each number.
+#[must_use]
+pub fn all() -> Vec<Arc<OpenFile>> {
+    collect(|_| true)
+}
+
+/// Those whose numbers stay open across exec.
+#[must_use]
+pub fn inheritable() -> Vec<Arc<OpenFile>> {
+    collect(survives_exec)
+}
+
+fn collect(wanted: impl Fn(i32) -> bool) -> Vec<Arc<OpenFile>> {
+    let mut found = Vec::new();
+    let mut from = 0;
+    while let Some(fd) = TABLE.first(Kind::Protected, from, u32::MAX) {
+        if wanted(fd) {
+            found.extend(TABLE.get(fd));
+        }
+        from = fd.unsigned_abs() + 1;
+    }
+    found
 }
 
 /// Closes a descriptor that [`protect_internal`] answered.

@@ -22,7 +22,7 @@ use postern_trusted::{
 use crate::{
     control::Connection,
     family::{Family, Session},
-    message, sys, wait,
+    files, message, sys, wait,
 };
 
 /// Requests in flight per process.
@@ -58,12 +58,24 @@ impl Link {
     /// # Errors
     /// An errno, with a message on stderr.
     pub fn attach(family: &Family, keep: impl Fn(i32) -> i32) -> Result<Self, Errno> {
+        let session = *family.session.lock();
+        match Self::attach_once(family, &keep) {
+            // All processes of the family had left it; an exec lies between.
+            Err(Errno::ESTALE) if session.is_some_and(|s| family.forget_session(s.number)) => {
+                Self::attach_once(family, &keep)
+            }
+            other => other,
+        }
+        .map_err(|errno| if errno == Errno::ESTALE { Errno::EIO } else { errno })
+    }
+
+    fn attach_once(family: &Family, keep: &impl Fn(i32) -> i32) -> Result<Self, Errno> {
         let path = &family.config.socket;
         let mut connection = Connection::open(path.as_bytes()).map_err(|errno| {
             message::say(&format!("{path}: no daemon answers: {errno}; is posternd running?"));
             Errno::EIO
         })?;
-        connection.move_descriptor(&keep);
+        connection.move_descriptor(keep);
         let socket = connection.descriptor();
         let geometry = Geometry::new(ENTRIES, DATA_BYTES).ok_or(Errno::EINVAL)?;
         let bytes = geometry.region_bytes().next_multiple_of(4096);
@@ -93,7 +105,13 @@ impl Link {
             port_bytes: bytes as u64,
         });
         wait::close(memory);
-        let attached = attached.map_err(|error| refused(path, "attach", &error))?.attached;
+        let attached = match attached {
+            Err(CallError::Refused(_)) if session.is_some() => {
+                [socket, bells[0], bells[1], bells[2]].into_iter().for_each(files::close_internal);
+                return Err(Errno::ESTALE);
+            }
+            other => other.map_err(|error| refused(path, "attach", &error))?.attached,
+        };
         *session = Some(Session { number: attached.session, token: attached.token });
         drop(session);
         Ok(Self { lane, control: Lock::new(control), socket, bells, told: AtomicBool::new(false) })
@@ -157,6 +175,12 @@ impl Link {
     #[must_use]
     pub fn bells(&self) -> [i32; 3] {
         [self.bells[1], self.bells[2], self.socket]
+    }
+
+    /// The control connection.
+    #[must_use]
+    pub fn socket(&self) -> i32 {
+        self.socket
     }
 
     /// All descriptors, to be closed by a forked child.

@@ -30,7 +30,7 @@ use crate::{
     family::{self, Family, OpenVolume},
     files,
     host::Work,
-    identity, inside,
+    identity, inheritance, inside,
     link::Link,
     message, service,
     spin::Spinner,
@@ -104,6 +104,11 @@ fn yield_to(holder: u32) {
     }
 }
 
+/// Tells locks who their owners are: before the first one that other processes may hold.
+pub fn set_lock_hooks() {
+    sync::set_hooks(&HOOKS);
+}
+
 /// Private to the process, but copied by fork: then it points to the parent's object.
 static CURRENT: AtomicPtr<Process> = AtomicPtr::new(core::ptr::null_mut());
 
@@ -120,7 +125,7 @@ pub fn current() -> &'static Process {
         if let Some(process) = known() {
             return process;
         }
-        sync::set_hooks(&HOOKS);
+        set_lock_hooks();
         let at = CURRENT.load(Ordering::Acquire);
         // SAFETY: as in `known`: here it is null or the parent's.
         let inherited = unsafe { at.as_ref() }.map(Process::descriptors).unwrap_or_default();
@@ -240,6 +245,7 @@ impl Process {
         [driver, socket].into_iter().for_each(|bell| self.sleepers.watch(bell));
         [service, socket].into_iter().for_each(|bell| self.service.watch(bell));
         let _ = self.link.set(Box::new(link));
+        inheritance::connected();
         service::start();
         self.link.get().ok_or(Errno::EIO)
     }

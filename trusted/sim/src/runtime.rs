@@ -6,7 +6,7 @@ use std::sync::Arc;
 use postern_trusted::{errno::Errno, platform::Buffer, volume::Volume};
 
 pub use crate::family::OpenVolume;
-use crate::{family::family, files, host, identity, process, wait};
+use crate::{family::family, files, host, identity, inheritance, process, service, wait};
 
 /// Whether `postern run` started this program: otherwise every symbol just passes on.
 #[must_use]
@@ -64,20 +64,6 @@ impl OpenVolume {
         self.run(async |volume, disk| volume.read(disk, offset, buffer).await)
     }
 
-    /// Writes at `offset`; waits for it, and with `sync` until it is durable.
-    ///
-    /// # Errors
-    /// `ENOSPC`, `EFBIG`, `EIO`; `EFAULT` for the buffer.
-    pub fn write(&self, offset: u64, buffer: &impl Buffer, sync: bool) -> Result<usize, Errno> {
-        self.run(async |volume, disk| {
-            let length = volume.write(disk, offset, buffer).await?;
-            if sync {
-                volume.sync(disk).await?;
-            }
-            Ok(length)
-        })
-    }
-
     /// fsync(2).
     ///
     /// # Errors
@@ -128,6 +114,42 @@ impl OpenVolume {
 /// else of the family uses are closed cleanly. The process may go on to call us: it then starts
 /// anew.
 pub fn exit_drain() {
+    inheritance::settle();
+    leave();
+}
+
+/// Before exec: as [`exit_drain`], but what the next program inherits stays open. A failure of the
+/// exec is followed by [`stay`].
+pub fn exec_drain() {
+    service::park();
+    let Some(family) = family() else { return };
+    let files = files::inheritable();
+    let linked = process::known().is_some_and(|process| process.linked().is_some());
+    if !files.is_empty() && linked && family.is_alone() {
+        // The next program may not come to take it over: what was written is made durable.
+        for volume in family.open_volumes() {
+            let synced = volume.sync();
+            if let Err(errno) = synced {
+                volume.report(&family.guest_path(volume.index), "sync before exec failed", errno);
+            }
+        }
+    }
+    files::set_executing(true);
+    leave();
+    inheritance::hand_over(files);
+}
+
+/// After an exec that failed: goes on as before it, with the descriptors that would have survived.
+pub fn stay() {
+    files::set_executing(false);
+    if let Some(family) = family() {
+        family.enrol(process::current());
+        inheritance::after_failed_exec();
+    }
+    service::unpark();
+}
+
+fn leave() {
     /// The process that is leaving; a handler that runs meanwhile must not start again.
     static LEAVING: AtomicU32 = AtomicU32::new(0);
     let Some(family) = family() else { return };

@@ -6,12 +6,13 @@
 //! doorbell B without a tick's delay once the guest was seen to wait elsewhere.
 #![allow(unsafe_code)]
 
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use postern_trusted::port::Sleeper;
 
 use crate::{
     family::{self, Family},
+    identity, posix_aio,
     process::{self, Process},
     sys,
     wait::{self, Signals, now_ns},
@@ -36,6 +37,41 @@ pub fn take_over() {
     let before = LISTEN_UNTIL.swap(now + LISTEN_NS, Ordering::Relaxed);
     if before < now {
         process::current().service.kick();
+    }
+}
+
+/// The process whose thread runs; 0 is none. A forked child finds its parent's number.
+static RUNS_IN: AtomicU32 = AtomicU32::new(0);
+const FREE: u32 = 0;
+const ASKED: u32 = 1;
+const PARKED: u32 = 2;
+static PARKING: AtomicU32 = AtomicU32::new(FREE);
+
+/// Stops the thread at a place where it holds nothing: exec is about to end it.
+pub fn park() {
+    if RUNS_IN.load(Ordering::Acquire) != identity::process_id() {
+        return;
+    }
+    PARKING.store(ASKED, Ordering::Release);
+    process::current().service.kick();
+    while PARKING.load(Ordering::Acquire) == ASKED {
+        sys::yield_now();
+    }
+}
+
+/// The exec failed: the thread goes on.
+pub fn unpark() {
+    PARKING.store(FREE, Ordering::Release);
+}
+
+fn stay_parked() {
+    if PARKING.compare_exchange(ASKED, PARKED, Ordering::AcqRel, Ordering::Acquire).is_ok() {
+        while PARKING.load(Ordering::Acquire) == PARKED {
+            let moment = libc::timespec { tv_sec: 0, tv_nsec: 1_000_000 };
+            let at = (&raw const moment) as usize;
+            // SAFETY: `moment` lives through the call; what is left is not asked for.
+            unsafe { sys::syscall6(libc::SYS_nanosleep, at, 0, 0, 0, 0, 0) };
+        }
     }
 }
 
@@ -66,14 +102,17 @@ fn set_mask(mask: u64) -> u64 {
 fn run() {
     let Some(family) = family::family() else { return };
     let process = process::current();
+    RUNS_IN.store(process.id(), Ordering::Release);
     let mut census_ns = now_ns();
     let mut drives = 0;
     loop {
+        stay_parked();
         let now = now_ns();
         // Silent since the last look, and nobody sleeps inside a call: then nobody else drives.
         let silent = process.drives() == drives && process.sleepers.sleeping() == 0;
         let listening = now < LISTEN_UNTIL.load(Ordering::Relaxed);
         process.tend(family, silent || listening);
+        posix_aio::give_notices();
         drives = process.drives();
         if now - census_ns > CENSUS_NS {
             census_ns = now;

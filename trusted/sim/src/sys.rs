@@ -219,6 +219,13 @@ pub fn gettid() -> u32 {
     u32::try_from(id).unwrap_or(0)
 }
 
+/// getuid(2).
+#[must_use]
+pub fn user_id() -> u32 {
+    let id = numbers(libc::SYS_getuid, 0, 0, 0).unwrap_or(0);
+    u32::try_from(id).unwrap_or(0)
+}
+
 /// geteuid(2) and getegid(2).
 #[must_use]
 pub fn effective_ids() -> (u32, u32) {
@@ -227,15 +234,57 @@ pub fn effective_ids() -> (u32, u32) {
     (user, group)
 }
 
+fn soft_limit(resource: usize) -> Option<u64> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    let to = (&raw mut limit) as usize;
+    // SAFETY: the kernel writes one rlimit64, which has this layout on x86-64, to `limit`.
+    let raw = unsafe { syscall6(libc::SYS_prlimit64, 0, resource, 0, to, 0, 0) };
+    (raw == 0).then_some(limit.rlim_cur)
+}
+
 /// Soft limit of descriptors (RLIMIT_NOFILE).
 #[must_use]
 pub fn descriptor_limit() -> u64 {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    let to = (&raw mut limit) as usize;
-    let resource = libc::RLIMIT_NOFILE as usize;
-    // SAFETY: the kernel writes one rlimit64, which has this layout on x86-64, to `limit`.
-    let raw = unsafe { syscall6(libc::SYS_prlimit64, 0, resource, 0, to, 0, 0) };
-    if raw == 0 { limit.rlim_cur } else { 256 }
+    soft_limit(libc::RLIMIT_NOFILE as usize).unwrap_or(256)
+}
+
+/// Soft limit of a file's size in bytes (RLIMIT_FSIZE).
+#[must_use]
+pub fn file_size_limit() -> u64 {
+    soft_limit(libc::RLIMIT_FSIZE as usize).unwrap_or(u64::MAX)
+}
+
+/// ftruncate(2).
+///
+/// # Errors
+/// What the kernel says.
+pub fn ftruncate(fd: i32, bytes: usize) -> Result<(), Errno> {
+    numbers(libc::SYS_ftruncate, word(fd), bytes, 0).map(drop)
+}
+
+/// The size of the file behind `fd`, in bytes.
+///
+/// # Errors
+/// What fstat(2) says.
+pub fn file_size(fd: i32) -> Result<u64, Errno> {
+    // SAFETY: all-zero is a valid stat: it has only integers.
+    let mut stat: libc::stat = unsafe { core::mem::zeroed() };
+    let to = (&raw mut stat) as usize;
+    // SAFETY: the kernel writes one stat to `stat`.
+    check(unsafe { syscall6(libc::SYS_fstat, word(fd), to, 0, 0, 0, 0) })?;
+    Ok(stat.st_size.cast_unsigned())
+}
+
+/// getdents64(2): the length of what was put into `out`, 0 at the end.
+///
+/// # Errors
+/// What the kernel says.
+pub fn entries(directory: i32, out: &mut [u8]) -> Result<usize, Errno> {
+    // SAFETY: the kernel writes at most `out.len()` bytes to `out`.
+    check(unsafe {
+        let to = out.as_mut_ptr() as usize;
+        syscall6(libc::SYS_getdents64, word(directory), to, out.len(), 0, 0, 0)
+    })
 }
 
 /// Lets other threads run.

@@ -188,7 +188,9 @@ impl Volume {
             scan,
             read_only,
             lost,
-            key_version: opened.key_version as u16, derivation: opened.derivation };
+            key_version: opened.key_version as u16,
+            derivation: opened.derivation,
+        };
         opening.finish(disk, volume_key, report).await
     }
 

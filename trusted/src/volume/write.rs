@@ -119,10 +119,24 @@ impl Volume {
     /// # Errors
     /// As [`Self::write`].
     pub async fn append<D: Disk>(&self, disk: &D, buffer: &impl Buffer) -> Result<usize, Errno> {
+        self.append_somewhere(disk, buffer).await.map(|(_, length)| length)
+    }
+
+    /// As [`Self::append`]; answers also at which byte the data begins.
+    ///
+    /// # Errors
+    /// As [`Self::write`].
+    pub async fn append_somewhere<D: Disk>(
+        &self,
+        disk: &D,
+        buffer: &impl Buffer,
+    ) -> Result<(u64, usize), Errno> {
         let ticket = self.enter(EOF, EOF, true).await;
         let result = match self.clip(None, buffer.len()) {
-            Ok((0, _)) => Ok(0),
-            Ok((len, offset)) => self.write_span(disk, offset, len, buffer).await,
+            Ok((0, offset)) => Ok((offset, 0)),
+            Ok((len, offset)) => {
+                self.write_span(disk, offset, len, buffer).await.map(|done| (offset, done))
+            }
             Err(errno) => Err(errno),
         };
         self.leave(Some(ticket));

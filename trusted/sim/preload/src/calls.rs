@@ -16,11 +16,7 @@ use postern_sim::{
 };
 use postern_trusted::errno::Errno;
 
-use crate::{
-    guest_paths, namespace,
-    next::set_errno,
-    raw, state,
-};
+use crate::{guest_paths, namespace, next::set_errno, raw, state};
 
 /// The six arguments of a system call.
 pub type Arguments = [usize; 6];
@@ -177,7 +173,8 @@ fn names_ours(number: c_long, arguments: &Arguments) -> bool {
     paths(number).iter().any(|&(directory, path)| {
         let directory = directory.map_or(AT_FDCWD, |at| int(arguments[at]));
         let path = arguments[path] as *const c_char;
-        guest_paths::find(directory, path).is_some() || guest_paths::place(directory, path).is_some()
+        guest_paths::find(directory, path).is_some()
+            || guest_paths::place(directory, path).is_some()
     })
 }
 

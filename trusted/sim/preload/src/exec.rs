@@ -1,17 +1,17 @@
-//! exec: the process becomes another program.
+//! exec and posix_spawn: the process, or a child, becomes another program.
 //!
-//! What Linux does with AIO at exec happens before it here: requests in flight are waited for. The
-//! references to open protected files are given back too, as no code of ours runs afterwards;
-//! descriptors that the new program inherits answer `EBADF` there.
+//! What Linux does with AIO at exec happens before it here: requests in flight are waited for. Open
+//! protected files whose descriptors stay open pass to the new program, which joins the family.
 //!
 //! Does not hold: an exec that fails although the file is there and executable (not a program, too
-//! many arguments) leaves the process without its protected files. execl, execlp and execle do not
-//! come by here.
+//! many arguments) closes the protected descriptors that are marked close-on-exec.
 
-use core::ffi::{c_char, c_int};
+use core::ffi::{c_char, c_int, c_void};
+
+use postern_sim::inheritance::Spawn;
 
 use crate::{
-    next::{Next, export},
+    next::{Next, answer, export},
     process, state, working,
 };
 
@@ -41,13 +41,17 @@ fn has_slash(path: *const c_char) -> bool {
     postern_sim::guest::read_path(path as u64, &mut room).map_or(true, |path| path.contains(&b'/'))
 }
 
-fn replace(path: *const c_char, searched: bool, next: impl FnOnce() -> c_int) -> c_int {
-    if state::active() && (searched && !has_slash(path) || is_executable(libc::AT_FDCWD, path, 0)) {
-        // A vfork child acts for its parent here, in whose memory it is.
-        process::let_go();
-        state::drain();
+/// Runs `next`, and keeps the errno that it fails with over what is mended afterwards.
+fn attempt(promising: bool, next: impl FnOnce() -> c_int) -> c_int {
+    if !promising {
+        return next();
     }
-    next()
+    // A vfork child acts for its parent here, in whose memory it is.
+    process::let_go();
+    // SAFETY: the calling thread's own errno.
+    let (failed, errno) = state::around_exec(|| (next(), unsafe { *libc::__errno_location() }));
+    let _ = answer::<c_int>(|| Err(postern_trusted::errno::Errno(errno)));
+    failed
 }
 
 unsafe extern "C" {
@@ -87,6 +91,80 @@ fn inherited() -> Strings {
     unsafe { environ }
 }
 
+fn replace(path: *const c_char, searched: bool, next: impl FnOnce() -> c_int) -> c_int {
+    let promising =
+        state::active() && (searched && !has_slash(path) || is_executable(libc::AT_FDCWD, path, 0));
+    attempt(promising, next)
+}
+
+fn spawn(child: *mut libc::pid_t, next: impl FnOnce(*mut libc::pid_t) -> c_int) -> c_int {
+    if !state::active() {
+        return next(child);
+    }
+    let spawn = Spawn::begin();
+    let mut own = 0;
+    // The caller may not want to know the number; we do.
+    let failed = next(&raw mut own);
+    if failed == 0 {
+        if !child.is_null() {
+            // SAFETY: the caller's room for it.
+            unsafe { *child = own };
+        }
+        spawn.made(own.unsigned_abs());
+    }
+    failed
+}
+
+type SpawnCall = unsafe extern "C" fn(
+    *mut libc::pid_t,
+    *const c_char,
+    *const c_void,
+    *const c_void,
+    Strings,
+    Strings,
+) -> c_int;
+
+/// A posix_spawn function.
+macro_rules! export_spawn {
+    ($($name:ident)+) => { $(
+        /// The C function of this name, with open protected files kept for the child, and the working
+         /// directory in its environment if that is a protected one.
+        ///
+        /// # Safety
+        /// As the C function of this name.
+        #[unsafe(no_mangle)]
+        pub unsafe extern "C" fn $name(
+            child: *mut libc::pid_t,
+            path: *const c_char,
+            actions: *const c_void,
+            attributes: *const c_void,
+            arguments: Strings,
+            environment: Strings,
+        ) -> c_int {
+            process::let_go();
+            static NEXT: Next = Next::new(
+                match core::ffi::CStr::from_bytes_with_nul(concat!(stringify!($name), "\0").as_bytes()) {
+                    Ok(name) => name,
+                    Err(_) => c"",
+                },
+            );
+            let Some(at) = NEXT.find() else { return libc::ENOSYS };
+            let changed = working::environment(environment);
+            let environment = changed.as_ref().map_or(environment, |changed| changed.as_ptr());
+            spawn(child, |child| {
+                // SAFETY: the C function of this name; the arguments are the caller's own but for
+                // the room for the child's number, which is ours.
+                unsafe {
+                    let next: SpawnCall = core::mem::transmute(at);
+                    next(child, path, actions, attributes, arguments, environment)
+                }
+            })
+        }
+    )+ };
+}
+
+export_spawn! { posix_spawn posix_spawnp }
+
 export! {
     fn [execve](path: *const c_char, arguments: Strings, environment: Strings) -> c_int, next =>
         replace(path, false, || with_directory(&EXECVE, path, arguments, environment, next));
@@ -97,18 +175,72 @@ export! {
     fn [execvpe](path: *const c_char, arguments: Strings, environment: Strings) -> c_int, next =>
         replace(path, true, || with_directory(&EXECVPE, path, arguments, environment, next));
     fn [fexecve](fd: c_int, arguments: Strings, environment: Strings) -> c_int, next => {
-        if state::active() && is_executable(fd, c"".as_ptr(), libc::AT_EMPTY_PATH) {
-            state::drain();
-        }
-        next()
+        let empty = c"".as_ptr();
+        attempt(state::active() && is_executable(fd, empty, libc::AT_EMPTY_PATH), next)
     };
     fn [execveat](
         directory: c_int, path: *const c_char, arguments: Strings, environment: Strings,
         flags: c_int,
     ) -> c_int, next => {
-        if state::active() && is_executable(directory, path, flags & libc::AT_EMPTY_PATH) {
-            state::drain();
-        }
-        next()
+        let promising =
+            state::active() && is_executable(directory, path, flags & libc::AT_EMPTY_PATH);
+        attempt(promising, next)
     };
+}
+
+/// A function that takes its arguments one by one. The first six words of a call lie in registers,
+/// the rest on the stack above the return address: with that taken off and the registers pushed,
+/// all arguments but the first lie in a row, which is the array that `$takes_array` takes. The
+/// return address is pushed again below them, which also aligns the stack for the call.
+macro_rules! export_in_a_row {
+    ($($name:ident => $takes_array:ident)+) => { $(
+        /// The C function of this name, with open protected files kept for the next program.
+        ///
+        /// # Safety
+        /// As the C function of this name.
+        #[unsafe(naked)]
+        #[unsafe(no_mangle)]
+        pub unsafe extern "C" fn $name() -> c_int {
+            core::arch::naked_asm!(
+                "pop rax",
+                "push r9",
+                "push r8",
+                "push rcx",
+                "push rdx",
+                "push rsi",
+                "mov rsi, rsp",
+                "push rax",
+                "call {takes_array}",
+                "pop rdx",
+                "add rsp, 40",
+                "push rdx",
+                "ret",
+                takes_array = sym $takes_array,
+            )
+        }
+    )+ };
+}
+
+export_in_a_row! { execl => execl_array execlp => execlp_array execle => execle_array }
+
+unsafe extern "C" fn execl_array(path: *const c_char, arguments: Strings) -> c_int {
+    // SAFETY: the caller's arguments, ended by a null pointer as execl(3) demands.
+    unsafe { execv(path, arguments) }
+}
+
+unsafe extern "C" fn execlp_array(path: *const c_char, arguments: Strings) -> c_int {
+    // SAFETY: as in `execl_array`.
+    unsafe { execvp(path, arguments) }
+}
+
+unsafe extern "C" fn execle_array(path: *const c_char, arguments: Strings) -> c_int {
+    let mut end = arguments;
+    // SAFETY: the array goes on to a null pointer, and the environment follows it, as execle(3)
+    // demands.
+    unsafe {
+        while !(*end).is_null() {
+            end = end.add(1);
+        }
+        execve(path, arguments, (*end.add(1)).cast())
+    }
 }

@@ -5,7 +5,7 @@ use core::ffi::{c_char, c_int};
 use postern_sim::{
     directory::{self, Place, cwd},
     files::{self, Kind, path::Normal, placeholder},
-    guest, runtime, sys,
+    guest, message, runtime, sys,
 };
 
 use crate::state;
@@ -84,4 +84,11 @@ fn base_of(directory: c_int, room: &mut [u8]) -> Option<&[u8]> {
 pub fn is_empty(path: *const c_char) -> bool {
     let mut room = [0; guest::PATH_ROOM];
     guest::read_path(path as u64, &mut room) == Ok(&[])
+}
+
+/// Says on stderr that the program asked for something that a protected file does not offer.
+pub fn refuse(index: usize, what: &str) {
+    if let Some(family) = postern_sim::family::family() {
+        message::say(&format!("{}: {what}", family.guest_path(index)));
+    }
 }

@@ -26,6 +26,7 @@ mod mapping;
 mod namespace;
 mod next;
 mod open;
+mod posix_aio;
 mod process;
 mod raw;
 mod signals;

@@ -2,7 +2,7 @@
 
 use core::{
     cell::Cell,
-    ffi::{c_char, c_int, c_void},
+    ffi::{c_char, c_int},
 };
 
 use postern_sim::{
@@ -10,10 +10,7 @@ use postern_sim::{
     inside,
 };
 
-use crate::{
-    next::{Next, export},
-    state, working,
-};
+use crate::{next::export, state, working};
 
 std::thread_local! {
     /// What the child of the fork under way will own; null outside of one.
@@ -107,50 +104,6 @@ export! {
         child
     };
 }
-
-type Strings = *const *const c_char;
-
-/// posix_spawn(3) and posix_spawnp(3) of the next library, with the working directory in the
-/// environment if it is a protected one.
-macro_rules! export_spawn {
-    ($($name:ident)+) => { $(
-        /// The C function of this name, around protected files.
-        ///
-        /// # Safety
-        /// As the C function of this name.
-        #[unsafe(no_mangle)]
-        pub unsafe extern "C" fn $name(
-            child: *mut c_int,
-            path: *const c_char,
-            actions: *const c_void,
-            attributes: *const c_void,
-            arguments: Strings,
-            environment: Strings,
-        ) -> c_int {
-            type Call = unsafe extern "C" fn(
-                *mut c_int, *const c_char, *const c_void, *const c_void, Strings, Strings,
-            ) -> c_int;
-            static NEXT: Next = Next::new(
-                match core::ffi::CStr::from_bytes_with_nul(concat!(stringify!($name), "\0").as_bytes()) {
-                    Ok(name) => name,
-                    Err(_) => c"",
-                },
-            );
-            let_go();
-            let Some(at) = NEXT.find() else { return libc::ENOSYS };
-            let changed = working::environment(environment);
-            let environment = changed.as_ref().map_or(environment, |changed| changed.as_ptr());
-            // SAFETY: 1. The C function of this name has this signature. 2. The arguments are the
-            //    caller's own; a changed environment lives through the call.
-            unsafe {
-                let call: Call = core::mem::transmute(at);
-                call(child, path, actions, attributes, arguments, environment)
-            }
-        }
-    )+ };
-}
-
-export_spawn! { posix_spawn posix_spawnp }
 
 export! {
     fn [system](command: *const c_char) -> c_int, next => {

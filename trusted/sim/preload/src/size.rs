@@ -90,6 +90,12 @@ export! {
         }),
         None => next(),
     };
+    // Advice: nothing is read ahead.
+    fn [readahead](fd: c_int, offset: i64, length: usize) -> isize, next =>
+        match files::lookup(fd) {
+            Some(file) => answer(|| if file.readable() { Ok(0) } else { Err(Errno::EBADF) }),
+            None => next(),
+        };
     fn [posix_fadvise, posix_fadvise64](
         fd: c_int, offset: i64, length: i64, advice: c_int,
     ) -> c_int, next => match files::lookup(fd) {

@@ -2,7 +2,9 @@
 
 use core::sync::atomic::{AtomicU32, Ordering};
 
-use postern_sim::{config::RUN_VARIABLE, guest::fault, identity, inside::Scope, runtime, sys};
+use postern_sim::{
+    config::RUN_VARIABLE, files, guest::fault, identity, inheritance, inside::Scope, runtime, sys,
+};
 
 const UNKNOWN: u32 = u32::MAX;
 const INERT: u32 = u32::MAX - 1;
@@ -53,6 +55,8 @@ fn begin() {
     fault::install();
     crate::process::watch_forks();
     crate::working::inherit();
+    // What the program before exec left open.
+    inheritance::adopt();
     crate::calls::patch::install();
 }
 
@@ -63,6 +67,24 @@ pub fn drain() {
         let _inside = Scope::new();
         runtime::exit_drain();
     }
+}
+
+/// Runs `exec`, which does not return if it succeeds. What the next program inherits is kept for it;
+/// a vfork child does no more than that, in its parent's memory.
+pub fn around_exec<T>(exec: impl FnOnce() -> T) -> T {
+    if STATE.load(Ordering::Acquire) != ACTIVE {
+        return exec();
+    }
+    if identity::process_id() == sys::getpid() {
+        runtime::exec_drain();
+        let failed = exec();
+        runtime::stay();
+        return failed;
+    }
+    inheritance::hand_over(files::inheritable());
+    let failed = exec();
+    inheritance::after_failed_exec();
+    failed
 }
 
 extern "C" fn start() {

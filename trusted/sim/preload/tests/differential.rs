@@ -183,3 +183,23 @@ fn names_attributes_and_listings_of_a_protected_directory_are_what_ext4_has() {
         Ground::protected_directory,
     );
 }
+
+#[test]
+fn mappings_and_sendfile_on_a_protected_path_behave_as_on_ext4() {
+    compare("moving", "mappings and sendfile");
+}
+
+#[test]
+fn locks_on_a_protected_path_behave_as_on_ext4() {
+    compare("locking", "locks");
+}
+
+#[test]
+fn descriptors_of_a_protected_file_pass_through_exec_as_on_ext4() {
+    compare("inheriting", "descriptors after exec");
+}
+
+#[test]
+fn posix_aio_on_a_protected_path_behaves_as_on_ext4() {
+    compare("posixaio", "POSIX AIO");
+}

@@ -8,14 +8,14 @@ use core::sync::atomic::{AtomicI64, Ordering};
 use std::sync::Arc;
 
 use once_cell::race::OnceBox;
-use postern_trusted::{errno::Errno, platform::Buffer, sync::Lock};
+use postern_trusted::{errno::Errno, sync::Lock};
 
 use super::io::wall_ns;
 use crate::{
     directory::Facts,
-    family, identity, process,
+    family, identity,
     runtime::{self, OpenVolume},
-    sys, wait,
+    sys,
 };
 
 const VOLUMES: usize = 64;
@@ -49,22 +49,6 @@ impl OpenVolume {
         if let Some(changed) = changed(self.index) {
             changed.store(wall_ns(), Ordering::Relaxed);
         }
-    }
-
-    /// Writes at the end; with `sync` waits until it is durable.
-    ///
-    /// # Errors
-    /// `ENOSPC`, `EFBIG`, `EIO`; `EFAULT` for the buffer.
-    pub(super) fn append(&self, buffer: &impl Buffer, sync: bool) -> Result<usize, Errno> {
-        let process = process::current();
-        let disk = process.disk_for_guest(self, wait::now_ns())?;
-        process.block_on(async {
-            let length = self.volume.append(&disk, buffer).await?;
-            if sync {
-                self.volume.sync(&disk).await?;
-            }
-            Ok(length)
-        })
     }
 
     fn changed_at(&self) -> (i64, i64) {

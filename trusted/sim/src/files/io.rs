@@ -9,7 +9,7 @@ use super::OpenFile;
 use crate::{
     directory::{Entry, Listing},
     guest::GuestBuffer,
-    sys,
+    process, sys, wait,
 };
 
 /// Alignment that O_DIRECT asks of offset, address and length, in bytes.
@@ -29,14 +29,19 @@ pub mod rwf {
     pub const DSYNC: i32 = 0x2;
     /// As O_SYNC, for one write.
     pub const SYNC: i32 = 0x4;
+    /// Fail rather than wait.
+    pub const NOWAIT: i32 = 0x8;
     /// Write at the end, whatever the offset.
     pub const APPEND: i32 = 0x10;
     /// Ignore O_APPEND.
     pub const NOAPPEND: i32 = 0x20;
+    /// Keep nothing in the page cache: there is none.
+    pub const DONTCACHE: i32 = 0x80;
     /// Raise no SIGPIPE.
     pub const NOSIGNAL: i32 = 0x100;
     /// Those that a protected file understands.
-    pub const UNDERSTOOD: i32 = HIPRI | DSYNC | SYNC | APPEND | NOAPPEND | NOSIGNAL;
+    pub const UNDERSTOOD: i32 =
+        HIPRI | DSYNC | SYNC | NOWAIT | APPEND | NOAPPEND | DONTCACHE | NOSIGNAL;
 }
 
 /// Where a read or write happens.
@@ -108,14 +113,19 @@ impl OpenFile {
     }
 
     fn read_at(&self, offset: u64, buffer: &GuestBuffer) -> Result<usize, Errno> {
+        if self.admits_read(offset, buffer)? { self.volume.read(offset, buffer) } else { Ok(0) }
+    }
+
+    /// Whether there is anything to read at `offset`.
+    ///
+    /// # Errors
+    /// `EINVAL`: a range beyond 2^63, or misaligned for O_DIRECT.
+    pub fn admits_read(&self, offset: u64, buffer: &GuestBuffer) -> Result<bool, Errno> {
         check_range(offset, buffer.len())?;
-        if offset >= self.volume.size() {
-            return Ok(0);
+        if buffer.is_empty() || offset >= self.volume.size() {
+            return Ok(false);
         }
-        if self.is_misaligned(offset, buffer) {
-            return Err(Errno::EINVAL);
-        }
-        self.volume.read(offset, buffer)
+        if self.is_misaligned(offset, buffer) { Err(Errno::EINVAL) } else { Ok(true) }
     }
 
     /// write(2), pwrite(2), writev(2), pwritev2(2). `rwf` are RWF_* bits.
@@ -143,13 +153,14 @@ impl OpenFile {
                 if let At::Offset(offset) = at {
                     check_range(offset, buffer.len())?;
                 }
-                let written = self.append_now(buffer, sync);
-                if at == At::Position && written.is_ok() {
-                    self.position.store(self.volume.size(), Ordering::Relaxed);
+                // Read, appended to and moved on by others too: the end of these bytes it is.
+                let (start, length) = self.put_now(None, buffer, sync)?;
+                if at == At::Position {
+                    self.position.store(start + length as u64, Ordering::Relaxed);
                 }
-                written
+                return Ok(length);
             }
-            At::Offset(offset) => self.write_at(offset, buffer, sync),
+            At::Offset(offset) => self.put_now(Some(offset), buffer, sync),
             At::Position => {
                 let (offset, length) = self.advance(|position| {
                     check_range(position, buffer.len())?;
@@ -158,31 +169,63 @@ impl OpenFile {
                     }
                     Ok((position, buffer.len()))
                 })?;
-                let written = self.write_at(offset, buffer, sync);
-                self.correct(offset, length, written.unwrap_or(0));
+                let written = self.put_now(Some(offset), buffer, sync);
+                self.correct(offset, length, written.map_or(0, |(_, length)| length));
                 written
             }
-        }?;
-        self.volume.touch();
-        Ok(written)
+        };
+        written.map(|(_, length)| length)
     }
 
-    fn write_at(&self, offset: u64, buffer: &GuestBuffer, sync: bool) -> Result<usize, Errno> {
+    /// pwrite(2) as a task of its own, for POSIX AIO: O_APPEND and O_DSYNC count.
+    ///
+    /// # Errors
+    /// As [`Self::write`].
+    pub async fn write_by_itself(&self, offset: u64, buffer: &GuestBuffer) -> Result<usize, Errno> {
+        if buffer.is_empty() {
+            return Ok(0);
+        }
         check_range(offset, buffer.len())?;
-        if offset >= MAX_BYTES {
+        let offset = (!self.append()).then_some(offset);
+        self.put(offset, buffer, self.dsync()).await.map(|(_, length)| length)
+    }
+
+    fn put_now(
+        &self,
+        offset: Option<u64>,
+        buffer: &GuestBuffer,
+        sync: bool,
+    ) -> Result<(u64, usize), Errno> {
+        process::current().block_on(self.put(offset, buffer, sync))
+    }
+
+    /// Writes at `offset`, or at the end; with `sync` until it is durable. Answers where the data
+    /// begins and how much of it was written.
+    async fn put(
+        &self,
+        offset: Option<u64>,
+        buffer: &GuestBuffer,
+        sync: bool,
+    ) -> Result<(u64, usize), Errno> {
+        let start = offset.unwrap_or_else(|| self.volume.size());
+        check_range(start, buffer.len())?;
+        if start >= MAX_BYTES {
             return Err(Errno::EFBIG);
         }
-        if self.is_misaligned(offset, buffer) {
+        if self.is_misaligned(start, buffer) {
             return Err(Errno::EINVAL);
         }
-        self.volume.write(offset, buffer, sync)
-    }
-
-    fn append_now(&self, buffer: &GuestBuffer, sync: bool) -> Result<usize, Errno> {
-        if self.is_misaligned(self.volume.size(), buffer) {
-            return Err(Errno::EINVAL);
+        let disk = process::current().disk_for_guest(&self.volume, wait::now_ns())?;
+        let volume = &self.volume.volume;
+        let written = match offset {
+            Some(offset) => (offset, volume.write(&disk, offset, buffer).await?),
+            None => volume.append_somewhere(&disk, buffer).await?,
+        };
+        if sync {
+            volume.sync(&disk).await?;
         }
-        self.volume.append(buffer, sync)
+        self.volume.touch();
+        Ok(written)
     }
 
     /// Moves the position past what `plan` wants to transfer there, in one step against others

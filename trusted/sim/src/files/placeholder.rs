@@ -14,12 +14,34 @@ use crate::sys;
 /// open(2)'s access mode that allows neither reading nor writing.
 const NO_ACCESS: i32 = 3;
 
-/// A new placeholder.
+/// What a placeholder's name begins with; the number of its open file follows, as 16 digits.
+const NAME: &[u8] = b"postern-file-";
+const DIGITS: usize = 16;
+
+fn name_of(number: u64, room: &mut [u8; 32]) -> &CStr {
+    room[..NAME.len()].copy_from_slice(NAME);
+    for (n, digit) in room[NAME.len()..NAME.len() + DIGITS].iter_mut().enumerate() {
+        let nibble = number >> (60 - 4 * n) & 15;
+        *digit = b"0123456789abcdef"[usize::try_from(nibble).unwrap_or(0)];
+    }
+    CStr::from_bytes_until_nul(room).unwrap_or(c"postern-file-")
+}
+
+/// The open file's number in a memory file's name; `None`: no placeholder's.
+#[must_use]
+pub fn number_in(name: &[u8]) -> Option<u64> {
+    let digits = name.strip_prefix(NAME)?;
+    let digits = core::str::from_utf8(digits.get(..DIGITS)?).ok()?;
+    u64::from_str_radix(digits, 16).ok()
+}
+
+/// A new placeholder for the open file of this `number`: its name carries it across exec.
 ///
 /// # Errors
 /// `EMFILE`, `ENFILE`, `ENOMEM`; `ENOENT` where /proc is not mounted.
-pub fn make(close_on_exec: bool) -> Result<i32, Errno> {
-    let memfd = sys::memfd(c"postern")?;
+pub fn make(number: u64, close_on_exec: bool) -> Result<i32, Errno> {
+    let mut room = [0; 32];
+    let memfd = sys::memfd(name_of(number, &mut room))?;
     seal_and_reopen(memfd, close_on_exec).inspect_err(|_| {
         let _ = sys::close(memfd);
     })
@@ -69,8 +91,21 @@ mod tests {
     }
 
     #[test]
+    fn a_name_leads_back_to_its_number() {
+        for number in [0, 1, 0x0123_4567_89ab_cdef, u64::MAX] {
+            let mut room = [0; 32];
+            let mut link = name_of(number, &mut room).to_bytes().to_vec();
+            link.extend(b" (deleted)");
+            assert_eq!(number_in(&link), Some(number));
+        }
+        for other in [&b"postern-file-"[..], b"postern-file-12", b"postern-locks", b""] {
+            assert_eq!(number_in(other), None);
+        }
+    }
+
+    #[test]
     fn raw_io_on_a_placeholder_fails_and_the_kernels_own_tables_carry_it() {
-        let fd = make(true).unwrap();
+        let fd = make(7, true).unwrap();
         let mut bytes = [0_u8; 8];
         let at = bytes.as_mut_ptr().cast();
         // SAFETY: `at` has eight bytes; a mapping that succeeded would be a failed test.
@@ -90,7 +125,7 @@ mod tests {
             assert_eq!(libc::close(twin), 0);
         }
         sys::close(fd).unwrap();
-        let kept = make(false).unwrap();
+        let kept = make(8, false).unwrap();
         assert_eq!(sys::fcntl(kept, libc::F_GETFD, 0), Ok(0));
         sys::close(kept).unwrap();
     }

@@ -155,16 +155,6 @@ impl<T: Send + Sync> Table<T> {
         }
     }
 
-    /// Whether another number than `fd` leads to `object` in this process.
-    pub fn has_other(&self, fd: i32, object: &Arc<T>) -> bool {
-        let wanted = Arc::as_ptr(object) as usize;
-        let skip = usize::try_from(fd).unwrap_or(usize::MAX);
-        self.used()
-            .iter()
-            .enumerate()
-            .any(|(at, word)| at != skip && word.load(Ordering::Acquire) & !LOCKED == wanted)
-    }
-
     /// The first number in `from..=to` whose kind is `kind`.
     pub fn first(&self, kind: Kind, from: u32, to: u32) -> Option<i32> {
         let from = usize::try_from(from).ok()?;
@@ -273,9 +263,7 @@ mod tests {
         assert_eq!((table.kind(7), table.kind(8)), (Kind::Protected, Kind::Other));
         assert!(Arc::ptr_eq(&table.get(7).unwrap(), &object));
         assert_eq!(Arc::strong_count(&object), 3);
-        assert!(table.has_other(7, &object));
         assert!(table.remove(1000).is_some_and(|old| Arc::ptr_eq(&old, &object)));
-        assert!(!table.has_other(7, &object));
         assert!(table.remove(1000).is_none());
         drop(table.remove(7));
         assert_eq!(Arc::strong_count(&object), 1);
