@@ -10,8 +10,8 @@ use std::sync::Arc;
 
 use postern_trusted::{
     aio::{
-        AioContexts, AioFile, AioHost, EventCounter, FileTraits, Op, Request, RingMapping, Signals,
-        Wait, WaitEnd, WaitKey,
+        AioContexts, AioFile, AioHost, Descriptor, EventCounter, FileTraits, KernelContext, Op,
+        Request, RingMapping, Signals, Wait, WaitEnd, WaitKey,
     },
     errno::Errno,
     platform::{Buffer, Fault, GuestMemory},
@@ -20,7 +20,7 @@ use postern_trusted::{
 use crate::{
     files::{self, OpenFile},
     guest::Guest,
-    identity, message, process, service, sys, wait,
+    identity, kernel_aio, message, process, service, sys, wait,
 };
 
 /// The calling process, as its AIO contexts see it.
@@ -68,6 +68,13 @@ fn known() -> Option<&'static AioContexts> {
 pub fn drain() {
     if let Some(contexts) = known() {
         drop(contexts.drain());
+    }
+}
+
+/// Moves what the kernel has for this process's contexts into their rings.
+pub fn deliver() {
+    if let Some(contexts) = known() {
+        contexts.deliver();
     }
 }
 
@@ -148,13 +155,17 @@ impl AioHost for SimHost {
         unmap(mapping.alias().as_ptr() as usize, bytes);
     }
 
-    fn file(&self, fd: i32) -> Result<Arc<dyn AioFile>, Errno> {
+    fn file(&self, fd: i32) -> Result<Descriptor, Errno> {
         match files::lookup(fd) {
             // An O_PATH descriptor counts as not open.
             Some(file) if file.is_path() => Err(Errno::EBADF),
-            Some(file) => Ok(file),
-            None => Ok(Arc::new(Ordinary::find(fd)?)),
+            Some(file) => Ok(Descriptor::Served(file)),
+            None => kernel_aio::find(fd).map(|()| Descriptor::Kernels),
         }
+    }
+
+    fn kernel_context(&self, nr_events: u32) -> Result<Arc<dyn KernelContext>, Errno> {
+        Ok(Arc::new(kernel_aio::Hidden::new(nr_events)?))
     }
 
     fn event_counter(&self, fd: i32) -> Result<Arc<dyn EventCounter>, Errno> {
@@ -275,38 +286,6 @@ impl EventCounter for Counter {
 impl Drop for Counter {
     fn drop(&mut self) {
         files::close_internal(self.0);
-    }
-}
-
-/// A descriptor that is not protected. This cut serves AIO on protected files only: every request
-/// is refused with `EINVAL`, as for a file without read and write methods.
-struct Ordinary;
-
-impl Ordinary {
-    fn find(fd: i32) -> Result<Self, Errno> {
-        const O_PATH: usize = libc::O_PATH as usize;
-        // SAFETY: takes numbers only.
-        let flags = sys::check(unsafe {
-            sys::syscall6(libc::SYS_fcntl, fd as usize, libc::F_GETFL as usize, 0, 0, 0, 0)
-        })?;
-        if flags & O_PATH != 0 || files::is_internal(fd) {
-            return Err(Errno::EBADF);
-        }
-        Ok(Self)
-    }
-}
-
-impl AioFile for Ordinary {
-    fn traits(&self) -> FileTraits {
-        FileTraits { has_data: false, has_fsync: false, ..FileTraits::REGULAR }
-    }
-
-    fn completes_in_submit(&self, _: &Request) -> bool {
-        true
-    }
-
-    fn submit(self: Arc<Self>, _: Request, done: postern_trusted::aio::Completion) {
-        done.finish(Err(Errno::EINVAL));
     }
 }
 

@@ -11,6 +11,7 @@ pub mod files;
 pub mod guest;
 pub mod host;
 pub mod identity;
+pub mod kernel_aio;
 pub mod link;
 pub mod message;
 pub mod process;

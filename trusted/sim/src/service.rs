@@ -3,15 +3,17 @@
 //! A guest that waits inside io_getevents or a file call drives its own completions; then this
 //! thread sleeps. It ticks while requests are in flight (a guest may compute, wait on an eventfd,
 //! or reap the ring in user space) and while a volume has something to publish; it listens to
-//! doorbell B without a tick's delay once the guest was seen to wait elsewhere.
+//! doorbell B without a tick's delay once the guest was seen to wait elsewhere. Events of hidden
+//! contexts it brings to their rings at once: the guest may wait anywhere for them.
 #![allow(unsafe_code)]
 
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use postern_trusted::port::Sleeper;
 
 use crate::{
     family::{self, Family},
+    host, identity,
     process::{self, Process},
     sys,
     wait::{self, Signals, now_ns},
@@ -39,9 +41,16 @@ pub fn take_over() {
     }
 }
 
+/// The process whose service thread runs. A forked child inherits its parent's number.
+static STARTED: AtomicU32 = AtomicU32::new(0);
+
 /// Starts the thread, once per process. A thread that cannot be made is not an error here: guests
 /// that wait inside calls do without.
 pub fn start() {
+    let me = identity::process_id();
+    if STARTED.swap(me, Ordering::Relaxed) == me {
+        return;
+    }
     // A new thread inherits its maker's mask: block what can be blocked for the moment. Past
     // libc's functions, which the preload library replaces.
     let blocked = !wait::synchronous_signals();
@@ -73,6 +82,7 @@ fn run() {
         // Silent since the last look, and nobody sleeps inside a call: then nobody else drives.
         let silent = process.drives() == drives && process.sleepers.sleeping() == 0;
         let listening = now < LISTEN_UNTIL.load(Ordering::Relaxed);
+        host::deliver();
         process.tend(family, silent || listening);
         drives = process.drives();
         if now - census_ns > CENSUS_NS {

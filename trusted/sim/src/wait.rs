@@ -13,7 +13,7 @@ use core::sync::atomic::{AtomicUsize, Ordering};
 
 use postern_trusted::{errno::Errno, sync::Lock};
 
-use crate::sys;
+use crate::{files, sys};
 
 /// How a sleep ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,8 +42,10 @@ pub struct Sleepers {
     kick: i32,
     /// Watched by every sleeper.
     bells: Lock<Vec<i32>>,
-    /// epoll descriptors of nobody at the moment.
+    /// epoll descriptors of nobody at the moment, all of which know all bells.
     pool: Lock<Vec<i32>>,
+    /// Counts bells that came later: an epoll descriptor from before does not know them.
+    generation: AtomicUsize,
     sleeping: AtomicUsize,
 }
 
@@ -59,6 +61,7 @@ impl Sleepers {
             kick,
             bells: Lock::new(vec![kick, family_kick]),
             pool,
+            generation: AtomicUsize::new(0),
             sleeping: AtomicUsize::new(0),
         })
     }
@@ -66,9 +69,13 @@ impl Sleepers {
     /// Adds a doorbell that wakes sleepers. Call before anybody sleeps for it.
     pub fn watch(&self, bell: i32) {
         self.bells.lock().push(bell);
-        // Descriptors made before do not know the new bell.
-        let old = core::mem::take(&mut *self.pool.lock());
-        old.into_iter().for_each(close);
+        // Descriptors made before do not know the new bell; those in use are closed by their users.
+        let old = {
+            let mut pool = self.pool.lock();
+            self.generation.fetch_add(1, Ordering::Relaxed);
+            core::mem::take(&mut *pool)
+        };
+        old.into_iter().for_each(files::close_internal);
         self.kick();
     }
 
@@ -100,13 +107,16 @@ impl Sleepers {
     /// # Errors
     /// What epoll_create1(2) says (descriptors used up).
     pub fn enter(&self, keep: impl Fn(i32) -> i32) -> Result<Place<'_>, Errno> {
-        let pooled = self.pool.lock().pop();
+        let (pooled, generation) = {
+            let mut pool = self.pool.lock();
+            (pool.pop(), self.generation.load(Ordering::Relaxed))
+        };
         let epoll = match pooled {
             Some(epoll) => epoll,
             None => self.make(keep)?,
         };
         self.sleeping.fetch_add(1, Ordering::SeqCst);
-        Ok(Place { sleepers: self, epoll })
+        Ok(Place { sleepers: self, epoll, generation })
     }
 
     fn make(&self, keep: impl Fn(i32) -> i32) -> Result<i32, Errno> {
@@ -127,7 +137,7 @@ impl Sleepers {
                 sys::syscall6(libc::SYS_epoll_ctl, epoll as usize, add, *bell as usize, at, 0, 0)
             });
             if let Err(errno) = added {
-                close(epoll);
+                files::close_internal(epoll);
                 return Err(errno);
             }
         }
@@ -146,6 +156,8 @@ impl Sleepers {
 pub struct Place<'a> {
     sleepers: &'a Sleepers,
     epoll: i32,
+    /// The sleepers' when the descriptor was made or taken.
+    generation: usize,
 }
 
 impl Place<'_> {
@@ -194,7 +206,13 @@ impl Place<'_> {
 impl Drop for Place<'_> {
     fn drop(&mut self) {
         self.sleepers.sleeping.fetch_sub(1, Ordering::SeqCst);
-        self.sleepers.pool.lock().push(self.epoll);
+        let mut pool = self.sleepers.pool.lock();
+        if self.generation == self.sleepers.generation.load(Ordering::Relaxed) {
+            pool.push(self.epoll);
+        } else {
+            drop(pool);
+            files::close_internal(self.epoll);
+        }
     }
 }
 
