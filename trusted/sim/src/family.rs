@@ -8,7 +8,7 @@
 //! process that dies while it opens, closes or works on a volume ends the family (the next open
 //! recovers), instead of leaving others waiting for ever.
 
-use core::sync::atomic::{AtomicBool, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::Arc;
 
 use postern_trusted::{
@@ -36,6 +36,8 @@ pub struct Family {
     pub session: Lock<Option<Session>>,
     /// Which threads may spin.
     pub tickets: Tickets,
+    /// `aio-nr`: what the AIO contexts of all processes of the family were made for.
+    pub aio_nr: AtomicU64,
     volumes: Vec<Entry>,
     processes: Lock<Vec<&'static Process>>,
 }
@@ -146,6 +148,7 @@ impl Family {
             kick,
             session: Lock::new(None),
             tickets: Tickets::new(wait::processors()),
+            aio_nr: AtomicU64::new(0),
             volumes,
             processes: Lock::new(Vec::with_capacity(64)),
         }
@@ -313,7 +316,13 @@ impl Family {
 
     /// Strikes a process out: it has drained and will not come back.
     pub fn leave(&self, id: u32) {
-        self.processes.lock().retain(|process| process.id() != id);
+        self.processes.lock().retain(|process| {
+            let stays = process.id() != id;
+            if !stays {
+                self.forgive(process);
+            }
+            stays
+        });
     }
 
     /// Ends the calling process if another one of the family died with work unfinished: what it
@@ -327,11 +336,17 @@ impl Family {
                 .position(|process| process.id() != me && !identity::is_alive(process.id()));
             found.map(|at| processes.swap_remove(at))
         };
-        if let Some(dead) = dead
-            && dead.executor.live() > 0
-        {
+        let Some(dead) = dead else { return };
+        self.forgive(dead);
+        if dead.executor.live() > 0 {
             end_torn(dead.id());
         }
+    }
+
+    /// Gives back what `aio-nr` holds for a process that has ended.
+    fn forgive(&self, process: &Process) {
+        let charged = process.aio_charged.swap(0, Ordering::Relaxed);
+        self.aio_nr.fetch_sub(charged, Ordering::Relaxed);
     }
 }
 

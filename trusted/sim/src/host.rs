@@ -4,7 +4,7 @@
 
 use core::{
     ptr::NonNull,
-    sync::atomic::{AtomicPtr, AtomicU64, Ordering},
+    sync::atomic::{AtomicPtr, Ordering},
 };
 use std::sync::Arc;
 
@@ -18,18 +18,20 @@ use postern_trusted::{
 };
 
 use crate::{
+    counter::Counters,
+    family,
     files::{self, OpenFile},
     guest::Guest,
-    identity, kernel_aio, message, process, service, sys, wait,
+    identity, kernel_aio,
+    limits::{self, TooBig},
+    message, process, service, sys, wait,
 };
 
 /// The calling process, as its AIO contexts see it.
 pub struct SimHost {
     guest: Guest,
-    /// What `charge` has added for this process.
-    charged: AtomicU64,
     possible_cpus: u32,
-    aio_max_nr: u64,
+    counters: Counters,
 }
 
 struct Owned {
@@ -80,12 +82,7 @@ pub fn deliver() {
 
 impl SimHost {
     fn new() -> Self {
-        Self {
-            guest: Guest,
-            charged: AtomicU64::new(0),
-            possible_cpus: possible_cpus(),
-            aio_max_nr: number_in(b"/proc/sys/fs/aio-max-nr").unwrap_or(65536),
-        }
+        Self { guest: Guest, possible_cpus: possible_cpus(), counters: Counters::default() }
     }
 }
 
@@ -169,25 +166,12 @@ impl AioHost for SimHost {
     }
 
     fn event_counter(&self, fd: i32) -> Result<Arc<dyn EventCounter>, Errno> {
-        let link = format!("/proc/self/fd/{fd}\0");
-        let mut target = [0_u8; 64];
-        let here = libc::AT_FDCWD as usize;
-        // SAFETY: a C string and a buffer that live through the call.
-        let length = sys::check(unsafe {
-            let (from, to) = (link.as_ptr() as usize, target.as_mut_ptr() as usize);
-            sys::syscall6(libc::SYS_readlinkat, here, from, to, target.len(), 0, 0)
-        })
-        .map_err(|_| Errno::EBADF)?;
-        if !target[..length].starts_with(b"anon_inode:[eventfd]") {
-            return Err(Errno::EINVAL);
+        if files::is_internal(fd) {
+            return Err(Errno::EBADF);
         }
-        let keep = libc::F_DUPFD_CLOEXEC as usize;
-        // SAFETY: takes numbers only.
-        let copy =
-            sys::check(unsafe { sys::syscall6(libc::SYS_fcntl, fd as usize, keep, 0, 0, 0, 0) })?;
-        let copy = i32::try_from(copy).map_err(|_| Errno::EMFILE)?;
+        let counter = self.counters.get(fd)?;
         service::take_over();
-        Ok(Arc::new(Counter(files::protect_internal(copy))))
+        Ok(counter)
     }
 
     fn possible_cpus(&self) -> u32 {
@@ -195,24 +179,34 @@ impl AioHost for SimHost {
     }
 
     fn aio_max_nr(&self) -> u64 {
-        self.aio_max_nr
+        number_in(b"/proc/sys/fs/aio-max-nr").unwrap_or(65536)
     }
 
     fn charge(&self, nr: u32) -> Result<(), Errno> {
-        let add = |now: u64| now.checked_add(u64::from(nr)).filter(|sum| *sum <= self.aio_max_nr);
-        self.charged
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, add)
-            .map(|_| ())
-            .map_err(|_| Errno::EAGAIN)
+        let Some(family) = family::family() else { return Err(Errno::EAGAIN) };
+        let most = self.aio_max_nr();
+        let add = |now: u64| now.checked_add(u64::from(nr)).filter(|sum| *sum <= most);
+        let try_it = || family.aio_nr.fetch_update(Ordering::Relaxed, Ordering::Relaxed, add);
+        if try_it().is_err() {
+            // Processes that were killed may still be counted.
+            family.check_the_dead();
+            try_it().map_err(|_| Errno::EAGAIN)?;
+        }
+        process::current().aio_charged.fetch_add(u64::from(nr), Ordering::Relaxed);
+        Ok(())
     }
 
     fn uncharge(&self, nr: u32) {
-        self.charged.fetch_sub(u64::from(nr), Ordering::Relaxed);
+        process::current().aio_charged.fetch_sub(u64::from(nr), Ordering::Relaxed);
+        if let Some(family) = family::family() {
+            family.aio_nr.fetch_sub(u64::from(nr), Ordering::Relaxed);
+        }
     }
 
     fn may_use_realtime_io(&self) -> bool {
-        // SAFETY: geteuid takes nothing. Root stands for CAP_SYS_ADMIN and CAP_SYS_NICE here.
-        unsafe { sys::syscall6(libc::SYS_geteuid, 0, 0, 0, 0, 0, 0) == 0 }
+        /// CAP_SYS_ADMIN and CAP_SYS_NICE.
+        const EITHER: u32 = 1 << 21 | 1 << 23;
+        sys::effective_capabilities() & EITHER != 0
     }
 
     fn now_ns(&self) -> u64 {
@@ -274,21 +268,6 @@ fn unmap(at: usize, bytes: usize) {
     unsafe { sys::syscall6(libc::SYS_munmap, at, bytes, 0, 0, 0, 0) };
 }
 
-/// An eventfd of the guest, held open by a descriptor of our own.
-struct Counter(i32);
-
-impl EventCounter for Counter {
-    fn signal(&self) {
-        wait::ring(self.0);
-    }
-}
-
-impl Drop for Counter {
-    fn drop(&mut self) {
-        files::close_internal(self.0);
-    }
-}
-
 impl AioFile for OpenFile {
     fn traits(&self) -> FileTraits {
         let flags = self.flags();
@@ -299,6 +278,7 @@ impl AioFile for OpenFile {
             append: flags & libc::O_APPEND != 0,
             dsync: flags & libc::O_DSYNC != 0,
             sync: flags & libc::O_SYNC == libc::O_SYNC,
+            dontcache: true,
             ..FileTraits::REGULAR
         }
     }
@@ -317,16 +297,16 @@ impl AioFile for OpenFile {
         }
     }
 
-    fn submit(self: Arc<Self>, request: Request, done: postern_trusted::aio::Completion) {
-        if self.flags() & libc::O_DIRECT != 0
-            && matches!(request.op, Op::Read | Op::Write)
-            && !(request.buffer.is_aligned(files::DIRECT_ALIGNMENT)
-                && (request.flags.append()
-                    || request.offset.is_multiple_of(files::DIRECT_ALIGNMENT)))
-        {
-            // ext4 looks for the end of the file before it looks at the alignment.
-            let beyond = request.op == Op::Read && request.offset >= self.volume().size();
-            return done.finish(if beyond { Ok(0) } else { Err(Errno::EINVAL) });
+    fn submit(self: Arc<Self>, mut request: Request, done: postern_trusted::aio::Completion) {
+        match self.admit(&mut request) {
+            Ok(()) => {}
+            Err(Stop::With(answer)) => return done.finish(answer),
+            Err(Stop::TooBig(too_big)) => {
+                done.finish(Err(Errno::EFBIG));
+                // Last: a handler may leave by siglongjmp.
+                too_big.signal();
+                return;
+            }
         }
         let process = process::current();
         let disk = match process.disk_for_guest(self.volume(), request.submitted_ns) {
@@ -355,5 +335,71 @@ impl AioFile for OpenFile {
             };
             done.finish(answer);
         });
+    }
+}
+
+/// Why a request ends before it begins.
+enum Stop {
+    With(Result<usize, Errno>),
+    TooBig(TooBig),
+}
+
+impl From<TooBig> for Stop {
+    fn from(too_big: TooBig) -> Self {
+        Self::TooBig(too_big)
+    }
+}
+
+impl OpenFile {
+    /// What ext4 decides about a request before it touches data, in its order: RWF_NOWAIT, the
+    /// limits of size (which may shorten a write), the end of the file, O_DIRECT's alignment.
+    fn admit(&self, request: &mut Request) -> Result<(), Stop> {
+        let stop = |errno| Err(Stop::With(Err(errno)));
+        let direct = self.direct();
+        let (size, length) = (self.volume().size(), request.buffer.len() as u64);
+        let write = match request.op {
+            Op::Read => false,
+            Op::Write => true,
+            Op::Fsync | Op::Fdatasync => return Ok(()),
+        };
+        let offset = if write && request.flags.append() { size } else { request.offset };
+        if write {
+            if request.flags.nowait() && !direct {
+                return stop(Errno::EOPNOTSUPP);
+            }
+            if length == 0 {
+                return Ok(());
+            }
+            let room = limits::room(offset, length, files::io::MAX_BYTES)?;
+            if room < length {
+                request.buffer.truncate(room);
+            }
+        }
+        if !direct {
+            return Ok(());
+        }
+        if !write && offset >= size {
+            return Err(Stop::With(Ok(0)));
+        }
+        if !request.buffer.is_aligned(files::DIRECT_ALIGNMENT)
+            || !offset.is_multiple_of(files::DIRECT_ALIGNMENT)
+        {
+            return stop(Errno::EINVAL);
+        }
+        // Only an overwrite can be started without waiting.
+        if write && request.flags.nowait() {
+            let end = offset.saturating_add(request.buffer.len() as u64);
+            if end > size || self.has_hole(offset, end) {
+                return stop(Errno::EAGAIN);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a block of the range has never been written.
+    fn has_hole(&self, offset: u64, end: u64) -> bool {
+        const BLOCK: u64 = 4096;
+        let first = offset - offset % BLOCK;
+        (first..end).step_by(BLOCK as usize).any(|at| self.volume().volume.is_hole(at, BLOCK))
     }
 }

@@ -6,12 +6,14 @@
 pub mod arena;
 pub mod config;
 pub mod control;
+pub mod counter;
 pub mod family;
 pub mod files;
 pub mod guest;
 pub mod host;
 pub mod identity;
 pub mod kernel_aio;
+pub mod limits;
 pub mod link;
 pub mod message;
 pub mod process;

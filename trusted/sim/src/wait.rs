@@ -245,6 +245,18 @@ pub fn ring(eventfd: i32) {
     };
 }
 
+/// Whether a write to `descriptor` would not block.
+#[must_use]
+pub fn is_writable(descriptor: i32) -> bool {
+    let mut poll = libc::pollfd { fd: descriptor, events: libc::POLLOUT, revents: 0 };
+    // SAFETY: one pollfd that lives through the call; a zero timeout does not wait.
+    let answer = unsafe {
+        let at = (&raw mut poll) as usize;
+        sys::syscall6(libc::SYS_poll, at, 1, 0, 0, 0, 0)
+    };
+    answer > 0 && poll.revents & libc::POLLOUT != 0
+}
+
 /// Closes a descriptor of our own.
 pub fn close(descriptor: i32) {
     // SAFETY: the caller owns it.

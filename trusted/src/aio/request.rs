@@ -179,6 +179,18 @@ impl GuestVector {
         self.segments().iter().all(|s| (s.base | s.len) & (alignment - 1) == 0)
     }
 
+    /// Cuts off what is beyond `len` bytes.
+    pub fn truncate(&mut self, len: u64) {
+        let segments = match &mut self.segments {
+            Segments::One(segment) => core::slice::from_mut(segment),
+            Segments::Many(segments) => segments,
+        };
+        for segment in segments {
+            segment.start = segment.start.min(len);
+            segment.len = segment.len.min(len - segment.start);
+        }
+    }
+
     fn segments(&self) -> &[Segment] {
         match &self.segments {
             Segments::One(segment) => core::slice::from_ref(segment),

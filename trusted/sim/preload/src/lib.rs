@@ -19,6 +19,7 @@ mod data;
 mod descriptors;
 mod exec;
 mod guest_paths;
+mod limits;
 mod mapping;
 mod namespace;
 mod next;

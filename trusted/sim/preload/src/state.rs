@@ -2,7 +2,7 @@
 
 use core::sync::atomic::{AtomicU32, Ordering};
 
-use postern_sim::{config::RUN_VARIABLE, guest::fault, identity, runtime, sys};
+use postern_sim::{config::RUN_VARIABLE, guest::fault, identity, limits, runtime, sys};
 
 const UNKNOWN: u32 = u32::MAX;
 const INERT: u32 = u32::MAX - 1;
@@ -51,6 +51,7 @@ fn begin() {
     // Before any fork: the child inherits the page that tells it apart.
     let _ = identity::process_id();
     fault::install();
+    limits::refresh();
     crate::process::watch_forks();
 }
 
