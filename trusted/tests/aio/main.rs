@@ -7,6 +7,7 @@ mod cancel;
 mod destroy;
 mod events;
 mod guest;
+mod kernel;
 mod model;
 mod native;
 mod process;
