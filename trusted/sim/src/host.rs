@@ -352,17 +352,18 @@ impl From<TooBig> for Stop {
 
 impl OpenFile {
     /// What ext4 decides about a request before it touches data, in its order: RWF_NOWAIT, the
-    /// limits of size (which may shorten a write), the end of the file, O_DIRECT's alignment.
+    /// limits of size (which may shorten a write), the end of the file, `O_DIRECT`'s alignment.
     fn admit(&self, request: &mut Request) -> Result<(), Stop> {
         let stop = |errno| Err(Stop::With(Err(errno)));
         let direct = self.direct();
-        let (size, length) = (self.volume().size(), request.buffer.len() as u64);
+        let length = request.buffer.len() as u64;
         let write = match request.op {
             Op::Read => false,
             Op::Write => true,
             Op::Fsync | Op::Fdatasync => return Ok(()),
         };
-        let offset = if write && request.flags.append() { size } else { request.offset };
+        let append = write && request.flags.append();
+        let offset = if append { self.volume().size() } else { request.offset };
         if write {
             if request.flags.nowait() && !direct {
                 return stop(Errno::EOPNOTSUPP);
@@ -378,18 +379,17 @@ impl OpenFile {
         if !direct {
             return Ok(());
         }
-        if !write && offset >= size {
-            return Err(Stop::With(Ok(0)));
-        }
         if !request.buffer.is_aligned(files::DIRECT_ALIGNMENT)
             || !offset.is_multiple_of(files::DIRECT_ALIGNMENT)
         {
-            return stop(Errno::EINVAL);
+            // ext4 looks for the end of the file before it looks at the alignment.
+            let beyond = !write && offset >= self.volume().size();
+            return Err(Stop::With(if beyond { Ok(0) } else { Err(Errno::EINVAL) }));
         }
         // Only an overwrite can be started without waiting.
         if write && request.flags.nowait() {
             let end = offset.saturating_add(request.buffer.len() as u64);
-            if end > size || self.has_hole(offset, end) {
+            if end > self.volume().size() || self.has_hole(offset, end) {
                 return stop(Errno::EAGAIN);
             }
         }
