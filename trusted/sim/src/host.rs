@@ -10,11 +10,12 @@ use std::sync::Arc;
 
 use postern_trusted::{
     aio::{
-        AioContexts, AioFile, AioHost, Descriptor, EventCounter, FileTraits, KernelContext, Op,
-        Request, RingMapping, Signals, Wait, WaitEnd, WaitKey,
+        AioContexts, AioFile, AioHost, Descriptor, EventCounter, FileTraits, GuestVector,
+        KernelContext, Op, Request, RingMapping, RwFlags, Signals, Wait, WaitEnd, WaitKey,
     },
     errno::Errno,
     platform::{Buffer, Fault, GuestMemory},
+    port::LaneFile,
 };
 
 use crate::{
@@ -228,13 +229,14 @@ impl AioHost for SimHost {
             Signals::Open => wait::Signals::AsTheyAre,
             Signals::Masked(mask) => wait::Signals::Masked(mask),
         };
-        let masked = matches!(wait.signals, Signals::Masked(_));
         loop {
             let progress = process.step();
             if (wait.ready)() {
                 // Pending signals that the mask lets through are handled first.
-                let handled = masked
-                    && process.sleep(&|| false, Some(0), signals) == wait::WaitEnd::Interrupted;
+                let handled = match wait.signals {
+                    Signals::Masked(mask) => wait::let_in(mask),
+                    Signals::Held | Signals::Open => false,
+                };
                 return if handled { WaitEnd::Interrupted } else { WaitEnd::Ready };
             }
             if progress {
@@ -271,10 +273,9 @@ fn unmap(at: usize, bytes: usize) {
 impl AioFile for OpenFile {
     fn traits(&self) -> FileTraits {
         let flags = self.flags();
-        let access = flags & libc::O_ACCMODE;
         FileTraits {
-            readable: access != libc::O_WRONLY,
-            writable: access != libc::O_RDONLY,
+            readable: self.readable(),
+            writable: self.writable(),
             append: flags & libc::O_APPEND != 0,
             dsync: flags & libc::O_DSYNC != 0,
             sync: flags & libc::O_SYNC == libc::O_SYNC,
@@ -316,22 +317,9 @@ impl AioFile for OpenFile {
         // io_submit drives before it returns.
         process.executor.spawn_to_run(async move {
             // The open file is held until the request is done: close(2) does not end it.
-            let volume = &self.volume().volume;
-            let Request { op, offset, buffer, flags, .. } = request;
-            let answer = match op {
-                Op::Read => volume.read(&disk, offset, &buffer).await,
-                Op::Write => {
-                    let written = if flags.append() {
-                        volume.append(&disk, &buffer).await
-                    } else {
-                        volume.write(&disk, offset, &buffer).await
-                    };
-                    match written {
-                        Ok(length) if flags.dsync() => volume.sync(&disk).await.map(|()| length),
-                        other => other,
-                    }
-                }
-                Op::Fsync | Op::Fdatasync => volume.sync(&disk).await.map(|()| 0),
+            let answer = match request.op {
+                Op::Read | Op::Write => self.transfer(&disk, request).await,
+                Op::Fsync | Op::Fdatasync => self.volume().volume.sync(&disk).await.map(|()| 0),
             };
             done.finish(answer);
         });
@@ -376,7 +364,7 @@ impl OpenFile {
                 request.buffer.truncate(room);
             }
         }
-        if !direct {
+        if !direct || length == 0 {
             return Ok(());
         }
         if !request.buffer.is_aligned(files::DIRECT_ALIGNMENT)
@@ -394,6 +382,69 @@ impl OpenFile {
             }
         }
         Ok(())
+    }
+
+    /// Reads or writes. Where the guest's buffer ends early, at whatever byte, so does the transfer;
+    /// with `O_DIRECT` what there was memory for is transferred and the answer is `EFAULT`.
+    async fn transfer(&self, disk: &LaneFile, request: Request) -> Result<usize, Errno> {
+        /// A longer write may have work under way behind the place where the buffer ends.
+        const LONG: usize = 64 << 10;
+        let Request { op, offset, mut buffer, flags, .. } = request;
+        let (write, asked) = (op == Op::Write, buffer.len());
+        if write && asked > LONG {
+            buffer.truncate(buffer.reach(false) as u64);
+        }
+        let mut again = false;
+        let answer = loop {
+            let answer = self.move_bytes(disk, write, offset, &buffer, flags).await;
+            let ended_early = match answer {
+                _ if again => false,
+                Err(errno) => errno == Errno::EFAULT,
+                // Not the end of the file, nor an append, which is not repeated.
+                Ok(moved) if write => moved < buffer.len() && !flags.append(),
+                Ok(moved) => moved < buffer.len() && offset + (moved as u64) < self.volume().size(),
+            };
+            if !ended_early {
+                break answer;
+            }
+            let mut reach = buffer.reach(!write);
+            if reach == buffer.len() {
+                break answer;
+            }
+            if self.direct() {
+                reach -= reach % files::DIRECT_ALIGNMENT as usize;
+            }
+            buffer.truncate(reach as u64);
+            if reach == 0 {
+                break answer;
+            }
+            again = true;
+        };
+        let faulted = buffer.len() < asked;
+        if faulted && (self.direct() || buffer.is_empty()) { Err(Errno::EFAULT) } else { answer }
+    }
+
+    async fn move_bytes(
+        &self,
+        disk: &LaneFile,
+        write: bool,
+        offset: u64,
+        buffer: &GuestVector,
+        flags: RwFlags,
+    ) -> Result<usize, Errno> {
+        let volume = &self.volume().volume;
+        if !write {
+            return volume.read(disk, offset, buffer).await;
+        }
+        let length = if flags.append() {
+            volume.append(disk, buffer).await?
+        } else {
+            volume.write(disk, offset, buffer).await?
+        };
+        if flags.dsync() {
+            volume.sync(disk).await?;
+        }
+        Ok(length)
     }
 
     /// Whether a block of the range has never been written.
