@@ -384,8 +384,9 @@ impl OpenFile {
         Ok(())
     }
 
-    /// Reads or writes. Where the guest's buffer ends early, at whatever byte, so does the transfer;
-    /// with `O_DIRECT` what there was memory for is transferred and the answer is `EFAULT`.
+    /// Reads or writes. Where the guest's buffer ends early, at whatever byte, so does the
+    /// transfer; with `O_DIRECT` what there was memory for is transferred and the answer is
+    /// `EFAULT`.
     async fn transfer(&self, disk: &LaneFile, request: Request) -> Result<usize, Errno> {
         /// A longer write may have work under way behind the place where the buffer ends.
         const LONG: usize = 64 << 10;

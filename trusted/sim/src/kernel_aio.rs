@@ -42,8 +42,8 @@ impl Hidden {
     /// io_setup(2), with the process's bell.
     ///
     /// # Errors
-    /// What the kernel answers (`EAGAIN`: the machine's `aio-max-nr` is used up; `ENOMEM`); `EMFILE`
-    /// for the bell; `ENOSYS` where the kernel has no AIO.
+    /// What the kernel answers (`EAGAIN`: the machine's `aio-max-nr` is used up; `ENOMEM`);
+    /// `EMFILE` for the bell; `ENOSYS` where the kernel has no AIO.
     pub fn new(nr_events: u32) -> Result<Self, Errno> {
         let bell = process::current().aio_bell()?;
         let mut id = 0_usize;
