@@ -13,7 +13,7 @@
 
 mod opening;
 
-use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::Arc;
 
 use postern_trusted::{directory::FileId, errno::Errno, sync::Lock, volume::Volume};
@@ -50,6 +50,8 @@ pub struct Family {
     pub locks: Locks,
     /// What passes from program to program at exec.
     pub inheritance: Inheritance,
+    /// `aio-nr`: what the AIO contexts of all processes of the family were made for.
+    pub aio_nr: AtomicU64,
     processes: Lock<Vec<&'static Process>>,
 }
 
@@ -224,6 +226,7 @@ impl Family {
             closing: AtomicUsize::new(0),
             locks: Locks::new(),
             inheritance: Inheritance::new(),
+            aio_nr: AtomicU64::new(0),
             processes: Lock::new(Vec::with_capacity(64)),
         }
     }
@@ -474,7 +477,13 @@ impl Family {
 
     /// Strikes a process out: it has drained and will not come back.
     pub fn leave(&self, id: u32) {
-        self.processes.lock().retain(|process| process.id() != id);
+        self.processes.lock().retain(|process| {
+            let stays = process.id() != id;
+            if !stays {
+                self.forgive(process);
+            }
+            stays
+        });
     }
 
     /// Ends the calling process if another one of the family died with work unfinished: what it
@@ -489,11 +498,17 @@ impl Family {
                 .position(|process| process.id() != me && !identity::is_alive(process.id()));
             found.map(|at| processes.swap_remove(at))
         };
-        if let Some(dead) = dead
-            && dead.executor.live() > 0
-        {
+        let Some(dead) = dead else { return };
+        self.forgive(dead);
+        if dead.executor.live() > 0 {
             end_torn(dead.id());
         }
+    }
+
+    /// Gives back what `aio-nr` holds for a process that has ended.
+    fn forgive(&self, process: &Process) {
+        let charged = process.aio_charged.swap(0, Ordering::Relaxed);
+        self.aio_nr.fetch_sub(charged, Ordering::Relaxed);
     }
 }
 

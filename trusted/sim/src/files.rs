@@ -32,6 +32,7 @@ use crate::{
     sys,
 };
 pub use io::DIRECT_ALIGNMENT;
+pub use placeholder::text;
 pub use table::Kind;
 use table::Table;
 

@@ -4,14 +4,15 @@
 
 use core::{
     ptr::NonNull,
-    sync::atomic::{AtomicPtr, AtomicU64, Ordering},
+    sync::atomic::{AtomicPtr, Ordering},
 };
 use std::sync::Arc;
 
 use postern_trusted::{
     aio::{
-        AioContexts, AioFile, AioHost, Completion, EventCounter, FileTraits, Op, Request,
-        RingMapping, Signals, Wait, WaitEnd, WaitKey,
+        AioContexts, AioFile, AioHost, Completion, Descriptor, EventCounter, FileTraits,
+        GuestVector, KernelContext, Op, Request, RingMapping, RwFlags, Signals, Wait, WaitEnd,
+        WaitKey,
     },
     errno::Errno,
     platform::{Buffer, Fault, GuestMemory},
@@ -19,18 +20,20 @@ use postern_trusted::{
 };
 
 use crate::{
+    counter::Counters,
+    family,
     files::{self, OpenFile},
     guest::Guest,
-    identity, message, process, service, sys, wait,
+    identity, kernel_aio,
+    limits::{self, TooBig},
+    message, process, service, sys, wait,
 };
 
 /// The calling process, as its AIO contexts see it.
 pub struct SimHost {
     guest: Guest,
-    /// What `charge` has added for this process.
-    charged: AtomicU64,
     possible_cpus: u32,
-    aio_max_nr: u64,
+    counters: Counters,
 }
 
 struct Owned {
@@ -72,14 +75,16 @@ pub fn drain() {
     }
 }
 
+/// Moves what the kernel has for this process's contexts into their rings.
+pub fn deliver() {
+    if let Some(contexts) = known() {
+        contexts.deliver();
+    }
+}
+
 impl SimHost {
     fn new() -> Self {
-        Self {
-            guest: Guest,
-            charged: AtomicU64::new(0),
-            possible_cpus: possible_cpus(),
-            aio_max_nr: number_in(b"/proc/sys/fs/aio-max-nr").unwrap_or(65536),
-        }
+        Self { guest: Guest, possible_cpus: possible_cpus(), counters: Counters::default() }
     }
 }
 
@@ -149,35 +154,26 @@ impl AioHost for SimHost {
         unmap(mapping.alias().as_ptr() as usize, bytes);
     }
 
-    fn file(&self, fd: i32) -> Result<Arc<dyn AioFile>, Errno> {
+    fn file(&self, fd: i32) -> Result<Descriptor, Errno> {
         match files::lookup(fd) {
             // An O_PATH descriptor counts as not open.
             Some(file) if file.is_path() => Err(Errno::EBADF),
-            Some(file) => Ok(file),
-            None => Ok(Arc::new(Ordinary::find(fd)?)),
+            Some(file) => Ok(Descriptor::Served(file)),
+            None => kernel_aio::find(fd).map(|()| Descriptor::Kernels),
         }
     }
 
+    fn kernel_context(&self, nr_events: u32) -> Result<Arc<dyn KernelContext>, Errno> {
+        Ok(Arc::new(kernel_aio::Hidden::new(nr_events)?))
+    }
+
     fn event_counter(&self, fd: i32) -> Result<Arc<dyn EventCounter>, Errno> {
-        let link = format!("/proc/self/fd/{fd}\0");
-        let mut target = [0_u8; 64];
-        let here = libc::AT_FDCWD as usize;
-        // SAFETY: a C string and a buffer that live through the call.
-        let length = sys::check(unsafe {
-            let (from, to) = (link.as_ptr() as usize, target.as_mut_ptr() as usize);
-            sys::syscall6(libc::SYS_readlinkat, here, from, to, target.len(), 0, 0)
-        })
-        .map_err(|_| Errno::EBADF)?;
-        if !target[..length].starts_with(b"anon_inode:[eventfd]") {
-            return Err(Errno::EINVAL);
+        if files::is_internal(fd) {
+            return Err(Errno::EBADF);
         }
-        let keep = libc::F_DUPFD_CLOEXEC as usize;
-        // SAFETY: takes numbers only.
-        let copy =
-            sys::check(unsafe { sys::syscall6(libc::SYS_fcntl, fd as usize, keep, 0, 0, 0, 0) })?;
-        let copy = i32::try_from(copy).map_err(|_| Errno::EMFILE)?;
+        let counter = self.counters.get(fd)?;
         service::take_over();
-        Ok(Arc::new(Counter(files::protect_internal(copy))))
+        Ok(counter)
     }
 
     fn possible_cpus(&self) -> u32 {
@@ -185,24 +181,34 @@ impl AioHost for SimHost {
     }
 
     fn aio_max_nr(&self) -> u64 {
-        self.aio_max_nr
+        number_in(b"/proc/sys/fs/aio-max-nr").unwrap_or(65536)
     }
 
     fn charge(&self, nr: u32) -> Result<(), Errno> {
-        let add = |now: u64| now.checked_add(u64::from(nr)).filter(|sum| *sum <= self.aio_max_nr);
-        self.charged
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, add)
-            .map(|_| ())
-            .map_err(|_| Errno::EAGAIN)
+        let Some(family) = family::family() else { return Err(Errno::EAGAIN) };
+        let most = self.aio_max_nr();
+        let add = |now: u64| now.checked_add(u64::from(nr)).filter(|sum| *sum <= most);
+        let try_it = || family.aio_nr.fetch_update(Ordering::Relaxed, Ordering::Relaxed, add);
+        if try_it().is_err() {
+            // Processes that were killed may still be counted.
+            family.check_the_dead();
+            try_it().map_err(|_| Errno::EAGAIN)?;
+        }
+        process::current().aio_charged.fetch_add(u64::from(nr), Ordering::Relaxed);
+        Ok(())
     }
 
     fn uncharge(&self, nr: u32) {
-        self.charged.fetch_sub(u64::from(nr), Ordering::Relaxed);
+        process::current().aio_charged.fetch_sub(u64::from(nr), Ordering::Relaxed);
+        if let Some(family) = family::family() {
+            family.aio_nr.fetch_sub(u64::from(nr), Ordering::Relaxed);
+        }
     }
 
     fn may_use_realtime_io(&self) -> bool {
-        // SAFETY: geteuid takes nothing. Root stands for CAP_SYS_ADMIN and CAP_SYS_NICE here.
-        unsafe { sys::syscall6(libc::SYS_geteuid, 0, 0, 0, 0, 0, 0) == 0 }
+        /// CAP_SYS_ADMIN and CAP_SYS_NICE.
+        const EITHER: u32 = 1 << 21 | 1 << 23;
+        sys::effective_capabilities() & EITHER != 0
     }
 
     fn now_ns(&self) -> u64 {
@@ -224,13 +230,14 @@ impl AioHost for SimHost {
             Signals::Open => wait::Signals::AsTheyAre,
             Signals::Masked(mask) => wait::Signals::Masked(mask),
         };
-        let masked = matches!(wait.signals, Signals::Masked(_));
         loop {
             let progress = process.step();
             if (wait.ready)() {
                 // Pending signals that the mask lets through are handled first.
-                let handled = masked
-                    && process.sleep(&|| false, Some(0), signals) == wait::WaitEnd::Interrupted;
+                let handled = match wait.signals {
+                    Signals::Masked(mask) => wait::let_in(mask),
+                    Signals::Held | Signals::Open => false,
+                };
                 return if handled { WaitEnd::Interrupted } else { WaitEnd::Ready };
             }
             if progress {
@@ -264,65 +271,18 @@ fn unmap(at: usize, bytes: usize) {
     unsafe { sys::syscall6(libc::SYS_munmap, at, bytes, 0, 0, 0, 0) };
 }
 
-/// An eventfd of the guest, held open by a descriptor of our own.
-struct Counter(i32);
-
-impl EventCounter for Counter {
-    fn signal(&self) {
-        wait::ring(self.0);
-    }
-}
-
-impl Drop for Counter {
-    fn drop(&mut self) {
-        files::close_internal(self.0);
-    }
-}
-
-/// A descriptor that is not protected. This cut serves AIO on protected files only: every request
-/// is refused with `EINVAL`, as for a file without read and write methods.
-struct Ordinary;
-
-impl Ordinary {
-    fn find(fd: i32) -> Result<Self, Errno> {
-        const O_PATH: usize = libc::O_PATH as usize;
-        // SAFETY: takes numbers only.
-        let flags = sys::check(unsafe {
-            sys::syscall6(libc::SYS_fcntl, fd as usize, libc::F_GETFL as usize, 0, 0, 0, 0)
-        })?;
-        if flags & O_PATH != 0 || files::is_internal(fd) {
-            return Err(Errno::EBADF);
-        }
-        Ok(Self)
-    }
-}
-
-impl AioFile for Ordinary {
-    fn traits(&self) -> FileTraits {
-        FileTraits { has_data: false, has_fsync: false, ..FileTraits::REGULAR }
-    }
-
-    fn completes_in_submit(&self, _: &Request) -> bool {
-        true
-    }
-
-    fn submit(self: Arc<Self>, _: Request, done: Completion) {
-        done.finish(Err(Errno::EINVAL));
-    }
-}
-
 impl AioFile for OpenFile {
     fn traits(&self) -> FileTraits {
         let flags = self.flags();
-        let access = flags & libc::O_ACCMODE;
         FileTraits {
-            readable: access != libc::O_WRONLY,
-            writable: access != libc::O_RDONLY,
+            readable: self.readable(),
+            writable: self.writable(),
             append: flags & libc::O_APPEND != 0,
             dsync: flags & libc::O_DSYNC != 0,
             sync: flags & libc::O_SYNC == libc::O_SYNC,
             // A directory can be synced and nothing else.
             has_data: self.listing().is_none(),
+            dontcache: true,
             ..FileTraits::REGULAR
         }
     }
@@ -341,16 +301,16 @@ impl AioFile for OpenFile {
         }
     }
 
-    fn submit(self: Arc<Self>, request: Request, done: Completion) {
-        if self.flags() & libc::O_DIRECT != 0
-            && matches!(request.op, Op::Read | Op::Write)
-            && !(request.buffer.is_aligned(files::DIRECT_ALIGNMENT)
-                && (request.flags.append()
-                    || request.offset.is_multiple_of(files::DIRECT_ALIGNMENT)))
-        {
-            // ext4 looks for the end of the file before it looks at the alignment.
-            let beyond = request.op == Op::Read && request.offset >= self.volume().size();
-            return done.finish(if beyond { Ok(0) } else { Err(Errno::EINVAL) });
+    fn submit(self: Arc<Self>, mut request: Request, done: Completion) {
+        match self.admit(&mut request) {
+            Ok(()) => {}
+            Err(Stop::With(answer)) => return done.finish(answer),
+            Err(Stop::TooBig(too_big)) => {
+                done.finish(Err(Errno::EFBIG));
+                // Last: a handler may leave by siglongjmp.
+                too_big.signal();
+                return;
+            }
         }
         let process = process::current();
         let disk = match process.disk_for_guest(self.volume(), request.submitted_ns) {
@@ -374,23 +334,140 @@ impl Work {
     /// Serves the request and completes it.
     pub async fn run(self) {
         let Self { file, disk, request, done } = self;
-        let volume = &file.volume().volume;
-        let Request { op, offset, buffer, flags, .. } = request;
-        let answer = match op {
-            Op::Read => volume.read(&disk, offset, &buffer).await,
-            Op::Write => {
-                let written = if flags.append() {
-                    volume.append(&disk, &buffer).await
-                } else {
-                    volume.write(&disk, offset, &buffer).await
-                };
-                match written {
-                    Ok(length) if flags.dsync() => volume.sync(&disk).await.map(|()| length),
-                    other => other,
-                }
-            }
-            Op::Fsync | Op::Fdatasync => volume.sync(&disk).await.map(|()| 0),
+        let answer = match request.op {
+            Op::Read | Op::Write => file.transfer(&disk, request).await,
+            Op::Fsync | Op::Fdatasync => file.volume().volume.sync(&disk).await.map(|()| 0),
         };
         done.finish(answer);
+    }
+}
+
+/// Why a request ends before it begins.
+enum Stop {
+    With(Result<usize, Errno>),
+    TooBig(TooBig),
+}
+
+impl From<TooBig> for Stop {
+    fn from(too_big: TooBig) -> Self {
+        Self::TooBig(too_big)
+    }
+}
+
+impl OpenFile {
+    /// What ext4 decides about a request before it touches data, in its order: RWF_NOWAIT, the
+    /// limits of size (which may shorten a write), the end of the file, `O_DIRECT`'s alignment.
+    fn admit(&self, request: &mut Request) -> Result<(), Stop> {
+        let stop = |errno| Err(Stop::With(Err(errno)));
+        let direct = self.direct();
+        let length = request.buffer.len() as u64;
+        let write = match request.op {
+            Op::Read => false,
+            Op::Write => true,
+            Op::Fsync | Op::Fdatasync => return Ok(()),
+        };
+        let append = write && request.flags.append();
+        let offset = if append { self.volume().size() } else { request.offset };
+        if write {
+            if request.flags.nowait() && !direct {
+                return stop(Errno::EOPNOTSUPP);
+            }
+            if length == 0 {
+                return Ok(());
+            }
+            let room = limits::room(offset, length, files::io::MAX_BYTES)?;
+            if room < length {
+                request.buffer.truncate(room);
+            }
+        }
+        if !direct || length == 0 {
+            return Ok(());
+        }
+        if !request.buffer.is_aligned(files::DIRECT_ALIGNMENT)
+            || !offset.is_multiple_of(files::DIRECT_ALIGNMENT)
+        {
+            // ext4 looks for the end of the file before it looks at the alignment.
+            let beyond = !write && offset >= self.volume().size();
+            return Err(Stop::With(if beyond { Ok(0) } else { Err(Errno::EINVAL) }));
+        }
+        // Only an overwrite can be started without waiting.
+        if write && request.flags.nowait() {
+            let end = offset.saturating_add(request.buffer.len() as u64);
+            if end > self.volume().size() || self.has_hole(offset, end) {
+                return stop(Errno::EAGAIN);
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads or writes. Where the guest's buffer ends early, at whatever byte, so does the
+    /// transfer; with `O_DIRECT` what there was memory for is transferred and the answer is
+    /// `EFAULT`.
+    async fn transfer(&self, disk: &LaneFile, request: Request) -> Result<usize, Errno> {
+        /// A longer write may have work under way behind the place where the buffer ends.
+        const LONG: usize = 64 << 10;
+        let Request { op, offset, mut buffer, flags, .. } = request;
+        let (write, asked) = (op == Op::Write, buffer.len());
+        if write && asked > LONG {
+            buffer.truncate(buffer.reach(false) as u64);
+        }
+        let mut again = false;
+        let answer = loop {
+            let answer = self.move_bytes(disk, write, offset, &buffer, flags).await;
+            let ended_early = match answer {
+                _ if again => false,
+                Err(errno) => errno == Errno::EFAULT,
+                // Not the end of the file, nor an append, which is not repeated.
+                Ok(moved) if write => moved < buffer.len() && !flags.append(),
+                Ok(moved) => moved < buffer.len() && offset + (moved as u64) < self.volume().size(),
+            };
+            if !ended_early {
+                break answer;
+            }
+            let mut reach = buffer.reach(!write);
+            if reach == buffer.len() {
+                break answer;
+            }
+            if self.direct() {
+                reach -= reach % files::DIRECT_ALIGNMENT as usize;
+            }
+            buffer.truncate(reach as u64);
+            if reach == 0 {
+                break answer;
+            }
+            again = true;
+        };
+        let faulted = buffer.len() < asked;
+        if faulted && (self.direct() || buffer.is_empty()) { Err(Errno::EFAULT) } else { answer }
+    }
+
+    async fn move_bytes(
+        &self,
+        disk: &LaneFile,
+        write: bool,
+        offset: u64,
+        buffer: &GuestVector,
+        flags: RwFlags,
+    ) -> Result<usize, Errno> {
+        let volume = &self.volume().volume;
+        if !write {
+            return volume.read(disk, offset, buffer).await;
+        }
+        let length = if flags.append() {
+            volume.append(disk, buffer).await?
+        } else {
+            volume.write(disk, offset, buffer).await?
+        };
+        if flags.dsync() {
+            volume.sync(disk).await?;
+        }
+        Ok(length)
+    }
+
+    /// Whether a block of the range has never been written.
+    fn has_hole(&self, offset: u64, end: u64) -> bool {
+        const BLOCK: u64 = 4096;
+        let first = offset - offset % BLOCK;
+        (first..end).step_by(BLOCK as usize).any(|at| self.volume().volume.is_hole(at, BLOCK))
     }
 }

@@ -6,6 +6,7 @@
 pub mod arena;
 pub mod config;
 pub mod control;
+pub mod counter;
 pub mod directory;
 pub mod family;
 pub mod files;
@@ -15,6 +16,8 @@ pub mod identity;
 pub mod image;
 pub mod inheritance;
 pub mod inside;
+pub mod kernel_aio;
+pub mod limits;
 pub mod link;
 pub mod message;
 pub mod posix_aio;

@@ -11,7 +11,7 @@
 use core::{
     future::Future,
     pin::pin,
-    sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering},
+    sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU64, Ordering},
     task::{Context, Poll, Waker},
 };
 use std::{sync::Arc, task::Wake};
@@ -55,6 +55,10 @@ pub struct Process {
     attaching: Lock<()>,
     /// Open volumes' host files over this process's lane, by volume index, with their handles.
     disks: Lock<Vec<Option<(u32, LaneFile)>>>,
+    /// Rings when a hidden context of the kernel has events; -1 before there is one.
+    aio_bell: AtomicI32,
+    /// What `aio-nr` holds for this process's contexts.
+    pub aio_charged: AtomicU64,
     /// Times that somebody drove.
     drives: AtomicU64,
     /// Number of the last guest request, for the claims in descriptors.
@@ -201,6 +205,8 @@ impl Process {
             spinner: Spinner::new(),
             attaching: Lock::new(()),
             disks: Lock::new(Vec::new()),
+            aio_bell: AtomicI32::new(-1),
+            aio_charged: AtomicU64::new(0),
             drives: AtomicU64::new(0),
             requests: AtomicU64::new(0),
         })
@@ -215,6 +221,7 @@ impl Process {
     fn descriptors(&self) -> Vec<i32> {
         let mut all = self.sleepers.descriptors();
         all.extend(self.service.descriptors());
+        all.extend(Some(self.aio_bell.load(Ordering::Relaxed)).filter(|bell| *bell >= 0));
         if let Some(link) = self.link.get() {
             all.extend(link.descriptors());
         }
@@ -248,6 +255,28 @@ impl Process {
         inheritance::connected();
         service::start();
         self.link.get().ok_or(Errno::EIO)
+    }
+
+    /// The eventfd that hidden contexts of the kernel ring, heard by whoever sleeps inside a call
+    /// and by the service thread, which this starts.
+    ///
+    /// # Errors
+    /// What eventfd2(2) says.
+    pub fn aio_bell(&self) -> Result<i32, Errno> {
+        let known = || Some(self.aio_bell.load(Ordering::Acquire)).filter(|bell| *bell >= 0);
+        if let Some(bell) = known() {
+            return Ok(bell);
+        }
+        let _one = self.attaching.lock();
+        if let Some(bell) = known() {
+            return Ok(bell);
+        }
+        let bell = keep(wait::eventfd()?);
+        self.sleepers.watch(bell);
+        self.service.watch(bell);
+        self.aio_bell.store(bell, Ordering::Release);
+        service::start();
+        Ok(bell)
     }
 
     /// Opens a host file by its name at the daemon.

@@ -3,7 +3,8 @@
 //! A guest that waits inside io_getevents or a file call drives its own completions; then this
 //! thread sleeps. It ticks while requests are in flight (a guest may compute, wait on an eventfd,
 //! or reap the ring in user space) and while a volume has something to publish; it listens to
-//! doorbell B without a tick's delay once the guest was seen to wait elsewhere.
+//! doorbell B without a tick's delay once the guest was seen to wait elsewhere. Events of hidden
+//! contexts it brings to their rings at once: the guest may wait anywhere for them.
 #![allow(unsafe_code)]
 
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -12,7 +13,7 @@ use postern_trusted::port::Sleeper;
 
 use crate::{
     family::{self, Family},
-    identity, posix_aio,
+    host, identity, posix_aio,
     process::{self, Process},
     sys,
     wait::{self, Signals, now_ns},
@@ -75,9 +76,16 @@ fn stay_parked() {
     }
 }
 
+/// The process that has started its thread. A forked child inherits its parent's number.
+static STARTED: AtomicU32 = AtomicU32::new(0);
+
 /// Starts the thread, once per process. A thread that cannot be made is not an error here: guests
 /// that wait inside calls do without.
 pub fn start() {
+    let me = identity::process_id();
+    if STARTED.swap(me, Ordering::Relaxed) == me {
+        return;
+    }
     // A new thread inherits its maker's mask: block what can be blocked for the moment. Past
     // libc's functions, which the preload library replaces.
     let blocked = !wait::synchronous_signals();
@@ -111,6 +119,7 @@ fn run() {
         // Silent since the last look, and nobody sleeps inside a call: then nobody else drives.
         let silent = process.drives() == drives && process.sleepers.sleeping() == 0;
         let listening = now < LISTEN_UNTIL.load(Ordering::Relaxed);
+        host::deliver();
         process.tend(family, silent || listening);
         posix_aio::give_notices();
         drives = process.drives();

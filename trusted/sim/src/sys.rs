@@ -169,6 +169,16 @@ pub fn open(path: &core::ffi::CStr, flags: i32) -> Result<i32, Errno> {
     unsafe { descriptor(libc::SYS_openat, [here, path.as_ptr() as usize, word(flags), 0]) }
 }
 
+/// write(2): how many bytes were taken.
+///
+/// # Errors
+/// What the kernel says.
+pub fn write(fd: i32, data: &[u8]) -> Result<usize, Errno> {
+    let at = data.as_ptr() as usize;
+    // SAFETY: the kernel reads at most `data.len()` bytes of `data`.
+    check(unsafe { syscall6(libc::SYS_write, word(fd), at, data.len(), 0, 0, 0) })
+}
+
 /// readlink(2): the length of what was put into `out`.
 ///
 /// # Errors
@@ -232,6 +242,32 @@ pub fn effective_ids() -> (u32, u32) {
     let [user, group] = [libc::SYS_geteuid, libc::SYS_getegid]
         .map(|call| u32::try_from(numbers(call, 0, 0, 0).unwrap_or(0)).unwrap_or(u32::MAX));
     (user, group)
+}
+
+/// Whether two descriptors of this process lead to the same open file; `false` where the kernel
+/// does not tell (kcmp(2) is optional).
+#[must_use]
+pub fn is_same_file(one: i32, other: i32) -> bool {
+    const KCMP_FILE: usize = 0;
+    let me = getpid() as usize;
+    // SAFETY: takes numbers only.
+    let raw = unsafe { syscall6(libc::SYS_kcmp, me, me, KCMP_FILE, word(one), word(other), 0) };
+    raw == 0
+}
+
+/// Capabilities 0 to 31 that the calling thread has in effect (capget(2)), as a mask.
+#[must_use]
+pub fn effective_capabilities() -> u32 {
+    const VERSION_3: u32 = 0x2008_0522;
+    let header = [VERSION_3, 0];
+    // Effective, permitted, inheritable; then the same for capabilities from 32 on.
+    let mut sets = [0_u32; 6];
+    // SAFETY: the kernel reads eight bytes and writes 24.
+    let raw = unsafe {
+        let (from, to) = ((&raw const header) as usize, (&raw mut sets) as usize);
+        syscall6(libc::SYS_capget, from, to, 0, 0, 0, 0)
+    };
+    if raw == 0 { sets[0] } else { 0 }
 }
 
 fn soft_limit(resource: usize) -> Option<u64> {

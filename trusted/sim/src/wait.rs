@@ -13,7 +13,7 @@ use core::sync::atomic::{AtomicUsize, Ordering};
 
 use postern_trusted::{errno::Errno, sync::Lock};
 
-use crate::{inside, sys};
+use crate::{files, inside, sys};
 
 /// The C library's signal that cancels a thread: deferred like a guest's own, so no reason to end
 /// a sleep that nothing ends.
@@ -46,8 +46,10 @@ pub struct Sleepers {
     kick: i32,
     /// Watched by every sleeper.
     bells: Lock<Vec<i32>>,
-    /// epoll descriptors of nobody at the moment.
+    /// epoll descriptors of nobody at the moment, all of which know all bells.
     pool: Lock<Vec<i32>>,
+    /// Counts bells that came later: an epoll descriptor from before does not know them.
+    generation: AtomicUsize,
     sleeping: AtomicUsize,
 }
 
@@ -63,6 +65,7 @@ impl Sleepers {
             kick,
             bells: Lock::new(vec![kick, family_kick]),
             pool,
+            generation: AtomicUsize::new(0),
             sleeping: AtomicUsize::new(0),
         })
     }
@@ -70,9 +73,13 @@ impl Sleepers {
     /// Adds a doorbell that wakes sleepers. Call before anybody sleeps for it.
     pub fn watch(&self, bell: i32) {
         self.bells.lock().push(bell);
-        // Descriptors made before do not know the new bell.
-        let old = core::mem::take(&mut *self.pool.lock());
-        old.into_iter().for_each(close);
+        // Descriptors made before do not know the new bell; those in use are closed by their users.
+        let old = {
+            let mut pool = self.pool.lock();
+            self.generation.fetch_add(1, Ordering::Relaxed);
+            core::mem::take(&mut *pool)
+        };
+        old.into_iter().for_each(files::close_internal);
         self.kick();
     }
 
@@ -104,13 +111,16 @@ impl Sleepers {
     /// # Errors
     /// What epoll_create1(2) says (descriptors used up).
     pub fn enter(&self, keep: impl Fn(i32) -> i32) -> Result<Place<'_>, Errno> {
-        let pooled = self.pool.lock().pop();
+        let (pooled, generation) = {
+            let mut pool = self.pool.lock();
+            (pool.pop(), self.generation.load(Ordering::Relaxed))
+        };
         let epoll = match pooled {
             Some(epoll) => epoll,
             None => self.make(keep)?,
         };
         self.sleeping.fetch_add(1, Ordering::SeqCst);
-        Ok(Place { sleepers: self, epoll })
+        Ok(Place { sleepers: self, epoll, generation })
     }
 
     fn make(&self, keep: impl Fn(i32) -> i32) -> Result<i32, Errno> {
@@ -131,7 +141,7 @@ impl Sleepers {
                 sys::syscall6(libc::SYS_epoll_ctl, epoll as usize, add, *bell as usize, at, 0, 0)
             });
             if let Err(errno) = added {
-                close(epoll);
+                files::close_internal(epoll);
                 return Err(errno);
             }
         }
@@ -150,6 +160,8 @@ impl Sleepers {
 pub struct Place<'a> {
     sleepers: &'a Sleepers,
     epoll: i32,
+    /// The sleepers' when the descriptor was made or taken.
+    generation: usize,
 }
 
 impl Place<'_> {
@@ -205,8 +217,25 @@ impl Place<'_> {
 impl Drop for Place<'_> {
     fn drop(&mut self) {
         self.sleepers.sleeping.fetch_sub(1, Ordering::SeqCst);
-        self.sleepers.pool.lock().push(self.epoll);
+        let mut pool = self.sleepers.pool.lock();
+        if self.generation == self.sleepers.generation.load(Ordering::Relaxed) {
+            pool.push(self.epoll);
+        } else {
+            drop(pool);
+            files::close_internal(self.epoll);
+        }
     }
+}
+
+/// Handles the pending signals that `mask` lets through, without sleeping; answers whether there
+/// were any.
+#[must_use]
+pub fn let_in(mask: u64) -> bool {
+    let now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    let (now, mask) = ((&raw const now) as usize, (&raw const mask) as usize);
+    // SAFETY: both objects live through the call; no descriptors; the kernel's sigset is 8 bytes.
+    let answer = unsafe { sys::syscall6(libc::SYS_ppoll, 0, 0, now, mask, 8, 0) };
+    sys::check(answer) == Err(Errno::EINTR)
 }
 
 /// SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGTRAP, SIGSYS and the two of the C library, as a kernel
@@ -236,6 +265,18 @@ pub fn ring(eventfd: i32) {
     unsafe {
         sys::syscall6(libc::SYS_write, eventfd as usize, (&raw const one) as usize, 8, 0, 0, 0)
     };
+}
+
+/// Whether a write to `descriptor` would not block.
+#[must_use]
+pub fn is_writable(descriptor: i32) -> bool {
+    let mut poll = libc::pollfd { fd: descriptor, events: libc::POLLOUT, revents: 0 };
+    // SAFETY: one pollfd that lives through the call; a zero timeout does not wait.
+    let answer = unsafe {
+        let at = (&raw mut poll) as usize;
+        sys::syscall6(libc::SYS_poll, at, 1, 0, 0, 0, 0)
+    };
+    answer > 0 && poll.revents & libc::POLLOUT != 0
 }
 
 /// Closes a descriptor of our own.

@@ -12,6 +12,7 @@ use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use super::{
     AioHost, EventCounter, RingMapping, WaitKey,
+    kernel::Forwards,
     ring::{EVENT_BYTES, Event},
 };
 use crate::{errno::Errno, sync::Lock};
@@ -24,9 +25,12 @@ pub(super) struct Context {
     /// Slots of the ring; the trusted copy.
     pub(super) slots: u32,
     /// What io_setup asked for and `aio-nr` was charged with.
-    charged: u32,
-    /// Slots taken whose request has not come to its end (event stored, eventfd signalled).
+    pub(super) charged: u32,
+    /// Slots taken whose request has not come to its end (event stored, eventfd signalled), without
+    /// those that the kernel has.
     in_flight: AtomicU32,
+    /// Requests that the kernel serves.
+    pub(super) forwards: Forwards,
     state: Lock<State>,
 }
 
@@ -85,6 +89,7 @@ impl Context {
             slots,
             charged,
             in_flight: AtomicU32::new(0),
+            forwards: Forwards::default(),
             state: Lock::new(State {
                 ring: Some(ring),
                 dead: false,
@@ -111,13 +116,19 @@ impl Context {
         }
     }
 
-    /// Requests that have not come to their end.
+    /// Requests that have not come to their end, without those that the kernel has.
     pub(super) fn in_flight(&self) -> u32 {
         // The lock orders this look with `take_slot`: either its request is counted here, or it
         // sees what the caller did before (marked the context dead, held submissions up).
         let _state = self.state.lock();
         // Acquire pairs with the Release in `complete`: what a request did is done.
         self.in_flight.load(Ordering::Acquire)
+    }
+
+    /// Requests at the kernel that have not come to their end.
+    pub(super) fn forwarded(&self) -> u32 {
+        // Acquire pairs with the Release in `end`.
+        self.forwards.in_flight.load(Ordering::Acquire)
     }
 
     /// Takes the slot that a request keeps until its event has left the ring.
@@ -142,6 +153,14 @@ impl Context {
     /// Gives a slot back whose request was refused.
     pub(super) fn return_slot(&self) {
         self.state.lock().free += 1;
+        if self.in_flight.fetch_sub(1, Ordering::Release) == 1 {
+            self.host.wake(self.key, 0);
+        }
+    }
+
+    /// A request in flight is the kernel's from now on.
+    fn hand_over(&self) {
+        self.forwards.in_flight.fetch_add(1, Ordering::Relaxed);
         if self.in_flight.fetch_sub(1, Ordering::Release) == 1 {
             self.host.wake(self.key, 0);
         }
@@ -199,23 +218,16 @@ impl Context {
         true
     }
 
-    /// Stores the event of a request that holds a slot, then tells whoever waits.
-    fn complete(
-        &self,
-        event: Event,
-        counter: Option<Arc<dyn EventCounter>>,
-        seen: Option<Arc<AtomicBool>>,
-    ) {
-        let have = self.state.lock().push(event, self.slots);
-        if let Some(counter) = counter {
-            counter.signal();
-        }
-        if let Some(seen) = seen {
-            // Release pairs with the Acquire of the io_submit that waits: the event is stored.
-            seen.store(true, Ordering::Release);
-        }
-        // Release pairs with the Acquire in `in_flight`. From here on io_destroy may return.
-        self.in_flight.fetch_sub(1, Ordering::Release);
+    /// Stores the event of a request that holds a slot. Returns the events in the ring.
+    fn store(&self, event: Event) -> u32 {
+        self.state.lock().push(event, self.slots)
+    }
+
+    /// A request has come to its end. From here on io_destroy may return.
+    fn end(&self, forwarded: bool, have: u32) {
+        let count = if forwarded { &self.forwards.in_flight } else { &self.in_flight };
+        // Release pairs with the Acquire in `in_flight` and `forwarded`.
+        count.fetch_sub(1, Ordering::Release);
         self.host.wake(self.key, have);
     }
 
@@ -244,6 +256,8 @@ impl Drop for Context {
     /// The table itself was dropped: what io_destroy would have done is done now.
     fn drop(&mut self) {
         self.kill();
+        // A request in flight keeps its context: nobody has to be waited for.
+        self.close(|_| ());
         self.discard();
     }
 }
@@ -291,6 +305,8 @@ pub struct Completion {
     counter: Option<Arc<dyn EventCounter>>,
     /// Set when the event is in the ring, for an io_submit that waits for it.
     seen: Option<Arc<AtomicBool>>,
+    /// The kernel has the request.
+    forwarded: bool,
     finished: bool,
 }
 
@@ -307,6 +323,7 @@ impl Completion {
             event: Event { data, obj: iocb, res: 0 },
             counter,
             seen: None,
+            forwarded: false,
             finished: false,
         }
     }
@@ -327,11 +344,53 @@ impl Completion {
     }
 
     fn store(&mut self, res: i64) {
-        if core::mem::replace(&mut self.finished, true) {
+        if self.finished {
             return;
         }
+        let have = self.store_event(res);
+        self.tell(have);
+    }
+
+    /// The first half of [`Self::finish`]: stores the event. Returns how many are in the ring, for
+    /// [`Self::announce`], which must follow. Calls nobody.
+    pub(super) fn store_event(&mut self, res: i64) -> u32 {
+        self.finished = true;
         self.event.res = res;
-        self.context.complete(self.event, self.counter.take(), self.seen.take());
+        self.context.store(self.event)
+    }
+
+    /// The second half of [`Self::finish`]: tells whoever waits.
+    pub(super) fn announce(mut self, have: u32) {
+        self.tell(have);
+    }
+
+    fn tell(&mut self, have: u32) {
+        if let Some(counter) = self.counter.take() {
+            counter.signal();
+        }
+        if let Some(seen) = self.seen.take() {
+            // Release pairs with the Acquire of the io_submit that waits: the event is stored.
+            seen.store(true, Ordering::Release);
+        }
+        self.context.end(self.forwarded, have);
+    }
+
+    /// The guest's address of the iocb.
+    pub(super) const fn iocb(&self) -> u64 {
+        self.event.obj
+    }
+
+    /// The kernel is about to get the request.
+    pub(super) fn hand_over(&mut self) {
+        self.forwarded = true;
+        self.context.hand_over();
+    }
+
+    /// The request was refused after all: no event, and its slot is free again.
+    pub(super) fn refuse(mut self) {
+        self.finished = true;
+        self.context.state.lock().free += 1;
+        self.context.end(self.forwarded, 0);
     }
 }
 

@@ -176,6 +176,7 @@ struct Reader {
 impl Reader {
     /// Takes what is there: `aio_read_events`.
     fn read(&mut self) -> Result<Progress, Errno> {
+        self.context.deliver();
         self.take()?;
         if self.context.is_dead() {
             return Err(Errno::EINVAL);
@@ -220,7 +221,10 @@ impl Reader {
     /// Sleeps until the rest of the minimum is there all at once.
     fn wait(&self, deadline_ns: Option<u64>, signals: Signals) -> WaitEnd {
         let missing = u32::try_from(self.min - self.got).unwrap_or(u32::MAX);
-        let ready = || self.context.has(missing);
+        let ready = || {
+            self.context.deliver();
+            self.context.has(missing)
+        };
         loop {
             let end = self.context.host.wait(Wait {
                 key: self.context.key,

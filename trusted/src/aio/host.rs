@@ -6,7 +6,7 @@
 
 use alloc::sync::Arc;
 
-use super::{Completion, Request, RingMapping};
+use super::{Completion, KernelContext, Request, RingMapping};
 use crate::{errno::Errno, platform::GuestMemory};
 
 /// The process that the contexts belong to.
@@ -22,12 +22,18 @@ pub trait AioHost: GuestMemory + 'static {
     /// [`super::AioContexts::relocate`]) and its memory back. Nothing here touches it any more.
     fn unmap_ring(&self, mapping: RingMapping);
 
-    /// The file behind descriptor `fd`. A descriptor whose kind cannot be served answers with an
-    /// [`AioFile`] that refuses.
+    /// What lies behind descriptor `fd`.
     ///
     /// # Errors
     /// `EBADF` if it is not open (a descriptor opened with `O_PATH` counts as not open).
-    fn file(&self, fd: i32) -> Result<Arc<dyn AioFile>, Errno>;
+    fn file(&self, fd: i32) -> Result<Descriptor, Errno>;
+
+    /// A context of the kernel's for the requests that one context has on descriptors that are the
+    /// kernel's, made by io_setup(2) with `nr_events`.
+    ///
+    /// # Errors
+    /// What the kernel answers; `EMFILE` without a descriptor for its bell.
+    fn kernel_context(&self, nr_events: u32) -> Result<Arc<dyn KernelContext>, Errno>;
 
     /// The eventfd behind descriptor `fd`, kept alive by the answer whatever the guest closes.
     ///
@@ -97,6 +103,15 @@ pub trait AioHost: GuestMemory + 'static {
     /// The guest was seen to take events out of a ring without calling: from now on completions
     /// must progress although no thread of the guest calls.
     fn reaps_in_user_space(&self);
+}
+
+/// What a descriptor leads to.
+#[derive(Clone)]
+pub enum Descriptor {
+    /// A file that is served here.
+    Served(Arc<dyn AioFile>),
+    /// Something else, of whatever kind: the kernel serves it.
+    Kernels,
 }
 
 /// An eventfd that a request will signal. Dropping it unsignalled is a request that was rejected.

@@ -3,7 +3,8 @@
 //!
 //! [`AioContexts`] is the table of one process. It asks the process ([`AioHost`]) for descriptors,
 //! memory and sleep, hands checked requests to files ([`AioFile`]), and gets each back through its
-//! [`Completion`].
+//! [`Completion`]. What goes to a descriptor that is not ours goes on to a context of the kernel's
+//! own ([`KernelContext`]) and comes back as an event in the same ring.
 //!
 //! Holds whatever guest and files do: a request that was accepted completes exactly once; a slot is
 //! held from io_submit until the event has left the ring; guest memory is reached through
@@ -17,6 +18,7 @@ mod context;
 mod events;
 mod host;
 mod iocb;
+mod kernel;
 mod request;
 mod ring;
 mod submit;
@@ -27,7 +29,10 @@ use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use crate::{errno::Errno, platform::Fault, sync::Lock};
 pub use context::Completion;
 use context::Context;
-pub use host::{AioFile, AioHost, EventCounter, FileTraits, Signals, Wait, WaitEnd, WaitKey};
+pub use host::{
+    AioFile, AioHost, Descriptor, EventCounter, FileTraits, Signals, Wait, WaitEnd, WaitKey,
+};
+pub use kernel::{KernelContext, KernelIocb};
 pub use request::{GuestVector, MAX_RW_BYTES, Op, Request, RwFlags};
 pub use ring::RingMapping;
 
@@ -117,12 +122,15 @@ impl AioContexts {
         self.destroy(place, &context)
     }
 
-    /// io_cancel(2). Only polls that wait can be cancelled on Linux, and no file here has any: what
-    /// is in flight is a read, a write or a sync. So it always fails; `result` is never touched.
+    /// io_cancel(2). Only polls that wait can be cancelled on Linux, and only descriptors of the
+    /// kernel's have any: a read, a write or a sync in flight cannot. It never succeeds; the
+    /// result's place is never touched. The cancelled request's event comes through the ring, with
+    /// `res` 0.
     ///
     /// # Errors
-    /// `EFAULT`: the iocb's key cannot be read. `EINVAL`: its key is not zero, there is no such
-    /// context, or the request cannot be cancelled.
+    /// In the kernel's order: `EFAULT`: the iocb's key cannot be read. `EINVAL`: its key is not
+    /// zero, there is no such context, or nothing under that address can be cancelled.
+    /// `EINPROGRESS`: it is being cancelled.
     pub fn io_cancel(&self, ctx: u64, iocb: u64) -> Result<(), Errno> {
         let mut key = [0; 4];
         self.host
@@ -131,8 +139,16 @@ impl AioContexts {
         if u32::from_ne_bytes(key) != iocb::KEY {
             return Err(Errno::EINVAL);
         }
-        self.lookup(ctx)?;
-        Err(Errno::EINVAL)
+        let context = self.lookup(ctx)?;
+        Err(if context.cancel(iocb) { Errno::EINPROGRESS } else { Errno::EINVAL })
+    }
+
+    /// Moves events of the kernel's contexts into the guest's rings. For whoever hears a
+    /// [`KernelContext::bell`] while the guest may not be waiting inside a call.
+    pub fn deliver(&self) {
+        for context in self.all(|context| context.forwards.is_used()) {
+            context.deliver();
+        }
     }
 
     /// The guest moved the ring at `from` to `to` (mremap(2)): the context's id is `to` from now
@@ -151,17 +167,19 @@ impl AioContexts {
     /// Requests of all contexts that have not completed.
     #[must_use]
     pub fn in_flight(&self) -> usize {
-        self.all().iter().map(|context| context.in_flight() as usize).sum()
+        let count = |context: &Arc<Context>| context.in_flight() + context.forwarded();
+        self.all(|_| true).iter().map(|context| count(context) as usize).sum()
     }
 
     /// Holds new submissions up and waits until nothing is in flight: before the process ends or
     /// becomes another program. Submitters sleep until the answer is dropped; forget it where the
-    /// process is about to end.
+    /// process is about to end. What the kernel has is not waited for: the kernel does that itself
+    /// when the process's memory goes, and cancels polls, which might never end.
     pub fn drain(&self) -> Drained<'_> {
         self.held.fetch_add(1, Ordering::Relaxed);
         let drained = Drained(self);
         // A context made later has nothing in flight while submissions are held up.
-        for context in self.all() {
+        for context in self.all(|_| true) {
             self.wait_held(context.key, &|| context.in_flight() == 0);
         }
         drained
@@ -218,17 +236,18 @@ impl AioContexts {
             table.dying.push(entry.context);
         }
         context.kill();
-        self.wait_held(context.key, &|| context.in_flight() == 0);
+        context.close(|ready| self.wait_held(context.key, ready));
+        self.wait_held(context.key, &|| context.in_flight() == 0 && context.forwarded() == 0);
         context.discard();
         self.table.lock().dying.retain(|other| !Arc::ptr_eq(other, context));
         Ok(())
     }
 
-    /// All contexts that may have requests in flight.
-    fn all(&self) -> Vec<Arc<Context>> {
+    /// The contexts of which `wanted` holds, among all that may have requests in flight.
+    fn all(&self, wanted: impl Fn(&Context) -> bool) -> Vec<Arc<Context>> {
         let table = self.table.lock();
         let living = table.places.iter().flatten().map(|entry| &entry.context);
-        living.chain(&table.dying).cloned().collect()
+        living.chain(&table.dying).filter(|context| wanted(context)).cloned().collect()
     }
 }
 
@@ -240,7 +259,7 @@ impl Drop for Drained<'_> {
     fn drop(&mut self) {
         let contexts = self.0;
         contexts.held.fetch_sub(1, Ordering::Relaxed);
-        for context in contexts.all() {
+        for context in contexts.all(|_| true) {
             contexts.host.wake(context.key, u32::MAX);
         }
     }

@@ -179,6 +179,42 @@ impl GuestVector {
         self.segments().iter().all(|s| (s.base | s.len) & (alignment - 1) == 0)
     }
 
+    /// How many bytes from the start on the guest has memory for, looked at page by page: memory
+    /// that can be read, or with `writable` also be written (each page's first byte is stored
+    /// again).
+    #[must_use]
+    pub fn reach(&self, writable: bool) -> usize {
+        const PAGE: u64 = 4096;
+        let is_there = |at| {
+            let mut byte = [0];
+            self.host.read(at, &mut byte)?;
+            if writable { self.host.write(at, &byte) } else { Ok(()) }
+        };
+        for segment in self.segments() {
+            let (mut at, end) = (segment.base, segment.base + segment.len);
+            while at < end {
+                if is_there(at).is_err() {
+                    let reach = segment.start + (at - segment.base);
+                    return usize::try_from(reach).unwrap_or(usize::MAX);
+                }
+                at = (at | (PAGE - 1)) + 1;
+            }
+        }
+        self.len()
+    }
+
+    /// Cuts off what is beyond `len` bytes.
+    pub fn truncate(&mut self, len: u64) {
+        let segments = match &mut self.segments {
+            Segments::One(segment) => core::slice::from_mut(segment),
+            Segments::Many(segments) => segments,
+        };
+        for segment in segments {
+            segment.start = segment.start.min(len);
+            segment.len = segment.len.min(len - segment.start);
+        }
+    }
+
     fn segments(&self) -> &[Segment] {
         match &self.segments {
             Segments::One(segment) => core::slice::from_ref(segment),

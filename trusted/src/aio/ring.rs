@@ -55,6 +55,16 @@ impl Event {
     const fn words(self) -> [u64; EVENT_WORDS] {
         [self.data, self.obj, self.res.cast_unsigned(), 0]
     }
+
+    /// Reads a `struct io_event`.
+    pub(super) fn parse(bytes: &[u8; EVENT_BYTES]) -> Self {
+        let mut words = [0; EVENT_WORDS];
+        for (word, bytes) in words.iter_mut().zip(bytes.as_chunks().0) {
+            *word = u64::from_ne_bytes(*bytes);
+        }
+        let [data, obj, res, _] = words;
+        Self { data, obj, res: res.cast_signed() }
+    }
 }
 
 /// A ring: where the guest sees it, and the trusted side's alias of the same memory.

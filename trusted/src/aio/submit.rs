@@ -11,7 +11,7 @@ use core::{
 };
 
 use super::{
-    AioContexts, Completion, Signals, Wait,
+    AioContexts, Completion, Descriptor, Signals, Wait,
     context::{Context, NoSlot},
     iocb::{Asked, IOCB_BYTES, Iocb, KEY, KEY_OFFSET},
 };
@@ -69,7 +69,7 @@ impl AioContexts {
         let mut accepted = 0;
         let mut refusal = None;
         while accepted < nr {
-            if let Err(errno) = submission.one(iocbpp.wrapping_add(accepted * 8)) {
+            if let Err(errno) = submission.one(iocbpp.wrapping_add(accepted * 8), accepted > 0) {
                 refusal = Some(errno);
                 break;
             }
@@ -86,8 +86,8 @@ impl AioContexts {
 }
 
 impl Submission<'_> {
-    /// Submits the iocb whose address lies at `pointer`.
-    fn one(&self, pointer: u64) -> Result<(), Errno> {
+    /// Submits the iocb whose address lies at `pointer`; `others` were accepted before it.
+    fn one(&self, pointer: u64, others: bool) -> Result<(), Errno> {
         let host = &self.contexts.host;
         let mut address = [0; 8];
         host.read(pointer, &mut address).map_err(|Fault| Errno::EFAULT)?;
@@ -101,6 +101,18 @@ impl Submission<'_> {
         let counter = iocb.eventfd().map(|fd| host.event_counter(fd)).transpose()?;
         host.write(address.wrapping_add(KEY_OFFSET), &KEY.to_ne_bytes())
             .map_err(|Fault| Errno::EFAULT)?;
+        let file = match file {
+            Descriptor::Served(file) => file,
+            Descriptor::Kernels => {
+                core::mem::forget(slot);
+                let done = Completion::new(self.context.clone(), address, iocb.data, counter);
+                if others {
+                    // The kernel may block here for as long as it likes.
+                    host.start();
+                }
+                return self.forward(&bytes, done);
+            }
+        };
         let asked = iocb.build(host, &file.traits(), self.submitted_ns)?;
 
         // Accepted: from here on the slot is the completion's.
@@ -116,6 +128,20 @@ impl Submission<'_> {
                 self.wait_until(&|| seen.load(Ordering::Acquire));
             }
             Asked::Request(request) => file.submit(request, done),
+        }
+        Ok(())
+    }
+
+    /// Hands a request with a slot to the kernel. If it is complete when the kernel returns, its
+    /// event is in the ring and its eventfd signalled when this returns.
+    fn forward(&self, bytes: &[u8; IOCB_BYTES], mut done: Completion) -> Result<(), Errno> {
+        // A flag of its own: that of a forwarded request may be raised long after this call.
+        let seen = Arc::new(AtomicBool::new(false));
+        done.set_seen(seen.clone());
+        let token = self.context.forward(bytes, done)?;
+        if !self.context.is_at_the_kernel(token) {
+            // Another thread may have stored the event and be about to signal.
+            self.wait_until(&|| seen.load(Ordering::Acquire));
         }
         Ok(())
     }

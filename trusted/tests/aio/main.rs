@@ -8,6 +8,7 @@ mod cancel;
 mod destroy;
 mod events;
 mod guest;
+mod kernel;
 mod model;
 mod native;
 mod process;

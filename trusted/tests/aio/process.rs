@@ -17,8 +17,8 @@ use std::{
 
 use postern_trusted::{
     aio::{
-        AioFile, AioHost, Completion, EventCounter, FileTraits, Op, Request, RingMapping, Signals,
-        Wait, WaitEnd, WaitKey,
+        AioFile, AioHost, Completion, Descriptor, EventCounter, FileTraits, KernelContext, Op,
+        Request, RingMapping, Signals, Wait, WaitEnd, WaitKey,
     },
     errno::Errno,
     platform::{Buffer, Fault, GuestMemory},
@@ -49,17 +49,23 @@ struct Sleep {
     log: Vec<Waited>,
 }
 
+/// io_setup of a context of the kernel's.
+pub type KernelMaker = fn(u32) -> Result<Arc<dyn KernelContext>, Errno>;
+
 /// What the machine and the user's rights are.
 #[derive(Clone, Copy)]
 pub struct Machine {
     pub cpus: u32,
     pub max_nr: u64,
     pub realtime: bool,
+    /// Who serves descriptors of the kernel's: contexts of the kernel's own, or nobody (then the
+    /// process does it itself, file by file).
+    pub kernel: Option<KernelMaker>,
 }
 
 impl Default for Machine {
     fn default() -> Self {
-        Self { cpus: possible_cpus(), max_nr: 65536, realtime: true }
+        Self { cpus: possible_cpus(), max_nr: 65536, realtime: true, kernel: None }
     }
 }
 
@@ -179,11 +185,19 @@ impl AioHost for Process {
         guest::unmap(mapping.alias().as_ptr() as u64, mapping.bytes());
     }
 
-    fn file(&self, fd: i32) -> Result<Arc<dyn AioFile>, Errno> {
+    fn file(&self, fd: i32) -> Result<Descriptor, Errno> {
         if let Some(file) = self.files.lock().unwrap().get(&fd) {
-            return Ok(file.clone());
+            return Ok(Descriptor::Served(file.clone()));
         }
-        Ok(Arc::new(Plain::find(fd)?))
+        let plain = Plain::find(fd)?;
+        Ok(match self.machine.kernel {
+            Some(_) => Descriptor::Kernels,
+            None => Descriptor::Served(Arc::new(plain)),
+        })
+    }
+
+    fn kernel_context(&self, nr_events: u32) -> Result<Arc<dyn KernelContext>, Errno> {
+        self.machine.kernel.ok_or(Errno::ENOSYS)?(nr_events)
     }
 
     fn event_counter(&self, fd: i32) -> Result<Arc<dyn EventCounter>, Errno> {

@@ -7,11 +7,11 @@
 //! Follows libaio 0.3.113 (src/*.c).
 
 use core::{
-    ffi::{c_int, c_long, c_void},
+    ffi::{c_char, c_int, c_long, c_void},
     sync::atomic::{AtomicBool, Ordering},
 };
 
-use postern_sim::{guest, host};
+use postern_sim::{family, files, guest, host};
 use postern_trusted::errno::Errno;
 
 use crate::{
@@ -95,6 +95,27 @@ pub fn get_events_masked(
     mask: u64,
 ) -> Result<usize, Errno> {
     host::contexts().io_pgetevents(context, min, max, events, timeout, mask)
+}
+
+/// What /proc/sys/fs/aio-nr holds for the guest: a descriptor of a file with the family's number,
+/// if that is the file that `path` names and it is to be read.
+pub fn open_number(path: *const c_char, flags: c_int) -> Option<Result<c_int, Errno>> {
+    const PATH: &[u8] = b"/proc/sys/fs/aio-nr";
+    // Most paths differ in their first eight bytes.
+    if flags & libc::O_ACCMODE != libc::O_RDONLY
+        || !state::active()
+        || guest::read_u64(path as u64) != Ok(u64::from_ne_bytes(*b"/proc/sy"))
+    {
+        return None;
+    }
+    let mut room = [0; guest::PATH_ROOM];
+    let family = family::family()?;
+    if guest::read_path(path as u64, &mut room) != Ok(PATH) {
+        return None;
+    }
+    family.check_the_dead();
+    let number = family.aio_nr.load(Ordering::Relaxed);
+    Some(files::text(&format!("{number}\n"), flags & libc::O_CLOEXEC))
 }
 
 /// libaio answers 0 without a system call when asked to poll an empty ring, whatever the other

@@ -6,6 +6,7 @@ use postern_sim::{directory, files};
 use postern_trusted::errno::Errno;
 
 use crate::{
+    aio,
     guest_paths::{self, Found},
     next::{answer, export},
 };
@@ -27,7 +28,10 @@ fn open_or(
     if let Some(found) = guest_paths::find(from, path) {
         return open_found(found, flags);
     }
-    let fd = next();
+    let fd = match aio::open_number(path, flags) {
+        Some(number) => answer(|| number),
+        None => next(),
+    };
     files::is_ordinary(fd);
     fd
 }

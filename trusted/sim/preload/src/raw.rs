@@ -15,7 +15,7 @@ use postern_trusted::errno::Errno;
 use crate::{
     aio, attributes,
     calls::Arguments,
-    data, descriptors, listing, namespace,
+    data, descriptors, limits, listing, mapping, namespace,
     next::{answer, export, signed},
     open, size, state, working,
 };
@@ -171,6 +171,8 @@ pub unsafe fn other_call(number: c_long, arguments: Arguments) -> Option<c_long>
             libc::SYS_dup3 => descriptors::dup3(int(a), int(b), int(c)),
             libc::SYS_close_range => descriptors::close_range(uint(a), uint(b), int(c)),
             libc::SYS_fork => crate::process::fork(),
+            libc::SYS_setrlimit => limits::setrlimit(int(a), b as _),
+            libc::SYS_prlimit64 => limits::prlimit(int(a), int(b), c as _, d as _),
             _ => return None,
         }
     };
@@ -247,6 +249,10 @@ export! {
         // SAFETY: the caller's arguments.
         if let Some(result) = unsafe { process_call(number, arguments) } {
             return result;
+        }
+        if number == libc::SYS_mremap {
+            // SAFETY: the caller's arguments.
+            return unsafe { mapping::mremap(a as _, b, c, int(d), e as _) } as c_long;
         }
         let concerns = files::kind(int(a)) != Kind::Other;
         // SAFETY: the caller's arguments.

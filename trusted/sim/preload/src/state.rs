@@ -3,7 +3,8 @@
 use core::sync::atomic::{AtomicU32, Ordering};
 
 use postern_sim::{
-    config::RUN_VARIABLE, files, guest::fault, identity, inheritance, inside::Scope, runtime, sys,
+    config::RUN_VARIABLE, files, guest::fault, identity, inheritance, inside::Scope, limits,
+    runtime, sys,
 };
 
 const UNKNOWN: u32 = u32::MAX;
@@ -53,6 +54,7 @@ fn begin() {
     // Before any fork: the child inherits the page that tells it apart.
     let _ = identity::process_id();
     fault::install();
+    limits::refresh();
     crate::process::watch_forks();
     crate::working::inherit();
     // What the program before exec left open.

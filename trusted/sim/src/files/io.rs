@@ -9,6 +9,7 @@ use super::OpenFile;
 use crate::{
     directory::{Entry, Listing},
     guest::GuestBuffer,
+    limits::{self, TooBig},
     process, sys, wait,
 };
 
@@ -148,6 +149,22 @@ impl OpenFile {
         }
         let sync = self.dsync() || rwf & (rwf::DSYNC | rwf::SYNC) != 0;
         let append = rwf & rwf::APPEND != 0 || self.append() && rwf & rwf::NOAPPEND == 0;
+        let asked = match at {
+            At::Offset(offset) => offset,
+            At::Position => self.position.load(Ordering::Relaxed),
+        };
+        check_range(asked, buffer.len())?;
+        let start = if append { self.volume.size() } else { asked };
+        let room = limits::room(start, buffer.len() as u64, MAX_BYTES).map_err(TooBig::signal)?;
+        let mut short = GuestBuffer::default();
+        let buffer = match usize::try_from(room) {
+            Ok(room) if room < buffer.len() => {
+                short.clone_from(buffer);
+                short.truncate(room);
+                &short
+            }
+            _ => buffer,
+        };
         let written = match at {
             _ if append => {
                 if let At::Offset(offset) = at {
@@ -357,6 +374,7 @@ impl OpenFile {
         if !self.writable() {
             return Err(Errno::EINVAL);
         }
+        limits::may_grow(self.volume.size(), length).map_err(TooBig::signal)?;
         self.truncate_to(length)
     }
 

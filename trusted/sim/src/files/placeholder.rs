@@ -59,6 +59,21 @@ fn seal_and_reopen(memfd: i32, close_on_exec: bool) -> Result<i32, Errno> {
     placeholder
 }
 
+/// A descriptor, opened for reading, of a file that holds `text` and nothing else. `flags` may have
+/// `O_CLOEXEC`.
+///
+/// # Errors
+/// `EMFILE`, `ENFILE`, `ENOMEM`; `ENOENT` where /proc is not mounted.
+pub fn text(text: &str, flags: i32) -> Result<i32, Errno> {
+    let memfd = sys::memfd(c"text")?;
+    let opened = sys::write(memfd, text.as_bytes()).and_then(|_| {
+        let mut room = [0; 32];
+        sys::open(own_path(memfd, &mut room)?, libc::O_RDONLY | flags)
+    });
+    let _ = sys::close(memfd);
+    opened
+}
+
 /// `/proc/self/fd/FD` as a C string in `room`.
 ///
 /// # Errors

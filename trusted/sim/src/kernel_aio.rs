@@ -1,0 +1,123 @@
+//! Contexts of the kernel's own, behind the guest's: for descriptors that are not protected.
+//!
+//! The kernel reads and writes the guest's buffers itself, as the guest would have had it do; only
+//! the ring is one that the guest does not know of.
+//!
+//! Holds: the ring is mapped from [`Hidden::new`] until `destroy`; a forked child has none of it.
+#![allow(unsafe_code)]
+
+use core::{
+    ptr::NonNull,
+    sync::atomic::{AtomicU32, Ordering},
+};
+
+use postern_trusted::{
+    aio::{KernelContext, KernelIocb, RingMapping},
+    errno::Errno,
+};
+
+use crate::{files, process, sys};
+
+/// `AIO_RING_MAGIC`.
+const MAGIC: u32 = 0xa10a_10a1;
+
+/// Checks a descriptor that is not protected as io_submit does first.
+///
+/// # Errors
+/// `EBADF`: not open, opened with `O_PATH`, or one of our own.
+pub fn find(fd: i32) -> Result<(), Errno> {
+    const O_PATH: usize = libc::O_PATH as usize;
+    let flags = sys::fcntl(fd, libc::F_GETFL, 0)?;
+    if flags & O_PATH != 0 || files::is_internal(fd) { Err(Errno::EBADF) } else { Ok(()) }
+}
+
+/// A context that the guest does not see.
+pub struct Hidden {
+    id: usize,
+    ring: RingMapping,
+    bell: i32,
+}
+
+impl Hidden {
+    /// io_setup(2), with the process's bell.
+    ///
+    /// # Errors
+    /// What the kernel answers (`EAGAIN`: the machine's `aio-max-nr` is used up; `ENOMEM`);
+    /// `EMFILE` for the bell; `ENOSYS` where the kernel has no AIO.
+    pub fn new(nr_events: u32) -> Result<Self, Errno> {
+        let bell = process::current().aio_bell()?;
+        let mut id = 0_usize;
+        // SAFETY: the kernel writes eight bytes to `id`.
+        sys::check(unsafe {
+            let (nr, to) = (nr_events as usize, (&raw mut id) as usize);
+            sys::syscall6(libc::SYS_io_setup, nr, to, 0, 0, 0, 0)
+        })?;
+        match view(id) {
+            Some(ring) => Ok(Self { id, ring, bell }),
+            None => {
+                destroy(id);
+                Err(Errno::ENOMEM)
+            }
+        }
+    }
+}
+
+/// The ring that the kernel has just mapped at `id`.
+fn view(id: usize) -> Option<RingMapping> {
+    let header = NonNull::new(id as *mut AtomicU32)?;
+    // SAFETY: a ring begins with eight words; the kernel mapped it readable and writable.
+    let [nr, magic] = [1, 4].map(|word| unsafe { header.add(word).as_ref() });
+    if magic.load(Ordering::Relaxed) != MAGIC {
+        return None;
+    }
+    // Whole pages: a header as long as one event, and as many events as fit.
+    let bytes = (nr.load(Ordering::Relaxed) as usize).checked_add(1)?.checked_mul(32)?;
+    if !bytes.is_multiple_of(4096) {
+        return None;
+    }
+    let advice = libc::MADV_DONTFORK as usize;
+    // SAFETY: advice about the mapping. Where it fails a child has pages that it does not use.
+    unsafe { sys::syscall6(libc::SYS_madvise, id, bytes, advice, 0, 0, 0) };
+    // SAFETY: 1. Mapped for `bytes` by the kernel until io_destroy, which the AIO layer calls when
+    //    it no longer touches the ring. 2. No reference to it lives beyond this function.
+    Some(unsafe { RingMapping::new(id as u64, header.cast(), bytes) })
+}
+
+fn destroy(id: usize) {
+    // SAFETY: takes a number; the ring is not touched any more.
+    unsafe { sys::syscall6(libc::SYS_io_destroy, id, 0, 0, 0, 0, 0) };
+}
+
+impl KernelContext for Hidden {
+    fn ring(&self) -> &RingMapping {
+        &self.ring
+    }
+
+    fn bell(&self) -> i32 {
+        self.bell
+    }
+
+    fn submit(&self, iocb: &KernelIocb) -> Result<(), Errno> {
+        let pointer = iocb.as_ptr();
+        // SAFETY: one pointer to an iocb of 64 bytes, both alive through the call; the guest's
+        // buffer that it names is for the kernel to check.
+        let accepted = sys::check(unsafe {
+            let array = (&raw const pointer) as usize;
+            sys::syscall6(libc::SYS_io_submit, self.id, 1, array, 0, 0, 0)
+        })?;
+        if accepted == 1 { Ok(()) } else { Err(Errno::EAGAIN) }
+    }
+
+    fn cancel(&self, iocb: &KernelIocb) -> bool {
+        // SAFETY: an iocb of 64 bytes that the kernel reads; it writes no result.
+        let answer = sys::check(unsafe {
+            let at = iocb.as_ptr() as usize;
+            sys::syscall6(libc::SYS_io_cancel, self.id, at, 0, 0, 0, 0)
+        });
+        matches!(answer, Err(Errno::EINPROGRESS) | Ok(_))
+    }
+
+    fn destroy(&self) {
+        destroy(self.id);
+    }
+}
