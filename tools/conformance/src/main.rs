@@ -96,6 +96,7 @@ fn main() {
         Task::List => cases::all().iter().for_each(|case| println!("{}", case.name)),
         Task::Run { ground, part, parts, alone, only } => {
             let (file, scratch) = ground.paths();
+            run::hold(&file);
             let chosen = |case: &Case| {
                 alone.is_none_or(|alone| alone == case.is_of_machine())
                     && (only.is_empty() || only.iter().any(|part| case.name.contains(part)))

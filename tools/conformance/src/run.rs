@@ -15,6 +15,14 @@ use crate::{
 /// A case that takes longer hangs, seconds.
 const HANGS_AFTER: i32 = 10;
 
+/// Opens the file for as long as cases run: its first opening and last closing are no part of
+/// them.
+pub fn hold(path: &CStr) -> i32 {
+    let fd = sys::open(path, libc::O_RDWR | libc::O_CREAT);
+    assert!(fd >= 0, "{}: {}", path.to_string_lossy(), sys::show(fd.into()));
+    fd
+}
+
 /// Runs one case and prints what it said, behind a line with its name.
 pub fn one(case: &Case, path: &CStr, scratch: &CStr) {
     print!("== {}\n{}", case.name, transcript(path, scratch, &case.run));
