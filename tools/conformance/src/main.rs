@@ -53,7 +53,7 @@ impl Ground {
 enum Task {
     /// Print the names of the cases
     List,
-    /// Run cases and print their transcripts
+    /// Run cases and print their transcripts, each as soon as it has ended
     Run {
         #[command(flatten)]
         ground: Ground,
@@ -63,6 +63,9 @@ enum Task {
         /// Into how many parts the cases are dealt
         #[arg(long, default_value_t = 1, value_parser = parse_parts)]
         parts: usize,
+        /// Leave out so many of the first of them
+        #[arg(long, default_value_t = 0)]
+        skip: usize,
         /// Only cases that see, or only those that do not see, what others on the machine do
         #[arg(long)]
         alone: Option<bool>,
@@ -94,7 +97,7 @@ fn main() {
     std::panic::set_hook(Box::new(|_| {}));
     match Cli::parse().task {
         Task::List => cases::all().iter().for_each(|case| println!("{}", case.name)),
-        Task::Run { ground, part, parts, alone, only } => {
+        Task::Run { ground, part, parts, skip, alone, only } => {
             let (file, scratch) = ground.paths();
             run::hold(&file);
             let chosen = |case: &Case| {
@@ -103,7 +106,7 @@ fn main() {
             };
             let all = cases::all();
             let here = all.iter().filter(|case| chosen(case)).skip(part).step_by(parts);
-            here.for_each(|case| run::one(case, &file, &scratch));
+            here.skip(skip).for_each(|case| run::one(case, &file, &scratch));
             println!("done");
         }
         Task::Random { ground, choice } => {

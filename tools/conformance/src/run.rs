@@ -32,6 +32,7 @@ pub fn one(case: &Case, path: &CStr, scratch: &CStr) {
 pub fn transcript(path: &CStr, scratch: &CStr, work: &dyn Fn(&World)) -> String {
     let mut log = File::from(nameless_file());
     let pid = sys::fork();
+    assert!(pid >= 0, "fork: {}", sys::show(pid.into()));
     if pid == 0 {
         child(path, scratch, &log, work);
     }
@@ -49,7 +50,10 @@ pub fn transcript(path: &CStr, scratch: &CStr, work: &dyn Fn(&World)) -> String 
 
 fn child(path: &CStr, scratch: &CStr, log: &File, work: &dyn Fn(&World)) -> ! {
     // SAFETY: plain numbers.
-    unsafe { libc::setpgid(0, 0) };
+    unsafe {
+        libc::setpgid(0, 0);
+        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+    }
     let Ok(log) = log.try_clone() else { sys::quit(99) };
     let world = World::new(path, scratch, log);
     let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| work(&world)));

@@ -207,11 +207,6 @@ impl World {
         sys::close(fd);
     }
 
-    /// The file's path.
-    pub fn path(&self) -> &CStr {
-        &self.path
-    }
-
     /// A path in the directory of ordinary files.
     pub fn scratch(&self, name: &str) -> CString {
         let mut path = self.scratch.to_bytes().to_vec();

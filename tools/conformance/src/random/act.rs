@@ -252,7 +252,7 @@ impl<'a> Actor<'a> {
             line.push_str(&tell(request));
         }
         let answer = aio::submit(self.id(context), requests.len() as i64, self.list);
-        let _ = write!(line, " = {}", show(answer));
+        let _ = write!(line, "\n    = {}", show(answer));
         self.world.say(line);
         let Some(slot) = slot.filter(|_| answer > 0) else { return };
         if late {

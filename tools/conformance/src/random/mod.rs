@@ -23,6 +23,9 @@ pub struct Choice {
     /// How many seeds
     #[arg(long, default_value_t = 1)]
     count: u64,
+    /// Leave out so many of the first seeds
+    #[arg(long, default_value_t = 0)]
+    skip: usize,
     /// Only these steps and requests, by number; without it all
     #[arg(long, value_delimiter = ',')]
     keep: Option<Vec<u32>>,
@@ -34,13 +37,13 @@ pub struct Choice {
 /// Does the chosen sequences and prints what each said.
 pub fn run(choice: &Choice, path: &CStr, scratch: &CStr) {
     if choice.size {
-        println!("{}", plan(choice.seed).size);
+        println!("== size\n{}", plan(choice.seed).size);
         return;
     }
     let keep: Option<BTreeSet<u32>> =
         choice.keep.as_ref().map(|numbers| numbers.iter().copied().collect());
     run::hold(path);
-    for seed in choice.seed..choice.seed.saturating_add(choice.count) {
+    for seed in (choice.seed..choice.seed.saturating_add(choice.count)).skip(choice.skip) {
         let plan = plan(seed);
         let said = run::transcript(path, scratch, &|world| {
             let mut actor = Actor::new(world);
