@@ -18,6 +18,8 @@ struct Draft {
     iocb_is_bad: bool,
 }
 
+/// Makes an array of segments: its address and how many there are.
+type MakeVector = fn(&World) -> (u64, u64);
 type Spoil = fn(&World, &mut Draft);
 
 /// What can be wrong, in the order in which the kernel looks.
@@ -96,7 +98,7 @@ pub fn add(cases: &mut Cases) {
 
 /// The same for what only vectors can have wrong.
 fn vectors(cases: &mut Cases) {
-    let wrong: [(&str, fn(&World) -> (u64, u64)); 6] = [
+    let wrong: [(&str, MakeVector); 6] = [
         ("too many", |w| (w.memory(64), 1025)),
         ("too many, unreadable", |_| (8, 1025)),
         ("unreadable", |_| (8, 2)),

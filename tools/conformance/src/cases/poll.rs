@@ -159,7 +159,7 @@ pub fn add(cases: &mut Cases) {
             w.see("io_submit", w.submit(context, &[Iocb::poll(reader, POLLIN)]));
         });
     });
-    cases.add("poll/io_destroy with one pending", |w| pending_destroyed(w));
+    cases.add("poll/io_destroy with one pending", pending_destroyed);
 }
 
 fn pending_destroyed(w: &World) {

@@ -46,6 +46,9 @@ const SHAPES: [Shape; 22] = [
     shape("256 bytes", 0, 256, 256),
 ];
 
+/// Makes a place for data: its address.
+type MakePlace = fn(&World) -> u64;
+
 /// The four data operations; for vectors the buffer is split in two.
 const OPS: [(&str, u16); 4] =
     [("read", op::PREAD), ("write", op::PWRITE), ("readv", op::PREADV), ("writev", op::PWRITEV)];
@@ -155,7 +158,7 @@ fn at_once(cases: &mut Cases) {
 
 /// Memory that is not there, or half there.
 fn memory(cases: &mut Cases) {
-    let places: [(&str, fn(&World) -> u64); 8] = [
+    let places: [(&str, MakePlace); 8] = [
         ("NULL", |_| 0),
         ("unmapped", |_| 0x10000),
         ("the kernel's", |_| KERNEL),

@@ -5,6 +5,8 @@
 //! `POSTERN_CONFORMANCE_SEEDS` sets how many random sequences run (default
 //! [`random::DEFAULT_SEEDS`]), `POSTERN_CONFORMANCE_SEED` replays one.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 mod ground;
 mod random;
 mod shrink;
