@@ -32,10 +32,13 @@ pub fn end_to_end(tree: &Tree) -> Result<()> {
     step("end-to-end tests", || {
         // What an interrupted run may have left.
         tree.fresh_directory("release/e2e")?;
-        run(tree
-            .cargo()
-            .args(["test", "--package", "postern", "--test", "e2e", "--"])
-            .args(["--nocapture", "--test-threads", "2"])
-            .env(PARTS_VARIABLE, tree.release()))
+        for (package, test) in [("postern", "e2e"), ("postern-conformance", "conformance")] {
+            run(tree
+                .cargo()
+                .args(["test", "--package", package, "--test", test, "--"])
+                .args(["--nocapture", "--test-threads", "2"])
+                .env(PARTS_VARIABLE, tree.release()))?;
+        }
+        Ok(())
     })
 }
