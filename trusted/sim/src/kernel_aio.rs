@@ -16,7 +16,7 @@ use postern_trusted::{
     errno::Errno,
 };
 
-use crate::{files, process, sys};
+use crate::{files, inside, process, sys};
 
 /// `AIO_RING_MAGIC`.
 const MAGIC: u32 = 0xa10a_10a1;
@@ -99,12 +99,20 @@ impl KernelContext for Hidden {
 
     fn submit(&self, iocb: &KernelIocb) -> Result<(), Errno> {
         let pointer = iocb.as_ptr();
-        // SAFETY: one pointer to an iocb of 64 bytes, both alive through the call; the guest's
-        // buffer that it names is for the kernel to check.
-        let accepted = sys::check(unsafe {
-            let array = (&raw const pointer) as usize;
-            sys::syscall6(libc::SYS_io_submit, self.id, 1, array, 0, 0, 0)
-        })?;
+        let array = (&raw const pointer) as usize;
+        let accepted = loop {
+            // SAFETY: one pointer to an iocb of 64 bytes, both alive through the call; the guest's
+            // buffer that it names is for the kernel to check.
+            let answer = unsafe {
+                let arguments = [self.id, 1, array, 0, 0, 0];
+                inside::interruptible(libc::SYS_io_submit, arguments, None)
+            };
+            match answer {
+                // Not the kernel's answer: a handler is to run before the call is made.
+                Err(Errno::EINTR) => inside::outside(|| ()),
+                other => break other?,
+            }
+        };
         if accepted == 1 { Ok(()) } else { Err(Errno::EAGAIN) }
     }
 
