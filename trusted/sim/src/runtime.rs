@@ -115,6 +115,8 @@ impl OpenVolume {
 /// anew.
 pub fn exit_drain() {
     inheritance::settle();
+    // From here on nobody starts background work that would not be finished.
+    service::park();
     leave();
 }
 
