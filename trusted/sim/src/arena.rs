@@ -6,7 +6,7 @@
 //! (A private heap would duplicate the nonce counter at fork: the same nonce for two plaintexts.)
 //!
 //! The region is a memory file whose descriptor survives exec: the next program maps it again, if
-//! it belongs to the same run ([`run_name`]) and has this library, the same build at the same
+//! it belongs to the same run (`run_name`) and has this library, the same build at the same
 //! address ([`Image`]).
 //!
 //! Holds: objects here hold no process-private pointers except into the library's image, which

@@ -2,7 +2,7 @@
 //!
 //! A placeholder descriptor that stays open across exec carries the number of its open file in its
 //! name; the new program looks through its descriptors and finds the open files in the arena, with
-//! position, flags and locks as they are. In between no descriptor table counts them: a [`Lease`]
+//! position, flags and locks as they are. In between no descriptor table counts them: a `Lease`
 //! of the process that execs keeps them alive, and the daemon's session with them.
 //!
 //! Holds: an open file is found by a number that is never used twice, so a stale placeholder leads

@@ -1,7 +1,7 @@
 //! The protected directory's names: one tree of directories and files, each file a sealed volume of
 //! its own.
 //!
-//! Pure state without I/O: [`Table`] answers as Linux does on ext4, [`image`] is what it looks like
+//! Pure state without I/O: [`Table`] answers as Linux does on ext4, `image` is what it looks like
 //! in the index volume, [`file_key`] binds a file's volume to its id.
 //!
 //! Holds: every node but an orphan is reached from the root by one path; a name is 1 to 255 bytes
