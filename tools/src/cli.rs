@@ -61,6 +61,12 @@ pub enum Command {
     /// Read and authenticate everything in a volume; report each damaged range. Never writes
     #[command(after_help = "Exit code 0: whole. 65: damage, each range on a line of its own.")]
     Verify(VolumeArgs),
+    /// Grow or shrink a volume that nobody has open
+    #[command(
+        after_help = "Example:\n  postern resize /srv/data.vol --size 128G\n\nData beyond the new size \
+                      is in the way of a shrink: it is refused, and nothing changes."
+    )]
+    Resize(ResizeArgs),
     /// Latency per stage of a running daemon
     Stats(StatsArgs),
 }
@@ -139,6 +145,17 @@ pub struct VolumeArgs {
     pub json: bool,
 }
 
+/// `postern resize`.
+#[derive(Args, Debug)]
+pub struct ResizeArgs {
+    /// The volume
+    #[command(flatten)]
+    pub volume: VolumeArgs,
+    /// Bytes that the guest may store from now on (K, M, G, T: powers of 1024)
+    #[arg(long, value_parser = size::parse)]
+    pub size: u64,
+}
+
 /// `postern stats`.
 #[derive(Args, Debug)]
 pub struct StatsArgs {
@@ -184,7 +201,7 @@ fn first_line(error: &clap::Error) -> String {
 /// Which help to read: clap names the command in its usage line.
 fn help_for(error: &clap::Error) -> String {
     let text = error.to_string();
-    let command = ["run", "format", "info", "verify", "stats"]
+    let command = ["run", "format", "info", "verify", "resize", "stats"]
         .into_iter()
         .find(|name| text.contains(&format!("Usage: postern {name}")));
     command.map_or_else(
@@ -229,6 +246,8 @@ mod tests {
             "format v",
             "format v --size 0",
             "info",
+            "resize v",
+            "resize v --size 5",
             "stats",
         ] {
             let failure = of(line).unwrap_err();

@@ -105,6 +105,18 @@ impl FileDisk {
     }
 }
 
+impl FileDisk {
+    /// Makes the host file `blocks` long.
+    ///
+    /// # Errors
+    /// What the file system says: `EFBIG` where it can have no file of this length.
+    pub fn set_blocks(&mut self, blocks: u64) -> io::Result<()> {
+        self.file.set_len(blocks * BLOCK as u64)?;
+        self.blocks = blocks;
+        Ok(())
+    }
+}
+
 /// The failure for a host file that cannot be looked at.
 fn missing(path: &Path, error: &io::Error) -> Failure {
     if error.kind() == io::ErrorKind::NotFound {

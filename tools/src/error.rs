@@ -65,7 +65,12 @@ impl Failure {
             Kind::PermissionDenied | Kind::ReadOnlyFilesystem => {
                 (Exit::Permission, "check the owner and mode of the file and its directory")
             }
-            Kind::StorageFull | Kind::QuotaExceeded | Kind::FileTooLarge => {
+            Kind::FileTooLarge => (
+                Exit::NoSpace,
+                "the host file system can have no file of this length (ext4 ends one at 16 TiB - 4 \
+                 KiB): use XFS, or a smaller size",
+            ),
+            Kind::StorageFull | Kind::QuotaExceeded => {
                 (Exit::NoSpace, "make room on the host, or use another file system")
             }
             Kind::NotFound => (Exit::NoVolume, "check the path"),
@@ -113,6 +118,7 @@ mod tests {
         };
         assert_eq!(of(libc::ENOSPC), Exit::NoSpace);
         assert_eq!(of(libc::EDQUOT), Exit::NoSpace);
+        assert_eq!(of(libc::EFBIG), Exit::NoSpace);
         assert_eq!(of(libc::EACCES), Exit::Permission);
         assert_eq!(of(libc::EROFS), Exit::Permission);
         assert_eq!(of(libc::EIO), Exit::Io);

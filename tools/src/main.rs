@@ -9,6 +9,7 @@ mod directory_volume;
 mod disk;
 mod error;
 mod key;
+mod resize;
 mod run;
 mod size;
 mod stats;
@@ -41,6 +42,7 @@ fn dispatch() -> Result<u8, Failure> {
             let whole = volume::verify(&args)?;
             Ok(if whole { 0 } else { Exit::Damaged as u8 })
         }
+        Command::Resize(args) => resize::resize(&args).map(|()| 0),
         Command::Stats(args) => stats::show(&args).map(|()| 0),
     }
 }

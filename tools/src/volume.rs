@@ -136,7 +136,7 @@ fn open_with(disk: &FileDisk, path: &Path, key: &SlotKey) -> Result<(Volume, Ope
 }
 
 /// What a volume's refusal means to the operator.
-fn refused(path: &Path, error: &VolumeError) -> Failure {
+pub fn refused(path: &Path, error: &VolumeError) -> Failure {
     let (exit, advice) = match error {
         VolumeError::Misuse(_) => (Exit::Usage, "choose another size"),
         VolumeError::NotAVolume => {
@@ -144,6 +144,12 @@ fn refused(path: &Path, error: &VolumeError) -> Failure {
         }
         VolumeError::UnsupportedVersion { .. } | VolumeError::UnsupportedFeatures { .. } => {
             (Exit::Damaged, "use the release of Postern that made it")
+        }
+        VolumeError::DataInTheWay { .. } => {
+            (Exit::Usage, "truncate the guest's file or punch what lies beyond, or give more room")
+        }
+        VolumeError::Damaged { .. } | VolumeError::NotWritable => {
+            (Exit::Damaged, "see what is damaged with `postern verify`")
         }
         VolumeError::WrongKey => (Exit::Key, "give the key that the volume was made with"),
         VolumeError::Host { error: HostError::Errno(libc::ENOSPC), .. } => {
@@ -379,25 +385,28 @@ impl Buffer for Part {
 }
 
 /// A line on the terminal that says how far it is; nothing where there is no terminal.
-struct Progress {
+pub struct Progress {
     total: u64,
     shown: Option<Instant>,
 }
 
 impl Progress {
-    fn start(total: u64) -> Self {
+    /// For work on `total` bytes.
+    pub fn start(total: u64) -> Self {
         let terminal = std::io::stderr().is_terminal();
         Self { total, shown: terminal.then(Instant::now) }
     }
 
-    fn show(&mut self, done: u64) {
+    /// `done` bytes are done.
+    pub fn show(&mut self, done: u64) {
         if self.shown.is_some_and(|shown| shown.elapsed() >= PROGRESS_EVERY) {
             self.shown = Some(Instant::now());
             eprint!("\r{} of {} ", size::show(done), size::show(self.total));
         }
     }
 
-    fn end(&self) {
+    /// Takes the line away.
+    pub fn end(&self) {
         if self.shown.is_some() {
             eprint!("\r\x1b[K");
         }

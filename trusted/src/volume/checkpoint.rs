@@ -174,7 +174,8 @@ impl Volume {
     ) -> Result<(), Errno> {
         let merged = self.merge(disk, &cut.map, &cut.frozen).await?;
         let Merged { root, mut allocs, mut frees, carried } = merged;
-        let new: Vec<_> = cut.epochs.iter().filter(|epoch| !epoch.tabled).cloned().collect();
+        let mut new = core::mem::take(&mut self.core.lock().retable);
+        new.extend(cut.epochs.iter().filter(|epoch| !epoch.tabled).cloned());
         let table = self.update_table(disk, &new, &mut allocs, &mut frees).await?;
         let space = self.update_space(disk, allocs, frees).await?;
         self.carry(disk, carried).await?;

@@ -1,6 +1,6 @@
 //! What is due in the background, and what an open volume tells about itself.
 
-use alloc::{collections::BTreeMap, sync::Arc};
+use alloc::{collections::BTreeMap, sync::Arc, vec::Vec};
 use core::{fmt, sync::atomic::AtomicBool};
 
 use super::{
@@ -85,6 +85,7 @@ impl Core {
             epochs: superblock.epochs.clone(),
             table_root: superblock.table_root,
             table_levels: superblock.table_levels,
+            retable: Vec::new(),
             active: Delta::default(),
             frozen: None,
             map,

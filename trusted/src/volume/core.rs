@@ -269,6 +269,8 @@ pub(crate) struct Core {
     pub(crate) epochs: Vec<Epoch>,
     pub(crate) table_root: Ptr,
     pub(crate) table_levels: u32,
+    /// Epochs that the next checkpoint writes to the table again, to move its nodes.
+    pub(crate) retable: Vec<Epoch>,
     pub(crate) active: Delta,
     pub(crate) frozen: Option<Arc<Delta>>,
     pub(crate) map: Map,

@@ -163,30 +163,60 @@ impl Volume {
     /// Places of all nodes of the table.
     #[cfg(test)]
     pub(crate) async fn table_places<D: Disk>(&self, disk: &D) -> Result<Vec<u64>, Bad> {
+        let mut places = Vec::new();
+        self.walk_table(disk, |ptr, _| places.push(ptr.place())).await?;
+        Ok(places)
+    }
+
+    /// The epochs of every leaf of the table that lies at `limit` or behind it, or under a node
+    /// that does; ascending.
+    pub(crate) async fn table_beyond<D: Disk>(
+        &self,
+        disk: &D,
+        limit: u64,
+    ) -> Result<Vec<Epoch>, Bad> {
+        let (mut epochs, mut beyond) = (Vec::new(), false);
+        self.walk_table(disk, |ptr, leaf| {
+            beyond |= ptr.place() >= limit;
+            epochs.extend(leaf.into_iter().flatten());
+        })
+        .await?;
+        // There are few nodes: all of them move, or none.
+        Ok(if beyond { epochs } else { Vec::new() })
+    }
+
+    /// Calls `visit` for each node of the table, leaves ascending, with the epochs of a leaf.
+    async fn walk_table<D: Disk>(
+        &self,
+        disk: &D,
+        mut visit: impl FnMut(&Ptr, Option<Vec<Epoch>>) + Send,
+    ) -> Result<(), Bad> {
         let (root, levels) = {
             let core = self.core.lock();
             (core.table_root, core.table_levels)
         };
-        let mut places = Vec::new();
-        let mut level_ptrs = Vec::from([(root, 0)]);
+        let mut nodes = Vec::from([(root, 0)]);
         for level in (0..levels).rev() {
             let mut below = Vec::new();
-            for (ptr, index) in level_ptrs {
+            for (ptr, index) in nodes {
                 if ptr.is_null() {
                     continue;
                 }
-                places.push(ptr.place());
+                let node = self.table_node(disk, &ptr, level, index).await?;
+                let entries = (0..ENTRIES).map(|n| (n, BODY + n as usize * Epoch::BYTES));
                 if level > 0 {
-                    let node = self.table_node(disk, &ptr, level, index).await?;
-                    for n in 0..ENTRIES {
-                        let at = BODY + n as usize * Epoch::BYTES;
-                        below.push((Ptr::decode(&node[..], at), index * ENTRIES + n));
-                    }
+                    visit(&ptr, None);
+                    below.extend(
+                        entries.map(|(n, at)| (Ptr::decode(&node[..], at), index * ENTRIES + n)),
+                    );
+                } else {
+                    let epochs = entries.map(|(_, at)| Epoch::decode(&node[..], at));
+                    visit(&ptr, Some(epochs.filter(|epoch| epoch.id != 0).collect()));
                 }
             }
-            level_ptrs = below;
+            nodes = below;
         }
-        Ok(places)
+        Ok(())
     }
 
     async fn put_table<D: Disk>(

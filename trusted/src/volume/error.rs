@@ -68,6 +68,18 @@ pub enum VolumeError {
     Flush(HostError),
     /// The platform gave no randomness.
     NoEntropy,
+    /// A shrink would cut off data of the guest: remove it first. Nothing was changed.
+    DataInTheWay {
+        /// First byte of the guest's file, from the new size on, that holds data.
+        offset: u64,
+    },
+    /// The work needs a whole volume, and this part of it does not authenticate.
+    Damaged {
+        /// Byte of the guest's file where it lies.
+        offset: u64,
+    },
+    /// The work needs a volume that can be written and closed cleanly.
+    NotWritable,
 }
 
 /// What the caller has to change.
@@ -170,6 +182,15 @@ impl fmt::Display for VolumeError {
                 host(*error, f)
             }
             Self::NoEntropy => f.write_str("the platform gave no randomness; nothing was sealed"),
+            Self::DataInTheWay { offset } => {
+                write!(f, "the guest's file holds data at byte {offset}, beyond the new size")
+            }
+            Self::Damaged { offset } => {
+                write!(f, "the guest's file is damaged at byte {offset}, where it has to be moved")
+            }
+            Self::NotWritable => {
+                f.write_str("the volume can only be read, or could not be closed cleanly")
+            }
         }
     }
 }

@@ -188,6 +188,19 @@ pub(crate) fn nodes_worst(capacity: u64, records: u64) -> u64 {
         .sum()
 }
 
+/// Blocks behind the homes of a volume of `capacity` blocks.
+const fn tail(capacity: u64) -> u64 {
+    let gib = (1 << 30) / BLOCK_BYTES;
+    let eighth = capacity / 8;
+    if eighth < gib / 8 {
+        gib / 8
+    } else if eighth > 64 * gib {
+        64 * gib
+    } else {
+        eighth
+    }
+}
+
 /// Where everything lies in the host file. All in blocks; in the superblock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Geometry {
@@ -227,14 +240,21 @@ impl Geometry {
         Ok(Self::with_ring(usual.capacity, usual.ring_blocks.min(SMALL_RING)))
     }
 
+    /// This geometry with room for `size` bytes: everything before the homes stays where it is.
+    pub(crate) fn resized(&self, size: u64) -> Result<Self, VolumeError> {
+        let capacity = Self::for_size(size)?.capacity;
+        let homes = capacity.div_ceil(FANOUT) * self.home_stride;
+        let host_blocks = self.home_start + homes + tail(capacity);
+        Self { capacity, host_blocks, ..*self }.check()
+    }
+
     fn with_ring(capacity: u64, ring_blocks: u64) -> Self {
         let gib = (1 << 30) / BLOCK_BYTES;
         let reserve_start = RING_START + ring_blocks;
         let reserve_blocks = nodes_worst(capacity, 1024) + 256 + 1024;
         let home_stride = if capacity < 4 * gib { 160 } else { 144 };
         let home_start = reserve_start + reserve_blocks;
-        let tail = (capacity / 8).clamp(gib / 8, 64 * gib);
-        let host_blocks = home_start + capacity.div_ceil(FANOUT) * home_stride + tail;
+        let host_blocks = home_start + capacity.div_ceil(FANOUT) * home_stride + tail(capacity);
         Self {
             capacity,
             host_blocks,

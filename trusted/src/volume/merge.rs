@@ -32,7 +32,7 @@ use crate::{
 const BATCH: usize = 64;
 
 /// A node to be written: index in its level, the pointer it replaces, its content.
-type Changed = (u64, Ptr, Box<Block>);
+pub(crate) type Changed = (u64, Ptr, Box<Block>);
 
 /// Leaves that a delta touches, in order.
 struct Leaves<'a> {
@@ -124,7 +124,7 @@ impl Volume {
     }
 
     /// First leaf in `from..=last` that the map has; one below a node that cannot be read counts.
-    async fn existing_leaf<D: Disk>(
+    pub(crate) async fn existing_leaf<D: Disk>(
         &self,
         disk: &D,
         map: &Map,
@@ -153,7 +153,12 @@ impl Volume {
         None
     }
 
-    async fn leaf<D: Disk>(&self, disk: &D, map: &Map, leaf: u64) -> Result<Changed, Bad> {
+    pub(crate) async fn leaf<D: Disk>(
+        &self,
+        disk: &D,
+        map: &Map,
+        leaf: u64,
+    ) -> Result<Changed, Bad> {
         let ptr = self.descend(disk, map.root, map.levels, 0, leaf).await?;
         let mut content = Box::new([0; BLOCK]);
         if !ptr.is_null() {
@@ -226,7 +231,7 @@ impl Volume {
 
     /// Writes nodes side by side where there is room; a node without children is not written,
     /// its parent's pointer becomes null.
-    async fn write_nodes<D: Disk>(
+    pub(crate) async fn write_nodes<D: Disk>(
         &self,
         disk: &D,
         level: u32,

@@ -26,6 +26,7 @@ macro_rules! canary {
 }
 
 mod cache;
+mod capacity;
 mod checkpoint;
 mod chores;
 mod core;
@@ -67,6 +68,7 @@ use crate::sync::Lock;
 
 pub(crate) use self::crypto::sha256;
 pub use self::{
+    capacity::Resized,
     chores::Info,
     core::Counters,
     error::{Misuse, VolumeError},

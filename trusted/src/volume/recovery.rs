@@ -20,7 +20,7 @@ use super::{
     error::VolumeError,
     header::{self, HeaderBytes},
     jblock::Record,
-    layout::{HEADER_BLOCKS, HEADERS, Order, Ptr, RING_RESERVE, SUPERBLOCKS, put},
+    layout::{Geometry, HEADER_BLOCKS, HEADERS, Order, Ptr, RING_RESERVE, SUPERBLOCKS, put},
     ring_scan::{self, Scan},
     superblock::{Epoch, RECENT, Superblock},
     tree::Bad,
@@ -143,6 +143,16 @@ impl Volume {
         key: &SlotKey,
         options: &OpenOptions,
     ) -> Result<(Self, OpenReport), VolumeError> {
+        let (volume_key, opening, report) = Self::prepare(disk, key, options).await?;
+        opening.finish(disk, volume_key, report).await
+    }
+
+    /// Steps 1 to 4: reads all that decides what the volume is, and changes nothing.
+    pub(crate) async fn prepare<D: Disk>(
+        disk: &D,
+        key: &SlotKey,
+        options: &OpenOptions,
+    ) -> Result<(VolumeKey, Opening, OpenReport), VolumeError> {
         let opened = open_header(disk, key).await?;
         let volume_key = VolumeKey::new(opened.uuid, opened.key.clone());
         let read_only = options.read_only || opened.read_only;
@@ -191,7 +201,7 @@ impl Volume {
             key_version: opened.key_version as u16,
             derivation: opened.derivation,
         };
-        opening.finish(disk, volume_key, report).await
+        Ok((volume_key, opening, report))
     }
 
     /// Applies the chain. Steps 5 and 6.
@@ -310,7 +320,7 @@ impl Volume {
 }
 
 /// An opening whose journal has been read.
-struct Opening {
+pub(crate) struct Opening {
     superblock: Superblock,
     slot: usize,
     scan: Scan,
@@ -336,6 +346,28 @@ impl Opening {
         core.journal.durable = self.scan.durable.min(tip);
         core.generation = superblock.generation.max(self.scan.generation);
         core
+    }
+
+    /// The volume with another geometry and an epoch of its own, and the superblock to go on
+    /// from. Only for an empty journal; writes nothing.
+    pub(crate) fn reshaped<D: Disk>(
+        mut self,
+        disk: &D,
+        volume_key: VolumeKey,
+        geometry: Geometry,
+    ) -> Result<(Volume, Superblock), VolumeError> {
+        let newest = self.superblock.epochs.iter().map(|epoch| epoch.id).max().unwrap_or(0);
+        let id = newest.max(self.scan.epoch) + 1;
+        let mut salt = [0; 24];
+        disk.random(&mut salt)?;
+        let key = Arc::new(volume_key.epoch(id, &salt));
+        let epoch = Epoch { id, salt, key_version: self.key_version, tabled: false };
+        self.superblock.epochs.push(epoch);
+        self.superblock.geometry = geometry;
+        let core = self.core(key.clone(), salt);
+        let volume = Volume::new(volume_key, self.derivation.clone(), core);
+        volume.remember(key);
+        Ok((volume, self.superblock))
     }
 
     async fn finish<D: Disk>(
@@ -450,6 +482,6 @@ impl Opening {
     }
 }
 
-fn failed(place: u64, errno: Errno) -> VolumeError {
+pub(crate) fn failed(place: u64, errno: Errno) -> VolumeError {
     VolumeError::Host { place, error: HostError::Errno(errno.0) }
 }

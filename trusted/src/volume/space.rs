@@ -123,6 +123,11 @@ pub(crate) struct Space {
     pub(crate) version: u64,
     /// Where the search for places away from home goes on.
     cursor: u64,
+    /// Places from here on are not given out: the end of the host file, or where a shrink will
+    /// cut it off.
+    limit: u64,
+    /// Blocks from `limit` on that could hold something: not counted as available.
+    fenced: u64,
     /// No run longer than this is free in the pages in memory: spares searching all of them
     /// again and again on a fragmented volume. Only a checkpoint or another page can make one.
     longest: u64,
@@ -143,13 +148,29 @@ impl Space {
             failures: BTreeMap::new(),
             version: 0,
             cursor: geometry.home_start + homes,
+            limit: geometry.host_blocks,
+            fenced: 0,
             longest: REGION,
         }
     }
 
     /// Blocks that can be given out, pages in memory or not.
     pub(crate) fn available(&self) -> u64 {
-        self.free_durable.saturating_sub(self.busy_active + self.busy_frozen)
+        self.free_durable.saturating_sub(self.busy_active + self.busy_frozen + self.fenced)
+    }
+
+    /// Gives out nothing from `limit` on any more. What is free there is no longer counted, and
+    /// neither is as much again as is still in use there.
+    pub(crate) fn fence(&mut self, limit: u64) {
+        self.limit = limit;
+        self.fenced =
+            self.geometry.general() - Geometry { host_blocks: limit, ..self.geometry }.general();
+        self.longest = REGION;
+    }
+
+    /// Regions that places are given out of.
+    pub(crate) const fn regions(&self) -> u64 {
+        self.limit.div_ceil(REGION)
     }
 
     /// Blocks given out that the durable map does not know.
@@ -300,10 +321,10 @@ impl Space {
     }
 
     fn search_around(&mut self, least: u64, most: u64) -> Option<Run> {
-        let (low, high) = (self.geometry.home_start, self.geometry.host_blocks);
+        let (low, high) = (self.geometry.home_start, self.limit);
         let here = self.cursor.clamp(low, high - 1);
         let first = here / REGION;
-        let numbers: [_; 2] = [first..self.geometry.regions(), 0..first + 1];
+        let numbers: [_; 2] = [first..self.regions(), 0..first + 1];
         for number in numbers.into_iter().flatten() {
             let from = (number * REGION).max(if number == first { here } else { low }).max(low);
             let to = ((number + 1) * REGION).min(high);
@@ -336,7 +357,7 @@ impl Space {
             (home + g.home_stride, home + 2 * g.home_stride, count),
             (home.saturating_sub(g.home_stride).max(g.home_start), home, count),
         ];
-        let end = g.host_blocks;
+        let end = self.limit;
         for (step, (from, to, least)) in near.into_iter().enumerate() {
             if step > 0 && count >= RUN {
                 break;

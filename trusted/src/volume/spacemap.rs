@@ -135,7 +135,8 @@ impl Volume {
                 Ok(true)
             }
             Want::More => {
-                for region in 0..self.geometry.regions() {
+                let regions = self.core.lock().space.regions();
+                for region in 0..regions {
                     if self.core.lock().space.is_loaded(region) {
                         continue;
                     }
@@ -185,9 +186,24 @@ impl Volume {
     pub(crate) async fn update_space<D: Disk>(
         &self,
         disk: &D,
+        allocs: Vec<u64>,
+        frees: Vec<u64>,
+    ) -> Result<SpaceUpdate, Errno> {
+        self.reshape_space(disk, allocs, frees, None).await
+    }
+
+    /// As [`Self::update_space`], after a change of the host file's length from `reshaped` blocks
+    /// to what the geometry says: the last region that both have gets its new shape, what lay
+    /// behind it is forgotten.
+    pub(crate) async fn reshape_space<D: Disk>(
+        &self,
+        disk: &D,
         mut allocs: Vec<u64>,
         mut frees: Vec<u64>,
+        reshaped: Option<u64>,
     ) -> Result<SpaceUpdate, Errno> {
+        let last = reshaped.map(|old| (old.min(self.geometry.host_blocks) - 1) / REGION);
+        let mut forced = last;
         let root = self.core.lock().space.root;
         allocs.sort_unstable();
         frees.sort_unstable();
@@ -195,8 +211,10 @@ impl Volume {
         let mut updates: Vec<(u64, Ptr)> = Vec::new();
         let mut batch = Vec::new();
         let (mut a, mut f) = (&allocs[..], &frees[..]);
-        while let Some(first) = a.first().into_iter().chain(f.first()).min() {
-            let region = first / REGION;
+        while let Some(region) =
+            a.first().into_iter().chain(f.first()).map(|p| p / REGION).chain(forced).min()
+        {
+            forced = forced.filter(|last| *last != region);
             let (mine_a, rest_a) = a.split_at(a.partition_point(|p| p / REGION == region));
             let (mine_f, rest_f) = f.split_at(f.partition_point(|p| p / REGION == region));
             (a, f) = (rest_a, rest_f);
@@ -219,6 +237,11 @@ impl Volume {
                     Err(_) => continue,
                 },
             };
+            if let Some(old) = reshaped
+                && last == Some(region)
+            {
+                grown(&mut map, &self.geometry, region, old);
+            }
             let consistent = change(&mut map, mine_f, false) & change(&mut map, mine_a, true);
             debug_assert!(consistent, "a block is freed or given out twice in region {region}");
             if !consistent {
@@ -251,6 +274,11 @@ impl Volume {
                 }
                 for (i, ptr) in mine {
                     ptr.encode(&mut block[..], slot_in_parent(*i) * Ptr::BYTES);
+                }
+                if let Some(last) = last.map(|last| last >> (FANOUT_BITS * (level - 1)))
+                    && last >> FANOUT_BITS == index
+                {
+                    block[(slot_in_parent(last) + 1) * Ptr::BYTES..].fill(0);
                 }
                 let left = (0..FANOUT)
                     .map(|i| {
@@ -324,6 +352,19 @@ impl Volume {
             return Ok(());
         }
         transfer.write(place, 1).await.map_err(super::error::guest_errno)
+    }
+}
+
+/// Frees the places of `region` that were behind the end of the host file when it had
+/// `old_blocks`.
+fn grown(map: &mut Bitmap, geometry: &Geometry, region: u64, old_blocks: u64) {
+    let fresh = fresh(geometry, region);
+    for (n, (word, fresh)) in (0..).zip(map.iter_mut().zip(fresh.iter())) {
+        let first = region * REGION + n * 64;
+        let old = old_blocks.saturating_sub(first).min(64);
+        // Bits that the old file had stay as they are.
+        let kept = if old == 64 { u64::MAX } else { (1 << old) - 1 };
+        *word = *word & kept | fresh & !kept;
     }
 }
 

@@ -5,6 +5,7 @@
 
 mod audit;
 mod canaries;
+mod capacity;
 mod crash;
 mod disk;
 mod model;

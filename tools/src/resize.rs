@@ -1,0 +1,96 @@
+//! `postern resize`: a volume that nobody has open gets more room, or less.
+//!
+//! Holds: the host file is lengthened before the volume grows and cut off after it has shrunk, so
+//! that whatever happens in between leaves a whole volume in a file that is long enough.
+
+use std::path::Path;
+
+use postern_trusted::{
+    disk::{BLOCK, Disk as _},
+    exec::run_to_end,
+    volume::{OpenOptions, Resized, SlotKey, Volume, VolumeError},
+};
+use serde_json::json;
+
+use crate::{
+    cli::ResizeArgs,
+    disk::{Access, FileDisk},
+    error::{Exit, Failure},
+    key, size,
+    volume::{Progress, refused},
+};
+
+/// Runs `postern resize`.
+///
+/// # Errors
+/// [`Exit::Usage`] when data is in the way of a shrink or for a size that cannot be,
+/// [`Exit::NoSpace`] when the host file cannot be that long, and those of opening a volume.
+pub fn resize(args: &ResizeArgs) -> Result<(), Failure> {
+    let path = &args.volume.host_file;
+    if path.is_dir() {
+        return Err(Failure::new(
+            Exit::Usage,
+            "a protected directory has no size of its own",
+            path.display(),
+            "its files grow as they are written, up to `--file-capacity` of `postern run`",
+        ));
+    }
+    let access = Access { write: true, allow_buffered: args.volume.allow_buffered };
+    let key_file = key::choose(args.volume.key_file.as_deref(), path)?;
+    let key = SlotKey::new(*key::read(&key_file)?);
+    let mut disk = FileDisk::open(path, access)?;
+    let needed = blocks_for(&disk, &key, args.size).map_err(|error| refused(path, &error))?;
+    if disk.host_blocks() < needed {
+        set_blocks(&mut disk, needed, path)?;
+    }
+    let mut progress = None;
+    let resized = run_to_end(Volume::resize(&disk, &key, args.size, |done, all| {
+        progress.get_or_insert_with(|| Progress::start(all)).show(done);
+    }));
+    if let Some(progress) = progress {
+        progress.end();
+    }
+    // Also after a refusal the file may stay longer than needed: it does no harm.
+    let resized = resized.map_err(|error| refused(path, &error))?;
+    if disk.host_blocks() > resized.host_blocks {
+        set_blocks(&mut disk, resized.host_blocks, path)?;
+    }
+    show(args, &resized);
+    Ok(())
+}
+
+fn blocks_for(disk: &FileDisk, key: &SlotKey, size: u64) -> Result<u64, VolumeError> {
+    let options = OpenOptions { read_only: true, ..OpenOptions::default() };
+    let (volume, _) = run_to_end(Volume::open(disk, key, &options))?;
+    volume.host_blocks_for(size)
+}
+
+fn set_blocks(disk: &mut FileDisk, blocks: u64, path: &Path) -> Result<(), Failure> {
+    disk.set_blocks(blocks).map_err(|error| {
+        let bytes = size::show(blocks * BLOCK as u64);
+        Failure::io(&format!("cannot make the host file {bytes} long"), path.display(), &error)
+    })
+}
+
+fn show(args: &ResizeArgs, resized: &Resized) {
+    let bytes = |blocks: u64| blocks * BLOCK as u64;
+    if args.volume.json {
+        let answer = json!({
+            "host_file": args.volume.host_file.display().to_string(),
+            "capacity": resized.capacity,
+            "size": resized.size,
+            "host_bytes": bytes(resized.host_blocks),
+            "moved_bytes": bytes(resized.moved),
+        });
+        println!("{answer}");
+        return;
+    }
+    println!(
+        "{}: a volume of {}, the guest's file has {}; {} on the host, {} moved",
+        args.volume.host_file.display(),
+        size::show(resized.capacity),
+        size::show(resized.size),
+        size::show(bytes(resized.host_blocks)),
+        size::show(bytes(resized.moved)),
+    );
+}
