@@ -67,6 +67,8 @@ pub enum Command {
                       is in the way of a shrink: it is refused, and nothing changes."
     )]
     Resize(ResizeArgs),
+    /// Keep, list, delete or copy states of a volume that nobody has open
+    Snapshot(SnapshotArgs),
     /// Latency per stage of a running daemon
     Stats(StatsArgs),
 }
@@ -156,6 +158,53 @@ pub struct ResizeArgs {
     pub size: u64,
 }
 
+/// `postern snapshot`.
+#[derive(Args, Debug)]
+pub struct SnapshotArgs {
+    /// What to do
+    #[command(subcommand)]
+    pub command: SnapshotCommand,
+}
+
+/// The commands of `postern snapshot`.
+#[derive(Debug, Subcommand)]
+pub enum SnapshotCommand {
+    /// Keep the volume as it is now; costs no more than what is overwritten later
+    Create(SnapshotName),
+    /// List the snapshots, oldest first
+    List(VolumeArgs),
+    /// Let a snapshot go, with all that only it holds
+    Delete(SnapshotName),
+    /// Write a snapshot into a new volume, or as plain text into a new file
+    Export(ExportArgs),
+}
+
+/// `postern snapshot create` and `postern snapshot delete`.
+#[derive(Args, Debug)]
+pub struct SnapshotName {
+    /// The volume
+    #[command(flatten)]
+    pub volume: VolumeArgs,
+    /// Name of the snapshot: 1 to 48 printable ASCII characters without blanks
+    pub name: String,
+}
+
+/// `postern snapshot export`.
+#[derive(Args, Debug)]
+pub struct ExportArgs {
+    /// Which snapshot
+    #[command(flatten)]
+    pub snapshot: SnapshotName,
+    /// The file to make; it must not exist or be empty
+    pub output: PathBuf,
+    /// Key of the new volume; without it a development key OUTPUT.key is made
+    #[arg(long, value_name = "FILE", conflicts_with = "plain")]
+    pub output_key_file: Option<PathBuf>,
+    /// Write what the guest sees, readable by whoever can read the file (mode 0600)
+    #[arg(long)]
+    pub plain: bool,
+}
+
 /// `postern stats`.
 #[derive(Args, Debug)]
 pub struct StatsArgs {
@@ -201,7 +250,7 @@ fn first_line(error: &clap::Error) -> String {
 /// Which help to read: clap names the command in its usage line.
 fn help_for(error: &clap::Error) -> String {
     let text = error.to_string();
-    let command = ["run", "format", "info", "verify", "resize", "stats"]
+    let command = ["run", "format", "info", "verify", "resize", "snapshot", "stats"]
         .into_iter()
         .find(|name| text.contains(&format!("Usage: postern {name}")));
     command.map_or_else(
@@ -248,6 +297,8 @@ mod tests {
             "info",
             "resize v",
             "resize v --size 5",
+            "snapshot create v",
+            "snapshot export v s o --plain --output-key-file k",
             "stats",
         ] {
             let failure = of(line).unwrap_err();

@@ -12,6 +12,7 @@ mod key;
 mod resize;
 mod run;
 mod size;
+mod snapshot;
 mod stats;
 mod volume;
 
@@ -43,6 +44,7 @@ fn dispatch() -> Result<u8, Failure> {
             Ok(if whole { 0 } else { Exit::Damaged as u8 })
         }
         Command::Resize(args) => resize::resize(&args).map(|()| 0),
+        Command::Snapshot(args) => snapshot::run(&args.command).map(|()| 0),
         Command::Stats(args) => stats::show(&args).map(|()| 0),
     }
 }

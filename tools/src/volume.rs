@@ -16,7 +16,7 @@ use postern_trusted::{
     exec::run_to_end,
     platform::{Buffer, Fault},
     sync::Lock,
-    volume::{FormatOptions, OpenOptions, OpenReport, SlotKey, Volume, VolumeError},
+    volume::{FormatOptions, Misuse, OpenOptions, OpenReport, SlotKey, Volume, VolumeError},
 };
 use serde_json::json;
 
@@ -69,7 +69,7 @@ pub fn make(path: &Path, bytes: u64, key: &[u8; 32], access: Access) -> Result<(
 ///
 /// # Errors
 /// [`Exit::Usage`] if it is anything else: nothing is formatted over it.
-fn is_vacant(path: &Path) -> Result<bool, Failure> {
+pub fn is_vacant(path: &Path) -> Result<bool, Failure> {
     let what = match std::fs::symlink_metadata(path) {
         Err(_) => return Ok(false),
         Ok(kind) if !kind.is_file() => "not a regular file",
@@ -138,13 +138,22 @@ fn open_with(disk: &FileDisk, path: &Path, key: &SlotKey) -> Result<(Volume, Ope
 /// What a volume's refusal means to the operator.
 pub fn refused(path: &Path, error: &VolumeError) -> Failure {
     let (exit, advice) = match error {
-        VolumeError::Misuse(_) => (Exit::Usage, "choose another size"),
         VolumeError::NotAVolume => {
             (Exit::Damaged, "check the path; if it was a volume, restore it from a copy")
         }
         VolumeError::UnsupportedVersion { .. } | VolumeError::UnsupportedFeatures { .. } => {
             (Exit::Damaged, "use the release of Postern that made it")
         }
+        VolumeError::Misuse(Misuse::SnapshotName | Misuse::SnapshotExists) => {
+            (Exit::Usage, "choose another name")
+        }
+        VolumeError::Misuse(Misuse::NoSnapshot) => {
+            (Exit::Usage, "see `postern snapshot list` for those that are there")
+        }
+        VolumeError::Misuse(Misuse::TooManySnapshots | Misuse::HasSnapshots) => {
+            (Exit::Usage, "delete snapshots first (`postern snapshot delete`)")
+        }
+        VolumeError::Misuse(_) => (Exit::Usage, "choose another size"),
         VolumeError::DataInTheWay { .. } => {
             (Exit::Usage, "truncate the guest's file or punch what lies beyond, or give more room")
         }
@@ -215,6 +224,7 @@ pub fn info(args: &VolumeArgs) -> Result<(), Failure> {
             "capacity": info.capacity,
             "host_bytes": bytes(info.host_blocks),
             "used_bytes": bytes(info.used_blocks),
+            "held_bytes": bytes(info.held_blocks),
             "free_bytes": bytes(info.free_blocks),
             "journal_bytes": bytes(info.journal_blocks),
             "map_levels": info.map_levels,
@@ -239,6 +249,9 @@ pub fn info(args: &VolumeArgs) -> Result<(), Failure> {
         size::show(bytes(info.free_blocks)),
         size::show(bytes(info.journal_blocks))
     );
+    if info.held_blocks > 0 {
+        println!("snapshots hold {} of it", size::show(bytes(info.held_blocks)));
+    }
     println!("opened    {} times for writing; superblock {}", info.session, info.generation);
     if let Some(loss) = &report.loss {
         println!("state     damaged: {loss}");
@@ -255,7 +268,10 @@ pub fn info(args: &VolumeArgs) -> Result<(), Failure> {
 }
 
 /// Opens the volume of `info` and `verify`, for reading only.
-fn look(args: &VolumeArgs) -> Result<(FileDisk, Volume, OpenReport), Failure> {
+///
+/// # Errors
+/// As [`check`].
+pub fn look(args: &VolumeArgs) -> Result<(FileDisk, Volume, OpenReport), Failure> {
     let access = Access { write: false, allow_buffered: args.allow_buffered };
     let disk = FileDisk::open(&args.host_file, access)?;
     let key_file = key::choose(args.key_file.as_deref(), &args.host_file)?;
@@ -349,7 +365,7 @@ pub fn damaged_ranges(
 }
 
 /// Plain memory as the target of a read.
-struct Part(Lock<Vec<u8>>);
+pub struct Part(pub Lock<Vec<u8>>);
 
 /// Reads up to `length` bytes at `offset`.
 ///

@@ -13,7 +13,7 @@ use alloc::{boxed::Box, vec::Vec};
 use super::{
     OpenOptions, SlotKey, Volume,
     checkpoint::Merged,
-    error::VolumeError,
+    error::{Misuse, VolumeError},
     layout::{BLOCK_BYTES, FANOUT, FANOUT_BITS, Geometry, Ptr, REGION, child, levels},
     recovery::failed,
     spacemap,
@@ -53,7 +53,7 @@ impl Volume {
     /// To grow, the host file must already have [`Self::host_blocks_for`] blocks.
     ///
     /// # Errors
-    /// [`VolumeError::DataInTheWay`] when data lies beyond the new size,
+    /// [`Misuse::HasSnapshots`] for a shrink, [`VolumeError::DataInTheWay`] when data lies beyond the new size,
     /// [`VolumeError::Damaged`] when a block that must be moved is not whole; any of
     /// [`Self::open`]. The volume is as it was then, or closed as after a crash.
     pub async fn resize<D: Disk>(
@@ -113,6 +113,9 @@ impl Volume {
         progress: impl FnMut(u64, u64) + Send,
     ) -> Result<u64, VolumeError> {
         let errno = |errno| failed(0, errno);
+        if self.has_snapshots() {
+            return Err(VolumeError::Misuse(Misuse::HasSnapshots));
+        }
         self.checkpoint(disk, false, false).await.map_err(errno)?;
         if let Some(block) = self.next_data(disk, new.capacity).await? {
             return Err(VolumeError::DataInTheWay { offset: block * BLOCK_BYTES });
@@ -229,12 +232,7 @@ impl Volume {
         size: u64,
     ) -> Result<u64, VolumeError> {
         let errno = |errno| failed(0, errno);
-        let mut merged = Merged {
-            root: before.map_root,
-            allocs: Vec::new(),
-            frees: Vec::new(),
-            carried: Vec::new(),
-        };
+        let mut merged = Merged::new(before.map_root, before.birth, before.held.newest);
         let levels = levels(self.geometry.capacity);
         self.fit_levels(disk, before.map_levels, levels, &mut merged).await?;
         let Merged { root, allocs, frees, .. } = merged;

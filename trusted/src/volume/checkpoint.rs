@@ -26,6 +26,7 @@ use super::{
     jblock::Record,
     journal::Stopped,
     layout::{Order, Ptr, SUPERBLOCKS, nodes_worst},
+    snapshots::{Held, Task},
     spacemap::SpaceUpdate,
     superblock::{Epoch, RECENT, Superblock},
 };
@@ -42,6 +43,9 @@ struct Cut {
     size_order: Order,
     map: Map,
     epochs: Vec<Epoch>,
+    /// Nothing that is merged is younger.
+    birth: u32,
+    newest: u32,
 }
 
 /// What the merge made.
@@ -51,6 +55,35 @@ pub(crate) struct Merged {
     pub(crate) frees: Vec<u64>,
     /// Changes whose leaf could not be read: they stay in the delta.
     pub(crate) carried: Vec<Record>,
+    /// Birth number of the nodes it writes.
+    pub(crate) birth: u32,
+    /// Number of the newest snapshot.
+    newest: u32,
+    /// Blocks that were given up and stay, for a snapshot.
+    pub(crate) held: u64,
+}
+
+impl Merged {
+    pub(crate) const fn new(root: Ptr, birth: u32, newest: u32) -> Self {
+        Self {
+            root,
+            allocs: Vec::new(),
+            frees: Vec::new(),
+            carried: Vec::new(),
+            birth,
+            newest,
+            held: 0,
+        }
+    }
+
+    /// The map no longer reaches this block. Free, unless a snapshot holds it.
+    pub(crate) fn release(&mut self, old: &Ptr) {
+        if old.birth() > self.newest {
+            self.frees.push(old.place());
+        } else {
+            self.held += 1;
+        }
+    }
 }
 
 impl Volume {
@@ -66,6 +99,25 @@ impl Volume {
         disk: &D,
         clean: bool,
         join: bool,
+    ) -> Result<(), Errno> {
+        self.checkpoint_for(disk, clean, join, None).await
+    }
+
+    /// Runs a checkpoint of its own that does something to the snapshots besides.
+    pub(crate) async fn checkpoint_with<D: Disk>(
+        &self,
+        disk: &D,
+        task: Option<Task<'_>>,
+    ) -> Result<(), Errno> {
+        self.checkpoint_for(disk, false, false, task).await
+    }
+
+    async fn checkpoint_for<D: Disk>(
+        &self,
+        disk: &D,
+        clean: bool,
+        join: bool,
+        task: Option<Task<'_>>,
     ) -> Result<(), Errno> {
         let mut waited = None;
         let mine = poll_fn(|cx| {
@@ -91,7 +143,7 @@ impl Volume {
         if !mine {
             return Ok(());
         }
-        let result = self.run_checkpoint(disk, clean).await;
+        let result = self.run_checkpoint(disk, clean, task).await;
         let wakers = {
             let mut core = self.core.lock();
             core.checkpoints.running = false;
@@ -105,17 +157,23 @@ impl Volume {
         result
     }
 
-    async fn run_checkpoint<D: Disk>(&self, disk: &D, clean: bool) -> Result<(), Errno> {
-        let cut = self.cut().await?;
-        let done = self.write_checkpoint(disk, &cut, clean).await;
+    async fn run_checkpoint<D: Disk>(
+        &self,
+        disk: &D,
+        clean: bool,
+        task: Option<Task<'_>>,
+    ) -> Result<(), Errno> {
+        let cut = self.cut(matches!(task, Some(Task::Keep { .. }))).await?;
+        let done = self.write_checkpoint(disk, &cut, clean, task).await;
         if done.is_err() {
             self.abort(&cut);
         }
         done
     }
 
-    /// Step 1. Needs no journal space: records that were not published yet need not be.
-    async fn cut(&self) -> Result<Cut, Errno> {
+    /// Step 1. Needs no journal space: records that were not published yet need not be. `keep`:
+    /// whatever is written after the cut is younger than what was before.
+    async fn cut(&self, keep: bool) -> Result<Cut, Errno> {
         poll_fn(|cx| {
             let mut guard = self.core.lock();
             let core = &mut *guard;
@@ -150,6 +208,8 @@ impl Volume {
             }
             core.journal.interval += 1;
             core.checkpoints.owed = nodes_worst(core.geometry.capacity, frozen.weight()) + 8;
+            let birth = core.birth;
+            core.birth += u32::from(keep && !core.is(canary!(SameBirth)));
             Poll::Ready(Ok(Cut {
                 frozen,
                 interval: core.journal.interval,
@@ -160,6 +220,8 @@ impl Volume {
                 size_order: core.size_order,
                 map: core.map,
                 epochs: core.epochs.clone(),
+                birth,
+                newest: if core.is(canary!(FreeHeld)) { 0 } else { core.held.newest },
             }))
         })
         .await
@@ -171,9 +233,17 @@ impl Volume {
         disk: &D,
         cut: &Cut,
         clean: bool,
+        task: Option<Task<'_>>,
     ) -> Result<(), Errno> {
-        let merged = self.merge(disk, &cut.map, &cut.frozen).await?;
-        let Merged { root, mut allocs, mut frees, carried } = merged;
+        let mut merged = self.merge(disk, &cut.map, &cut.frozen, cut.birth, cut.newest).await?;
+        let held = match task {
+            Some(task) => self.change_snapshots(disk, task, cut.map, cut.size, &mut merged).await?,
+            None => {
+                let held = self.core.lock().held;
+                Held { blocks: held.blocks + merged.held, ..held }
+            }
+        };
+        let Merged { root, mut allocs, mut frees, carried, .. } = merged;
         let mut new = core::mem::take(&mut self.core.lock().retable);
         new.extend(cut.epochs.iter().filter(|epoch| !epoch.tabled).cloned());
         let table = self.update_table(disk, &new, &mut allocs, &mut frees).await?;
@@ -188,7 +258,7 @@ impl Volume {
             self.flush(disk, stamp, seq).await?;
         }
         let rotated = self.rotation(disk)?;
-        let mut superblock = self.superblock(cut, root, &table, &space, clean);
+        let mut superblock = self.superblock(cut, root, &table, &space, held, clean);
         superblock.epochs.extend(rotated.clone());
         let slot = self.commit(disk, &superblock).await?;
         self.release(cut, superblock, slot, &table, space, rotated, clean);
@@ -253,6 +323,7 @@ impl Volume {
         root: Ptr,
         table: &TableUpdate,
         space: &SpaceUpdate,
+        held: Held,
         clean: bool,
     ) -> Superblock {
         let core = self.core.lock();
@@ -274,6 +345,7 @@ impl Volume {
             replay_prev: cut.prev,
             durable: core.journal.durable,
             birth: core.birth,
+            held,
             epochs: cut.epochs[keep..]
                 .iter()
                 .map(|epoch| Epoch { tabled: true, ..epoch.clone() })
@@ -344,6 +416,7 @@ impl Volume {
         core.epochs = superblock.epochs;
         core.table_root = table.root;
         core.table_levels = table.levels;
+        core.held = superblock.held;
         core.checkpoints.owed = 0;
         core.counters.checkpoints += 1;
         if let Some((key, salt)) = key {

@@ -51,6 +51,8 @@ pub struct Info {
     pub map_levels: u32,
     /// Blocks in use on the host.
     pub used_blocks: u64,
+    /// Those of them that only snapshots reach.
+    pub held_blocks: u64,
     /// Blocks free for new writes.
     pub free_blocks: u64,
     /// Blocks changed since the last checkpoint.
@@ -85,6 +87,7 @@ impl Core {
             epochs: superblock.epochs.clone(),
             table_root: superblock.table_root,
             table_levels: superblock.table_levels,
+            held: superblock.held,
             retable: Vec::new(),
             active: Delta::default(),
             frozen: None,
@@ -288,6 +291,7 @@ impl Volume {
             journal_used: core.journal.next - core.journal.start,
             map_levels: core.map.levels,
             used_blocks: self.geometry.general().saturating_sub(free),
+            held_blocks: core.held.blocks,
             free_blocks: free,
             delta_records: core.active.weight(),
             generation: core.generation,

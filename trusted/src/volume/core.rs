@@ -18,6 +18,7 @@ use super::{
     jblock::Record,
     layout::{Geometry, Order, Ptr, RING_RESERVE, nodes_worst},
     ranges::RangeLocks,
+    snapshots::Held,
     space::{Run, Space},
     superblock::Epoch,
 };
@@ -269,6 +270,8 @@ pub(crate) struct Core {
     pub(crate) epochs: Vec<Epoch>,
     pub(crate) table_root: Ptr,
     pub(crate) table_levels: u32,
+    /// The snapshots.
+    pub(crate) held: Held,
     /// Epochs that the next checkpoint writes to the table again, to move its nodes.
     pub(crate) retable: Vec<Epoch>,
     pub(crate) active: Delta,

@@ -78,6 +78,8 @@ pub enum VolumeError {
         /// Byte of the guest's file where it lies.
         offset: u64,
     },
+    /// The table of snapshots does not authenticate, or holds numbers that it cannot.
+    DamagedSnapshots,
     /// The work needs a volume that can be written and closed cleanly.
     NotWritable,
 }
@@ -93,6 +95,16 @@ pub enum Misuse {
     NoSlot,
     /// It is the last key slot: without one nobody could open the volume.
     LastSlot,
+    /// A snapshot's name has 1 to 48 printable ASCII characters and no blank.
+    SnapshotName,
+    /// There is a snapshot of this name already.
+    SnapshotExists,
+    /// There is no snapshot of this name.
+    NoSnapshot,
+    /// There are as many snapshots as there can be.
+    TooManySnapshots,
+    /// A volume with snapshots cannot shrink.
+    HasSnapshots,
     /// Work for a passphrase outside what [`super::Stretch`] allows, or more memory than there is.
     Stretch,
 }
@@ -129,6 +141,19 @@ impl fmt::Display for VolumeError {
             Self::Misuse(Misuse::NoSlot) => f.write_str("there is no such key slot"),
             Self::Misuse(Misuse::LastSlot) => {
                 f.write_str("the last key slot must stay: nobody could open the volume without it")
+            }
+            Self::Misuse(Misuse::SnapshotName) => {
+                f.write_str("a snapshot's name has 1 to 48 printable ASCII characters, no blanks")
+            }
+            Self::Misuse(Misuse::SnapshotExists) => {
+                f.write_str("there is a snapshot of this name already")
+            }
+            Self::Misuse(Misuse::NoSnapshot) => f.write_str("there is no snapshot of this name"),
+            Self::Misuse(Misuse::TooManySnapshots) => {
+                f.write_str("there are as many snapshots as there can be")
+            }
+            Self::Misuse(Misuse::HasSnapshots) => {
+                f.write_str("a volume with snapshots cannot shrink")
             }
             Self::Misuse(Misuse::Stretch) => {
                 f.write_str("the work for the passphrase is out of bounds or needs too much memory")
@@ -188,6 +213,7 @@ impl fmt::Display for VolumeError {
             Self::Damaged { offset } => {
                 write!(f, "the guest's file is damaged at byte {offset}, where it has to be moved")
             }
+            Self::DamagedSnapshots => f.write_str("the table of snapshots is damaged"),
             Self::NotWritable => {
                 f.write_str("the volume can only be read, or could not be closed cleanly")
             }

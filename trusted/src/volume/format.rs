@@ -11,6 +11,7 @@ use super::{
         BLOCK_BYTES, Geometry, HEADER_BLOCKS, HEADERS, Order, Ptr, RING_START, SUPERBLOCKS, levels,
     },
     slots::{NewSlot, Stretch},
+    snapshots::Held,
     superblock::Superblock,
 };
 use crate::disk::{BLOCK, Block, Disk, HostError, Transfer};
@@ -115,6 +116,7 @@ async fn format_fresh<D: Disk>(
         replay_prev: [0; 16],
         durable: 0,
         birth: 1,
+        held: Held::default(),
         epochs: alloc::vec::Vec::new(),
     };
     let sealed = superblock.seal(&volume_key, &salt, 0);

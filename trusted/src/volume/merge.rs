@@ -63,15 +63,17 @@ impl<'a> Leaves<'a> {
 }
 
 impl Volume {
-    /// Writes the map with `frozen` merged into `map`.
+    /// Writes the map with `frozen` merged into `map`: nodes of birth number `birth`, beside
+    /// snapshots up to `newest`.
     pub(crate) async fn merge<D: Disk>(
         &self,
         disk: &D,
         map: &Map,
         frozen: &Delta,
+        birth: u32,
+        newest: u32,
     ) -> Result<Merged, Errno> {
-        let mut merged =
-            Merged { root: map.root, allocs: Vec::new(), frees: Vec::new(), carried: Vec::new() };
+        let mut merged = Merged::new(map.root, birth, newest);
         let mut updates: Vec<(u64, Ptr)> = Vec::new();
         let mut leaves = Leaves::new(frozen);
         loop {
@@ -242,7 +244,7 @@ impl Volume {
         let mut writing = Vec::with_capacity(changed.len());
         for (index, old, content) in changed {
             if !old.is_null() {
-                merged.frees.push(old.place());
+                merged.release(&old);
             }
             if content.iter().all(|byte| *byte == 0) {
                 updates.push((index, Ptr::NULL));
@@ -257,7 +259,7 @@ impl Volume {
                 Ok(run) => {
                     let (mine, next) = rest.split_at((run.count as usize).min(rest.len()));
                     rest = next;
-                    going.push(self.write_node_run(disk, level, run, mine));
+                    going.push(self.write_node_run(disk, level, merged.birth, run, mine));
                 }
                 Err(errno) => failed = Some(errno),
             }
@@ -280,14 +282,15 @@ impl Volume {
         &self,
         disk: &D,
         level: u32,
+        birth: u32,
         run: Run,
         nodes: &[(u64, Box<Block>)],
     ) -> Result<Vec<(u64, Ptr)>, Errno> {
         let mut transfer = disk.transfer(nodes.len()).await.map_err(guest_errno)?;
-        let (first, birth, key) = {
+        let (first, key) = {
             let mut core = self.core.lock();
             core.counters.map_blocks += nodes.len() as u64;
-            (core.orders(nodes.len() as u64)?, core.birth, core.key.clone())
+            (core.orders(nodes.len() as u64)?, core.key.clone())
         };
         let mut written = Vec::with_capacity(nodes.len());
         for (n, (index, content)) in (0..).zip(nodes) {
@@ -335,7 +338,7 @@ fn apply(frozen: &Delta, leaf: u64, content: &mut Block, merged: &mut Merged) ->
         for slot in 0..FANOUT as usize {
             let old = child(content, slot);
             if !old.is_null() && zeroed(base + slot as u64).is_some_and(|zero| zero > old.order) {
-                merged.frees.push(old.place());
+                merged.release(&old);
                 Ptr::NULL.encode(content, slot * Ptr::BYTES);
                 changed = true;
             }
@@ -346,7 +349,7 @@ fn apply(frozen: &Delta, leaf: u64, content: &mut Block, merged: &mut Merged) ->
         let old = child(content, slot);
         if ptr.order > old.order && zeroed(*block).is_none_or(|zero| zero < ptr.order) {
             if !old.is_null() {
-                merged.frees.push(old.place());
+                merged.release(&old);
             }
             merged.allocs.push(ptr.place());
             ptr.encode(content, slot * Ptr::BYTES);

@@ -46,6 +46,7 @@ mod recovery;
 mod resize;
 mod ring_scan;
 mod slots;
+mod snapshots;
 mod space;
 mod spacemap;
 mod superblock;
@@ -73,6 +74,7 @@ pub use self::{
     core::Counters,
     error::{Misuse, VolumeError},
     slots::{SlotInfo, SlotKey, SlotKind, Stretch},
+    snapshots::SnapshotInfo,
     verify::{Damage, VerifyReport},
 };
 

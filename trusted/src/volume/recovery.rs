@@ -390,6 +390,8 @@ impl Opening {
             for record in self.scan.chain.iter().flat_map(|found| &found.records) {
                 if let Record::Map { ptr, .. } = record {
                     core.space.name(ptr.place());
+                    // A snapshot to come must not be older than anything in it.
+                    core.birth = core.birth.max(ptr.birth());
                 }
             }
             core.active = replay.delta;

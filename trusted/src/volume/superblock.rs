@@ -5,6 +5,7 @@
 
 use alloc::vec::Vec;
 
+use super::snapshots::Held;
 use super::{
     crypto::{SINGLE, Salt, Tag, VolumeKey},
     error::VolumeError,
@@ -16,7 +17,11 @@ use super::{
 use crate::disk::{BLOCK, Block};
 
 const MAGIC: &[u8; 8] = b"PSTRNSUP";
-const VERSION: u32 = 1;
+/// A superblock without and with a field of features.
+const VERSIONS: [u32; 2] = [1, 2];
+const FEATURES_AT: usize = 52;
+/// There are snapshots: blocks that the map gives up may be held by them.
+const FEATURE_SNAPSHOTS: u32 = 1;
 const BODY: usize = 64;
 /// Epochs a superblock remembers by itself.
 pub(crate) const RECENT: usize = 32;
@@ -82,6 +87,7 @@ pub(crate) struct Superblock {
     pub(crate) durable: u64,
     /// Number given to blocks born now.
     pub(crate) birth: u32,
+    pub(crate) held: Held,
     pub(crate) epochs: Vec<Epoch>,
 }
 
@@ -98,7 +104,9 @@ impl Superblock {
         let mut b = [0; BLOCK];
         put(&mut b, 0, salt);
         put(&mut b, 40, MAGIC);
-        put32(&mut b, 48, VERSION);
+        let features = if self.held.newest > 0 { FEATURE_SNAPSHOTS } else { 0 };
+        put32(&mut b, 48, VERSIONS[usize::from(features != 0)]);
+        put32(&mut b, FEATURES_AT, features);
         put64(&mut b, 64, self.generation);
         put32(&mut b, 72, slot as u32);
         put32(&mut b, 76, if self.clean { FLAG_CLEAN } else { 0 });
@@ -126,6 +134,9 @@ impl Superblock {
         put64(&mut b, 216, self.cut.0);
         self.space_root.encode(&mut b, 224);
         self.table_root.encode(&mut b, 256);
+        self.held.table.encode(&mut b, 288);
+        put64(&mut b, 320, self.held.blocks);
+        put32(&mut b, 328, self.held.newest);
         put64(&mut b, 368, self.replay_seq);
         put(&mut b, 376, &self.replay_prev);
         put64(&mut b, 392, self.durable);
@@ -161,8 +172,13 @@ impl Superblock {
             return Ok(None);
         }
         let version = get32(&b, 48);
-        if version != VERSION {
+        if !VERSIONS.contains(&version) {
             return Err(VolumeError::UnsupportedVersion { found: version });
+        }
+        let features = get32(&b, FEATURES_AT);
+        let unknown = features & !FEATURE_SNAPSHOTS;
+        if unknown != 0 {
+            return Err(VolumeError::UnsupportedFeatures { bits: u64::from(unknown) });
         }
         let number = |i: usize| get64(&b, 104 + 8 * i);
         let geometry = Geometry {
@@ -195,6 +211,11 @@ impl Superblock {
             replay_prev: get_array(&b, 376),
             durable: get64(&b, 392),
             birth: get32(&b, 400),
+            held: Held {
+                table: Ptr::decode(&b, 288),
+                blocks: get64(&b, 320),
+                newest: get32(&b, 328),
+            },
             epochs: (0..count.min(RECENT))
                 .map(|i| Epoch::decode(&b, RECENT_AT + i * Epoch::BYTES))
                 .collect(),
@@ -205,6 +226,8 @@ impl Superblock {
             && superblock.map_levels <= MAX_LEVELS
             && superblock.table_levels <= MAX_TABLE_LEVELS
             && superblock.size <= geometry.capacity * BLOCK_BYTES
+            && (features & FEATURE_SNAPSHOTS != 0) == (superblock.held.newest > 0)
+            && superblock.held.table.is_null() == (superblock.held.newest == 0)
             && (1..1 << 62).contains(&superblock.replay_seq)
             && superblock.generation < 1 << 62;
         if ok { Ok(Some(superblock)) } else { Err(VolumeError::BadGeometry) }

@@ -1,6 +1,6 @@
 //! Random work, crashes at any point (also inside recovery), and what must hold after each.
 
-use alloc::{boxed::Box, string::String, sync::Arc, vec, vec::Vec};
+use alloc::{boxed::Box, collections::BTreeMap, string::String, sync::Arc, vec, vec::Vec};
 use std::{
     format, panic, println,
     sync::{Mutex, PoisonError},
@@ -134,6 +134,8 @@ struct Plan {
     /// Percent of crashes that are power cuts; the others kill the guest alone.
     power: f64,
     newest: f64,
+    /// Percent of steps that make or delete a snapshot.
+    snapshots: f64,
     faults: Faults,
 }
 
@@ -142,6 +144,11 @@ struct Sim {
     plan: Plan,
     runner: Runner,
     model: Arc<Mutex<Model>>,
+    /// Snapshots by name: what they hold, and whether they are certainly there.
+    snapshots: BTreeMap<String, (Vec<u8>, bool)>,
+    made: u32,
+    /// A change of the snapshots was cut short: only a crash can follow.
+    cut_short: bool,
 }
 
 impl Sim {
@@ -159,6 +166,7 @@ impl Sim {
             large: [0.0, 10.0][rng.below(2) as usize],
             power: 70.0,
             newest: [0.0, 0.0, 70.0][rng.below(3) as usize],
+            snapshots: 0.0,
             faults: Faults {
                 write: fault(&mut rng),
                 read: if faulty && rng.chance(20.0) { 0.5 } else { 0.0 },
@@ -182,7 +190,90 @@ impl Sim {
         let image = formatted(seed, tiny());
         let disk = SimDisk::new(seed.wrapping_mul(77), tiny().host_blocks, image);
         let model = Arc::new(Mutex::new(Model::new(BLOCKS * PER_BLOCK)));
-        Self { rng, plan, runner: Runner::new(disk), model }
+        let runner = Runner::new(disk);
+        Self { rng, plan, runner, model, snapshots: BTreeMap::new(), made: 0, cut_short: false }
+    }
+
+    /// With snapshots, and the room that they need.
+    fn with_snapshots(seed: u64) -> Self {
+        let mut sim = Self::new(seed, Canary::None);
+        let roomy = Geometry { host_blocks: tiny().host_blocks + 4 * BLOCKS, ..tiny() };
+        let image = formatted(seed, roomy);
+        sim.runner = Runner::new(SimDisk::new(seed, roomy.host_blocks, image));
+        sim.plan.snapshots = 4.0;
+        sim.plan.faults = Faults::default();
+        sim
+    }
+
+    /// Makes or deletes a snapshot, at times cut short.
+    fn change_snapshots(&mut self, volume: &Arc<Volume>) {
+        self.runner.drain();
+        let limit = if self.rng.chance(30.0) { self.rng.below(120) } else { u64::MAX };
+        let (disk, volume) = (self.disk(), volume.clone());
+        let names: Vec<String> = self.snapshots.keys().cloned().collect();
+        let old = names.get(self.rng.below(5) as usize).cloned();
+        let Some(name) = old else {
+            if names.len() >= 4 {
+                return;
+            }
+            // What the model allows is one content now, and reading checks that it is that.
+            let read = read_all(self.disk(), volume.clone());
+            let bytes = self.runner.block_on(read).expect("everything reads");
+            let began = self.model.lock().unwrap().now();
+            let whole = bytes.len() - bytes.len() % SECTOR as usize;
+            self.model.lock().unwrap().check_read(began, 0, &bytes[..whole]);
+            self.made += 1;
+            let name = format!("s{}", self.made);
+            self.snapshots.insert(name.clone(), (bytes, false));
+            let making = {
+                let name = name.clone();
+                async move { volume.make_snapshot(&disk, &name, 7).await }
+            };
+            match self.runner.finish(making, limit) {
+                Some(made) => {
+                    assert_eq!(made, Ok(()));
+                    self.snapshots.entry(name).and_modify(|(_, certain)| *certain = true);
+                }
+                None => self.cut_short = true,
+            }
+            return;
+        };
+        self.snapshots.entry(name.clone()).and_modify(|(_, certain)| *certain = false);
+        let deleting = {
+            let name = name.clone();
+            async move { volume.delete_snapshot(&disk, &name).await }
+        };
+        match self.runner.finish(deleting, limit) {
+            Some(deleted) => {
+                assert!(deleted.is_ok(), "{deleted:?}");
+                self.snapshots.remove(&name);
+            }
+            None => self.cut_short = true,
+        }
+    }
+
+    /// All that must be there is there, nothing else, and each reads as when it was made.
+    fn check_snapshots(&mut self, volume: &Arc<Volume>) {
+        let (disk, volume) = (self.disk(), volume.clone());
+        let found = self.runner.block_on(async move { volume.snapshots(&disk).await });
+        let found: Vec<String> = found.unwrap().into_iter().map(|found| found.name).collect();
+        self.snapshots.retain(|name, (_, certain)| {
+            let there = found.contains(name);
+            assert!(there || !*certain, "the snapshot {name} is gone");
+            *certain = true;
+            there
+        });
+        assert_eq!(found.len(), self.snapshots.len(), "a snapshot that was deleted is back");
+        for (name, (bytes, _)) in &self.snapshots {
+            let (disk, name) = (self.disk(), name.clone());
+            let read = self.runner.block_on(async move {
+                let options = OpenOptions { read_only: true, ..OpenOptions::default() };
+                let (volume, _) = Volume::open(&disk, &key(), &options).await.unwrap();
+                let then = volume.at_snapshot(&disk, &name).await.unwrap();
+                read_all(disk, Arc::new(then)).await
+            });
+            assert!(read.as_ref() == Ok(bytes), "a snapshot reads as something else");
+        }
     }
 
     fn disk(&self) -> SimDisk {
@@ -214,6 +305,9 @@ impl Sim {
                     let bytes = self.runner.block_on(task);
                     let bytes = bytes.expect("everything reads after a recovery");
                     self.model.lock().unwrap().check_crash(volume.size(), &bytes);
+                    if self.plan.snapshots > 0.0 {
+                        self.check_snapshots(&volume);
+                    }
                     return volume;
                 }
                 Some(Err(error)) => panic!("the volume does not open after a crash: {error:?}"),
@@ -361,7 +455,12 @@ impl Sim {
                     let _ = volume.run_chore(&disk, chore).await;
                 });
             }
-            if self.rng.chance(self.plan.resize) {
+            if self.plan.snapshots > 0.0 && self.rng.chance(self.plan.snapshots) {
+                self.change_snapshots(volume);
+                if self.cut_short {
+                    return;
+                }
+            } else if self.rng.chance(self.plan.resize) {
                 if self.plan.faults.write == 0.0 && self.plan.faults.flush == 0.0 {
                     self.spawn_resize(volume);
                 }
@@ -384,7 +483,7 @@ impl Sim {
         for _ in 0..1 + self.rng.below(4) {
             let volume = self.reopen();
             self.live(&volume);
-            if self.rng.chance(20.0) {
+            if !core::mem::take(&mut self.cut_short) && self.rng.chance(20.0) {
                 self.runner.disk.state().faults = Faults::default();
                 self.runner.drain();
                 self.close_cleanly(&volume);
@@ -428,9 +527,21 @@ impl Sim {
 /// found something.
 pub(super) fn check(seed: u64, plan: Canary, canary: Canary) -> Result<(), String> {
     CANARY.set(canary);
-    let result = panic::catch_unwind(|| Sim::new(seed, plan).run());
+    let result = outcome(|| match plan {
+        Canary::FreeHeld | Canary::SameBirth => Sim::with_snapshots(seed).run(),
+        _ => Sim::new(seed, plan).run(),
+    });
     CANARY.set(Canary::None);
-    result.map_err(|cause| {
+    result
+}
+
+/// As [`check`], with snapshots.
+fn check_snapshots(seed: u64) -> Result<(), String> {
+    outcome(|| Sim::with_snapshots(seed).run())
+}
+
+fn outcome(run: impl FnOnce() + panic::UnwindSafe) -> Result<(), String> {
+    panic::catch_unwind(run).map_err(|cause| {
         cause
             .downcast::<String>()
             .map(|text| *text)
@@ -445,9 +556,18 @@ fn number(name: &str) -> Option<u64> {
 
 #[test]
 fn after_any_crash_every_sector_is_as_new_as_its_last_sync() {
+    all_seeds(DEFAULT_SEEDS, |seed| check(seed, Canary::None, Canary::None));
+}
+
+#[test]
+fn after_any_crash_each_snapshot_is_whole_or_not_there_and_the_space_map_is_exact() {
+    all_seeds(DEFAULT_SEEDS / 2, check_snapshots);
+}
+
+fn all_seeds(default: u64, check: impl Fn(u64) -> Result<(), String>) {
     let seeds = match number("POSTERN_SIM_SEED") {
         Some(seed) => seed..seed + 1,
-        None => 1..1 + number("POSTERN_SIM_SEEDS").unwrap_or(DEFAULT_SEEDS),
+        None => 1..1 + number("POSTERN_SIM_SEEDS").unwrap_or(default),
     };
     let mut failures = Vec::new();
     let hook = panic::take_hook();
@@ -455,7 +575,7 @@ fn after_any_crash_every_sector_is_as_new_as_its_last_sync() {
         panic::set_hook(Box::new(|_| ()));
     }
     for seed in seeds.clone() {
-        if let Err(message) = check(seed, Canary::None, Canary::None) {
+        if let Err(message) = check(seed) {
             failures.push(format!("seed {seed}: {message}"));
         }
     }

@@ -43,6 +43,10 @@ pub(crate) enum Canary {
     NoCarryWait,
     /// The superblock overwrites the last one.
     SameSlot,
+    /// What a snapshot holds is freed.
+    FreeHeld,
+    /// What is written after a snapshot is as old as it.
+    SameBirth,
 }
 
 std::thread_local! {

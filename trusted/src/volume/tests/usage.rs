@@ -1,6 +1,6 @@
 //! The volume as a file: sizes, holes, errors, costs; on a host file that answers at once.
 
-use alloc::{collections::BTreeMap, sync::Arc, vec, vec::Vec};
+use alloc::{collections::BTreeMap, format, sync::Arc, vec, vec::Vec};
 use std::sync::Mutex;
 
 use super::{
@@ -15,7 +15,7 @@ use crate::{
     errno::Errno,
     exec::run_to_end,
     platform::{NoEntropy, Platform},
-    volume::{Chore, FormatOptions, OpenOptions, Volume},
+    volume::{Chore, FormatOptions, Misuse, OpenOptions, Volume, VolumeError},
 };
 
 /// A host file in memory that answers at once.
@@ -428,6 +428,108 @@ fn chores_publish_flush_and_checkpoint_in_their_time() {
     assert_eq!(volume.due(40_000 * ms), Some(Chore::Checkpoint));
     run_to_end(volume.run_chore(&disk, Chore::Checkpoint)).unwrap();
     assert_eq!(volume.due(90_000 * ms), None);
+}
+
+#[test]
+fn a_snapshot_reads_as_when_it_was_made_and_is_refused_what_it_cannot_be() {
+    let disk = made(1 << 22);
+    let volume = reopen(&disk);
+    write(&disk, &volume, 0, &[1; 40_000]).unwrap();
+    let keep = |name: &str| run_to_end(volume.make_snapshot(&disk, name, 77));
+    assert_eq!(keep("one"), Ok(()));
+    assert_eq!(keep("one"), Err(VolumeError::Misuse(Misuse::SnapshotExists)));
+    for name in ["", "a b", "\u{e9}", &"x".repeat(49)] {
+        assert_eq!(keep(name), Err(VolumeError::Misuse(Misuse::SnapshotName)), "{name}");
+    }
+    write(&disk, &volume, 0, &[2; 20_000]).unwrap();
+    run_to_end(volume.truncate(&disk, 30_000)).unwrap();
+    assert_eq!(keep("two"), Ok(()));
+    run_to_end(volume.punch(&disk, 0, 30_000)).unwrap();
+    run_to_end(volume.close(&disk)).unwrap();
+    let held = volume.info().held_blocks;
+    let at = |name: &str| {
+        let options = OpenOptions { read_only: true, ..OpenOptions::default() };
+        let (volume, _) = run_to_end(Volume::open(&disk, &key(), &options)).unwrap();
+        run_to_end(volume.at_snapshot(&disk, name))
+    };
+    let (one, two) = (at("one").unwrap(), at("two").unwrap());
+    assert_eq!((one.size(), two.size()), (1 << 22, 30_000));
+    assert!(read(&disk, &one, 0, 40_001).unwrap() == [vec![1; 40_000], vec![0]].concat());
+    assert!(
+        read(&disk, &two, 0, 40_000).unwrap() == [[2; 20_000].to_vec(), vec![1; 10_000]].concat()
+    );
+    assert_eq!(write(&disk, &one, 0, &[9]), Err(Errno::EROFS));
+    assert_eq!(at("three").err(), Some(VolumeError::Misuse(Misuse::NoSnapshot)));
+
+    let volume = reopen(&disk);
+    let names = |volume: &Volume| -> Vec<_> {
+        let found = run_to_end(volume.snapshots(&disk)).unwrap();
+        found.into_iter().map(|found| (found.name, found.created)).collect()
+    };
+    assert_eq!(names(&volume), [("one".into(), 77), ("two".into(), 77)]);
+    // Blocks 0 to 4 and the tail are only in the first one; so are its leaf and root, and more.
+    let freed = run_to_end(volume.delete_snapshot(&disk, "one")).unwrap();
+    assert!((8..held).contains(&freed), "{freed} of {held}");
+    assert!(read(&disk, &at("two").unwrap(), 0, 1) == Ok(vec![2]));
+    assert!(run_to_end(volume.delete_snapshot(&disk, "two")).unwrap() > 0);
+    assert_eq!((names(&volume), volume.info().held_blocks), (vec![], 0));
+    let gone = run_to_end(volume.delete_snapshot(&disk, "two"));
+    assert_eq!(gone, Err(VolumeError::Misuse(Misuse::NoSnapshot)));
+}
+
+#[test]
+fn a_hundred_snapshots_fill_several_blocks_of_the_table_and_each_can_go() {
+    let disk = made(1 << 20);
+    let volume = reopen(&disk);
+    for n in 0..100_u8 {
+        write(&disk, &volume, 0, &[n; 1]).unwrap();
+        run_to_end(volume.make_snapshot(&disk, &format!("at{n}"), 0)).unwrap();
+    }
+    run_to_end(volume.close(&disk)).unwrap();
+    let volume = reopen(&disk);
+    for n in (0..100_u8).step_by(3) {
+        run_to_end(volume.delete_snapshot(&disk, &format!("at{n}"))).unwrap();
+    }
+    run_to_end(volume.close(&disk)).unwrap();
+    let options = OpenOptions { read_only: true, ..OpenOptions::default() };
+    for n in 0..100_u8 {
+        let (volume, _) = run_to_end(Volume::open(&disk, &key(), &options)).unwrap();
+        match run_to_end(volume.at_snapshot(&disk, &format!("at{n}"))) {
+            Ok(then) => assert_eq!(read(&disk, &then, 0, 1), Ok(vec![n])),
+            Err(_) => assert_eq!(n % 3, 0),
+        }
+    }
+}
+
+#[test]
+fn a_map_that_does_not_fit_the_node_cache_reads_as_written() {
+    let size = 1 << 30;
+    let disk = made(size);
+    let volume = reopen(&disk);
+    volume.limit_cache(0);
+    let spots = |n: u64| n * 0x5555_5555_5555 % (size / 4096) * 4096;
+    for n in 1..700_u64 {
+        write(&disk, &volume, spots(n), &[n as u8; BLOCK]).unwrap();
+    }
+    run_to_end(volume.run_chore(&disk, Chore::Checkpoint)).unwrap();
+    for n in (1..700_u64).rev() {
+        assert!(read(&disk, &volume, spots(n), BLOCK).unwrap() == [n as u8; BLOCK], "spot {n}");
+    }
+}
+
+#[test]
+fn sixteen_tebibytes_open_with_as_few_requests_as_one() {
+    let cost = |size: u64| {
+        let disk = made(size);
+        *disk.calls.lock().unwrap() = (0, 0, 0);
+        let volume = reopen(&disk);
+        let calls = *disk.calls.lock().unwrap();
+        write(&disk, &volume, size - 4096, &[1; BLOCK]).unwrap();
+        run_to_end(volume.close(&disk)).unwrap();
+        assert!(read(&disk, &reopen(&disk), size - 4096, BLOCK).unwrap() == [1; BLOCK]);
+        calls
+    };
+    assert_eq!(cost(1 << 40), cost(1 << 44));
 }
 
 #[test]
