@@ -148,12 +148,10 @@ pub fn verify(args: &VolumeArgs) -> Result<bool, Failure> {
             Ok((disk, volume, report)) => {
                 bytes += volume.size();
                 damage.extend(report.loss.map(|loss| (path.clone(), loss.to_string())));
-                match volume::damaged_ranges(&disk, &volume, |_| {}) {
-                    Ok(ranges) => damage.extend(ranges.into_iter().map(|range| {
-                        (path.clone(), format!("bytes {}..{}", range.start, range.end))
-                    })),
-                    Err(errno) => damage.push((path, errno.to_string())),
-                }
+                let found = volume::read_everything(&disk, &volume);
+                damage.extend(found.into_iter().map(|bad| {
+                    (path.clone(), format!("bytes {}..{}", bad.offset, bad.offset + bad.length))
+                }));
             }
         }
     }

@@ -14,7 +14,7 @@ use postern_trusted::{
     disk::BLOCK,
     errno::Errno,
     exec::run_to_end,
-    sync::Lock,
+    platform::Memory,
     volume::{OpenOptions, SlotKey, Volume},
 };
 use serde_json::json;
@@ -24,7 +24,7 @@ use crate::{
     disk::{Access, FileDisk},
     error::{Exit, Failure},
     key, size,
-    volume::{self, Part, Progress, refused},
+    volume::{self, Progress, refused},
 };
 
 /// Bytes copied at once.
@@ -216,7 +216,7 @@ fn fill(
     let writing = |errno| failed("writing the copy", output, errno);
     copy(disk, snapshot, &args.snapshot.volume.host_file, |at, bytes| {
         let length = bytes.len();
-        let done = run_to_end(copied.write(&to, at, &Part(Lock::new(bytes)))).map_err(writing)?;
+        let done = run_to_end(copied.write(&to, at, &Memory::new(bytes))).map_err(writing)?;
         if done == length { Ok(()) } else { Err(writing(Errno::ENOSPC)) }
     })?;
     run_to_end(copied.truncate(&to, snapshot.size())).map_err(writing)?;

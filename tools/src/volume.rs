@@ -14,9 +14,11 @@ use postern_trusted::{
     disk::{BLOCK, Disk as _, HostError},
     errno::Errno,
     exec::run_to_end,
-    platform::{Buffer, Fault},
-    sync::Lock,
-    volume::{FormatOptions, Misuse, OpenOptions, OpenReport, SlotKey, Volume, VolumeError},
+    platform::Memory,
+    volume::{
+        Damage, FormatOptions, Misuse, OpenOptions, OpenReport, SlotKey, SnapshotInfo, Volume,
+        VolumeError,
+    },
 };
 use serde_json::json;
 
@@ -28,8 +30,6 @@ use crate::{
     key, size,
 };
 
-/// Bytes read at once while verifying.
-const STEP: usize = 1 << 20;
 /// Shortest time between two lines of progress.
 const PROGRESS_EVERY: Duration = Duration::from_millis(200);
 
@@ -282,90 +282,90 @@ pub fn look(args: &VolumeArgs) -> Result<(FileDisk, Volume, OpenReport), Failure
 /// Runs `postern verify`; answers whether the volume is whole.
 ///
 /// # Errors
-/// As [`check`], except that damage is no error here: a journal or superblock that is gone and
-/// each range of data that cannot be read are reported on a line.
+/// As [`check`], except that damage is no error here: a journal or superblock that is gone, each
+/// range of data that cannot be read, in the file and in the snapshots, and a space map that is
+/// not exact are reported on a line.
 pub fn verify(args: &VolumeArgs) -> Result<bool, Failure> {
     if args.host_file.is_dir() {
         return directory_volume::verify(args);
     }
     let (disk, volume, report) = look(args)?;
-    let mut progress = Progress::start(volume.size());
-    let found = damaged_ranges(&disk, &volume, |done| progress.show(done));
-    progress.end();
-    let found = found.map_err(|errno| {
-        Failure::new(
-            Exit::Io,
-            format_args!("reading failed with {errno}"),
-            args.host_file.display(),
-            "see the host's log for the cause",
-        )
-    })?;
-    if args.json {
-        let ranges: Vec<_> = found
-            .iter()
-            .map(|range| json!({ "offset": range.start, "length": range.end - range.start }))
-            .collect();
-        let loss = report.loss.as_ref().map(ToString::to_string);
-        println!("{}", json!({ "size": volume.size(), "damaged": ranges, "loss": loss }));
-    } else {
-        if let Some(loss) = &report.loss {
-            println!("damaged: {loss}");
-        }
-        for range in &found {
-            println!("damaged: bytes {}..{} of the guest's file", range.start, range.end);
-        }
-        let damaged: u64 = found.iter().map(|range| range.end - range.start).sum();
-        if found.is_empty() {
-            println!("whole: {} read", size::show(volume.size()));
-        } else {
-            println!("{} of {} damaged", size::show(damaged), size::show(volume.size()));
-        }
-    }
-    Ok(found.is_empty() && report.loss.is_none())
-}
-
-/// Reads the whole file of the guest; where a part fails, block by block. Answers the ranges of
-/// bytes that cannot be read, joined where they touch.
-///
-/// # Errors
-/// What reading says, other than `EIO`.
-pub fn damaged_ranges(
-    disk: &FileDisk,
-    volume: &Volume,
-    mut progress: impl FnMut(u64),
-) -> Result<Vec<core::ops::Range<u64>>, Errno> {
-    let size = volume.size();
-    let mut found: Vec<core::ops::Range<u64>> = Vec::new();
-    let part = Part(Lock::new(vec![0; STEP]));
-    let block = Part(Lock::new(vec![0; BLOCK]));
-    let mut at = 0;
-    while at < size {
-        let end = (at + STEP as u64).min(size);
-        // A read that meets damage is short, or fails if the damage comes first.
-        let whole = || run_to_end(volume.read(disk, at, &part)) == Ok((end - at) as usize);
-        if !volume.is_hole(at, end - at) && !whole() {
-            for place in (at..end).step_by(BLOCK) {
-                match run_to_end(volume.read(disk, place, &block)) {
-                    Ok(_) => {}
-                    Err(Errno::EIO) => {
-                        let bad = place..(place + BLOCK as u64).min(size);
-                        match found.last_mut().filter(|last| last.end == bad.start) {
-                            Some(last) => last.end = bad.end,
-                            None => found.push(bad),
-                        }
-                    }
-                    Err(errno) => return Err(errno),
-                }
+    let (loss, size) = (report.loss.as_ref().map(ToString::to_string), volume.size());
+    let found = read_everything(&disk, &volume);
+    let space = run_to_end(volume.verify_space(&disk));
+    let (mut snapshots, mut table, mut view) = (Vec::new(), None, volume);
+    match run_to_end(view.snapshots(&disk)) {
+        Ok(list) => {
+            for SnapshotInfo { name, .. } in list {
+                view = run_to_end(view.at_snapshot(&disk, &name))
+                    .map_err(|error| refused(&args.host_file, &error))?;
+                snapshots.push((name, read_everything(&disk, &view)));
             }
         }
-        at = end;
-        progress(at);
+        Err(error) => table = Some(error.to_string()),
     }
-    Ok(found)
+    let whole = loss.is_none()
+        && table.is_none()
+        && found.is_empty()
+        && snapshots.iter().all(|(_, found)| found.is_empty())
+        && space.is_exact();
+    if args.json {
+        let ranges = |found: &[Damage]| -> Vec<_> {
+            let range = |bad: &Damage| json!({ "offset": bad.offset, "length": bad.length });
+            found.iter().map(range).collect()
+        };
+        let snapshots: Vec<_> = snapshots
+            .iter()
+            .map(|(name, found)| json!({ "name": name, "damaged": ranges(found) }))
+            .collect();
+        let answer = json!({
+            "size": size,
+            "damaged": ranges(&found),
+            "loss": loss,
+            "snapshots": snapshots,
+            "snapshot_table": table,
+            "unprotected_blocks": space.unprotected,
+            "twice_used_blocks": space.twice,
+            "leaked_blocks": space.leaked,
+            "unreadable_nodes": space.unreadable,
+        });
+        println!("{answer}");
+        return Ok(whole);
+    }
+    for what in loss.iter().chain(&table) {
+        println!("damaged: {what}");
+    }
+    for bad in &found {
+        println!("damaged: bytes {}..{} of the guest's file", bad.offset, bad.offset + bad.length);
+    }
+    for (name, bad) in
+        snapshots.iter().flat_map(|(name, found)| found.iter().map(move |b| (name, b)))
+    {
+        println!("damaged: bytes {}..{} of snapshot {name}", bad.offset, bad.offset + bad.length);
+    }
+    if !space.is_exact() {
+        println!(
+            "damaged: the space map: {} blocks called free that hold something, {} used twice, {} \
+             lost, {} nodes unreadable",
+            space.unprotected, space.twice, space.leaked, space.unreadable
+        );
+    }
+    let damaged: u64 = found.iter().map(|bad| bad.length).sum();
+    if whole {
+        println!("whole: {} read", size::show(size));
+    } else {
+        println!("{} of {} damaged", size::show(damaged), size::show(size));
+    }
+    Ok(whole)
 }
 
-/// Plain memory as the target of a read.
-pub struct Part(pub Lock<Vec<u8>>);
+/// What of the guest's file cannot be read.
+pub fn read_everything(disk: &FileDisk, volume: &Volume) -> Vec<Damage> {
+    let mut progress = Progress::start(volume.size());
+    let report = run_to_end(volume.verify(disk, |done, _| progress.show(done)));
+    progress.end();
+    report.damaged
+}
 
 /// Reads up to `length` bytes at `offset`.
 ///
@@ -377,27 +377,11 @@ pub fn read(
     offset: u64,
     length: usize,
 ) -> Result<Vec<u8>, Errno> {
-    let part = Part(Lock::new(vec![0; length]));
+    let part = Memory::new(vec![0; length]);
     let done = run_to_end(volume.read(disk, offset, &part))?;
-    let mut bytes = part.0.into_inner();
+    let mut bytes = part.into_inner();
     bytes.truncate(done);
     Ok(bytes)
-}
-
-impl Buffer for Part {
-    fn len(&self) -> usize {
-        self.0.lock().len()
-    }
-
-    fn copy_in(&self, at: usize, out: &mut [u8]) -> Result<(), Fault> {
-        out.copy_from_slice(self.0.lock().get(at..at + out.len()).ok_or(Fault)?);
-        Ok(())
-    }
-
-    fn copy_out(&self, at: usize, data: &[u8]) -> Result<(), Fault> {
-        self.0.lock().get_mut(at..at + data.len()).ok_or(Fault)?.copy_from_slice(data);
-        Ok(())
-    }
 }
 
 /// A line on the terminal that says how far it is; nothing where there is no terminal.

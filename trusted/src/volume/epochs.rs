@@ -161,7 +161,6 @@ impl Volume {
     }
 
     /// Places of all nodes of the table.
-    #[cfg(test)]
     pub(crate) async fn table_places<D: Disk>(&self, disk: &D) -> Result<Vec<u64>, Bad> {
         let mut places = Vec::new();
         self.walk_table(disk, |ptr, _| places.push(ptr.place())).await?;

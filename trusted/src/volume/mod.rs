@@ -75,7 +75,7 @@ pub use self::{
     error::{Misuse, VolumeError},
     slots::{SlotInfo, SlotKey, SlotKind, Stretch},
     snapshots::SnapshotInfo,
-    verify::{Damage, VerifyReport},
+    verify::{Damage, SpaceReport, VerifyReport},
 };
 
 /// How a volume is made.

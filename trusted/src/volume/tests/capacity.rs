@@ -4,13 +4,14 @@ use alloc::{format, sync::Arc, vec, vec::Vec};
 
 use super::{
     audit,
-    crash::{Bytes, formatted, key, open, read_all, tiny},
+    crash::{formatted, key, open, read_all, tiny},
     disk::{Rng, SimDisk},
     nonces,
     run::Runner,
 };
 use crate::{
     disk::BLOCK,
+    platform::Memory,
     volume::{
         OpenOptions, Resized, Volume, VolumeError,
         layout::{FANOUT, Geometry},
@@ -62,7 +63,7 @@ impl Sut {
             let (disk, volume) = (self.disk(), volume.clone());
             let written = self
                 .runner
-                .block_on(async move { volume.write(&disk, at as u64, &Bytes::new(data)).await });
+                .block_on(async move { volume.write(&disk, at as u64, &Memory::new(data)).await });
             assert_eq!(written, Ok(BLOCK));
         }
         let disk = self.disk();

@@ -5,7 +5,7 @@ use std::sync::Mutex;
 
 use super::{
     audit,
-    crash::{Bytes, formatted, key, open, tiny},
+    crash::{formatted, key, open, tiny},
     disk::SimDisk,
     nonces,
     run::Runner,
@@ -14,7 +14,7 @@ use crate::{
     disk::{BLOCK, Block, Disk, HostError, Transfer},
     errno::Errno,
     exec::run_to_end,
-    platform::{NoEntropy, Platform},
+    platform::{Memory, NoEntropy, Platform},
     volume::{Chore, FormatOptions, Misuse, OpenOptions, Volume, VolumeError},
 };
 
@@ -125,13 +125,13 @@ fn reopen(disk: &MemDisk) -> Volume {
 }
 
 fn write(disk: &MemDisk, volume: &Volume, offset: u64, bytes: &[u8]) -> Result<usize, Errno> {
-    run_to_end(volume.write(disk, offset, &Bytes::new(bytes.to_vec())))
+    run_to_end(volume.write(disk, offset, &Memory::new(bytes.to_vec())))
 }
 
 fn read(disk: &MemDisk, volume: &Volume, offset: u64, len: usize) -> Result<Vec<u8>, Errno> {
-    let buffer = Bytes::new(vec![0x55; len]);
+    let buffer = Memory::new(vec![0x55; len]);
     let done = run_to_end(volume.read(disk, offset, &buffer))?;
-    let mut bytes = buffer.take();
+    let mut bytes = buffer.into_inner();
     bytes.truncate(done);
     Ok(bytes)
 }
@@ -168,7 +168,7 @@ fn what_a_shrink_cut_off_reads_as_zeros_after_growing() {
     write(&disk, &volume, 0, &[3; 1 << 16]).unwrap();
     run_to_end(volume.truncate(&disk, 10_001)).unwrap();
     assert_eq!(volume.size(), 10_001);
-    assert_eq!(run_to_end(volume.append(&disk, &Bytes::new(vec![4; 5]))), Ok(5));
+    assert_eq!(run_to_end(volume.append(&disk, &Memory::new(vec![4; 5]))), Ok(5));
     run_to_end(volume.truncate(&disk, 1 << 16)).unwrap();
     let mut expected = vec![0; 1 << 16];
     expected[..10_001].fill(3);
@@ -373,7 +373,7 @@ fn a_full_volume_keeps_taking_overwrites_without_any_chores() {
         for round in 0..40_u64 {
             for n in 0..tiny().capacity {
                 let block = n * 37 % tiny().capacity;
-                let bytes = Bytes::new(vec![(block + round) as u8; BLOCK]);
+                let bytes = Memory::new(vec![(block + round) as u8; BLOCK]);
                 volume.write(&disk, block * 4096, &bytes).await.unwrap();
             }
         }
@@ -543,9 +543,49 @@ fn verify_counts_what_is_there() {
     assert!(calls > 0);
 }
 
+#[test]
+fn verify_names_each_damaged_block_and_no_other() {
+    let (disk, volume) = overwritten(40);
+    run_to_end(volume.close(&disk)).unwrap();
+    let blocks = disk.blocks.lock().unwrap().clone();
+    let open = || {
+        let options = OpenOptions { read_only: true, ..OpenOptions::default() };
+        run_to_end(Volume::open(&disk, &key(), &options)).unwrap().0
+    };
+    assert!(run_to_end(open().verify_space(&disk)).is_exact());
+    let (mut data, mut nodes) = (0, 0);
+    for place in open().geometry.reserve_start..disk.size {
+        let Some(block) = blocks.get(&place) else { continue };
+        let mut altered = *block;
+        altered[77] ^= 1;
+        disk.blocks.lock().unwrap().insert(place, altered);
+        let volume = open();
+        let damaged = run_to_end(volume.verify(&disk, |_, _| {})).damaged;
+        let space = run_to_end(volume.verify_space(&disk));
+        disk.blocks.lock().unwrap().insert(place, *block);
+        match damaged[..] {
+            [] => nodes += u64::from(space.unreadable > 0),
+            [bad] if bad.length == 4096 => {
+                data += 1;
+                assert!(bad.offset < 40 * 4096 && bad.host.is_none());
+                assert!(space.is_exact(), "{space:?}");
+            }
+            // The leaf or a node above it: all its blocks.
+            [bad] => {
+                nodes += 1;
+                assert!(bad.offset == 0 && bad.length >= 40 * 4096);
+                assert!(space.unreadable == 1 && space.leaked > 0, "{space:?}");
+            }
+            _ => panic!("{damaged:?}"),
+        }
+    }
+    assert_eq!(data, 40, "each block lies in one place");
+    assert!(nodes >= 3);
+}
+
 /// The embedder runs these on several threads.
 #[allow(dead_code)]
-fn every_future_is_send(disk: &MemDisk, volume: &Volume, buffer: &Bytes) {
+fn every_future_is_send(disk: &MemDisk, volume: &Volume, buffer: &Memory) {
     fn send<T: Send>(_: T) {}
     send(volume.read(disk, 0, buffer));
     send(volume.write(disk, 0, buffer));
