@@ -14,6 +14,7 @@ use super::{
     OpenOptions, SlotKey, Volume,
     checkpoint::Merged,
     error::{Misuse, VolumeError},
+    format::warm_slots,
     layout::{BLOCK_BYTES, FANOUT, FANOUT_BITS, Geometry, Ptr, REGION, child, levels},
     recovery::failed,
     spacemap,
@@ -99,6 +100,7 @@ impl Volume {
         if volume.read_only() {
             return Err(VolumeError::NotWritable);
         }
+        warm_slots(disk, &geometry, old.regions()).await?;
         let size = if full { geometry.capacity * BLOCK_BYTES } else { before.size };
         let size = volume.reshape(disk, before, &old, size).await?;
         let host_blocks = geometry.host_blocks;

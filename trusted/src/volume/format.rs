@@ -8,7 +8,8 @@ use super::{
     error::VolumeError,
     header::{self, Fresh, HeaderBytes},
     layout::{
-        BLOCK_BYTES, Geometry, HEADER_BLOCKS, HEADERS, Order, Ptr, RING_START, SUPERBLOCKS, levels,
+        BLOCK_BYTES, Geometry, HEADER_BLOCKS, HEADERS, Order, Ptr, REGION, RING_START, SPACE_SLOTS,
+        SUPERBLOCKS, levels,
     },
     slots::{NewSlot, Stretch},
     snapshots::Held,
@@ -18,6 +19,8 @@ use crate::disk::{BLOCK, Block, Disk, HostError, Transfer};
 
 /// Blocks of one host request while formatting.
 const STEP: usize = 32;
+/// Regions whose slots of the space map are written at once: 512 GiB of the host file.
+const WARM_REGIONS: u64 = 4096;
 
 /// Writes `count` blocks of zeros from `place` on.
 async fn zeroes<D: Disk>(disk: &D, place: u64, count: u64) -> Result<(), VolumeError> {
@@ -46,6 +49,21 @@ pub(crate) async fn write_blocks<D: Disk>(
     transfer.write(place, blocks.len()).await.map_err(failed)
 }
 
+/// Writes the space map's slots of regions from `first` on, so that a full host cannot keep a
+/// checkpoint from writing them: those of the first [`WARM_REGIONS`], not to take longer than the
+/// journal does.
+pub(crate) async fn warm_slots<D: Disk>(
+    disk: &D,
+    geometry: &Geometry,
+    first: u64,
+) -> Result<(), VolumeError> {
+    for region in first..geometry.regions().min(WARM_REGIONS) {
+        let start = region * REGION;
+        zeroes(disk, start, SPACE_SLOTS.min(geometry.host_blocks - start)).await?;
+    }
+    Ok(())
+}
+
 /// Whether a volume of this geometry can lie on this disk.
 fn check<D: Disk>(disk: &D, geometry: Geometry) -> Result<Geometry, VolumeError> {
     let geometry = geometry.check()?;
@@ -68,6 +86,7 @@ pub(crate) async fn format<D: Disk>(
     // written, so that they are warm and have their space on the host.
     zeroes(disk, 0, RING_START).await?;
     zeroes(disk, geometry.ring_start, geometry.ring_blocks + geometry.reserve_blocks).await?;
+    warm_slots(disk, &geometry, 1).await?;
     format_fresh(disk, key, geometry, size).await
 }
 
@@ -168,7 +187,8 @@ impl Volume {
     /// Makes a volume in the host file behind `disk`, whatever is there: everything in it is lost.
     ///
     /// The file must already have [`Self::host_blocks`] blocks. Writes the fixed structures only;
-    /// the time it takes does not depend on the size beyond a journal of at most 126 MiB.
+    /// the time it takes does not depend on the size beyond a journal of at most 126 MiB and as much of
+    /// the space map.
     ///
     /// # Errors
     /// [`VolumeError::Misuse`], [`VolumeError::HostFileShort`], [`VolumeError::Host`],

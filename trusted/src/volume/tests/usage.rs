@@ -1,6 +1,12 @@
 //! The volume as a file: sizes, holes, errors, costs; on a host file that answers at once.
 
-use alloc::{collections::BTreeMap, format, sync::Arc, vec, vec::Vec};
+use alloc::{
+    collections::{BTreeMap, BTreeSet},
+    format,
+    sync::Arc,
+    vec,
+    vec::Vec,
+};
 use std::sync::Mutex;
 
 use super::{
@@ -25,6 +31,8 @@ struct MemDisk {
     calls: Arc<Mutex<(u64, u64, u64)>>,
     /// A place that cannot be read.
     bad: Arc<Mutex<Option<u64>>>,
+    /// Places that were written, and how many more the host has room for.
+    warm: Arc<Mutex<(BTreeSet<u64>, u64)>>,
     size: u64,
     seed: Arc<Mutex<u64>>,
 }
@@ -101,6 +109,16 @@ impl Transfer for MemTransfer {
 
     async fn write(&mut self, place: u64, count: usize) -> Result<(), HostError> {
         self.0.calls.lock().unwrap().1 += count as u64;
+        {
+            let mut warm = self.0.warm.lock().unwrap();
+            let places = place..place + count as u64;
+            let cold = places.clone().filter(|place| !warm.0.contains(place)).count() as u64;
+            if cold > warm.1 {
+                return Err(HostError::Errno(28));
+            }
+            warm.1 -= cold;
+            warm.0.extend(places);
+        }
         let mut blocks = self.0.blocks.lock().unwrap();
         for (i, block) in (0..).zip(&self.1[..count]) {
             if *block == [0; BLOCK] {
@@ -115,7 +133,8 @@ impl Transfer for MemTransfer {
 
 fn made(size: u64) -> MemDisk {
     nonces::reset();
-    let disk = MemDisk { size: Volume::host_blocks(size), ..MemDisk::default() };
+    let warm = Arc::new(Mutex::new((BTreeSet::new(), u64::MAX)));
+    let disk = MemDisk { size: Volume::host_blocks(size), warm, ..MemDisk::default() };
     run_to_end(Volume::format(&disk, &key(), &FormatOptions { size })).unwrap();
     disk
 }
@@ -383,6 +402,44 @@ fn a_full_volume_keeps_taking_overwrites_without_any_chores() {
     assert!(volume.counters().checkpoints > 10);
     let disk = runner.disk.clone();
     runner.block_on(audit::audit(disk, volume)).unwrap();
+}
+
+/// The host's file system is full at some point of a first fill: what was acknowledged reads, and
+/// everything can be deleted and written down.
+#[test]
+fn a_full_host_refuses_writes_and_lets_everything_be_read_and_deleted() {
+    let size = 160 << 20;
+    for room in [0, 40, 2_000, 24_000, 24_700, 33_000] {
+        let disk = made(size);
+        disk.warm.lock().unwrap().1 = room;
+        let volume = reopen(&disk);
+        let (mut written, chunk) = (0, 64 * BLOCK);
+        let refused = loop {
+            let byte = (written / chunk as u64 % 250) as u8 + 1;
+            match write(&disk, &volume, written, &vec![byte; chunk]) {
+                Ok(done) => written += done as u64,
+                Err(errno) => break errno,
+            }
+            if let Some(chore) = volume.due(1) {
+                let _ = run_to_end(volume.run_chore(&disk, chore));
+            }
+        };
+        assert_eq!(refused, Errno::ENOSPC, "room {room}");
+        disk.warm.lock().unwrap().1 = 0;
+        assert_eq!(run_to_end(volume.sync(&disk)), Ok(()), "room {room}");
+        for at in (0..written).step_by(chunk) {
+            let byte = (at / chunk as u64 % 250) as u8 + 1;
+            let length = chunk.min((written - at) as usize);
+            assert!(read(&disk, &volume, at, length) == Ok(vec![byte; length]), "room {room}");
+        }
+        assert_eq!(run_to_end(volume.close(&disk)), Ok(()), "room {room}");
+        let volume = reopen(&disk);
+        assert_eq!(run_to_end(volume.punch(&disk, 0, size)), Ok(()), "room {room}");
+        assert_eq!(run_to_end(volume.close(&disk)), Ok(()), "room {room}");
+        let volume = reopen(&disk);
+        assert!(run_to_end(volume.verify_space(&disk)).is_exact());
+        assert!(volume.is_hole(0, size) || run_to_end(volume.verify(&disk, |_, _| {})).intact == 0);
+    }
 }
 
 #[test]
