@@ -182,8 +182,10 @@ fn restrict_paths(options: &Options) -> Result<RulesetStatus, RulesetError> {
             rules = allow(rules, Path::new(path), file | make)?;
         }
     }
-    // The number of processors, to read the probes' maps.
-    rules = allow(rules, Path::new("/sys/devices/system/cpu"), AccessFs::ReadFile.into())?;
+    // The number of processors, to read the probes' maps, and what the probes cost.
+    for facts in ["/sys/devices/system/cpu", "/proc/self/fdinfo"] {
+        rules = allow(rules, Path::new(facts), AccessFs::ReadFile.into())?;
+    }
     // The control socket goes at the end; so may what else lies there.
     let socket = options.socket.parent().filter(|parent| !parent.as_os_str().is_empty());
     rules = allow(rules, socket.unwrap_or(Path::new(".")), AccessFs::RemoveFile.into())?;

@@ -84,6 +84,10 @@ fn only_what_the_operator_allowed_is_opened() {
                 std::fs::OpenOptions::new().read(true).write(true).open(allowed).unwrap();
             opened.write_all(b"changed").unwrap();
         }
+        // What the probes cost, and how many processors wrote to their maps.
+        for facts in ["/proc/self/fdinfo/0", "/sys/devices/system/cpu/possible"] {
+            assert!(!std::fs::read(facts).unwrap().is_empty(), "{facts}");
+        }
         for refused in [other.as_path(), Path::new("/etc/passwd"), Path::new("/proc/self/environ")]
         {
             assert_eq!(errno(std::fs::File::open(refused)), Errno::ACCESS, "{}", refused.display());
