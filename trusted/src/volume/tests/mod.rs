@@ -8,9 +8,11 @@ mod canaries;
 mod capacity;
 mod crash;
 mod disk;
+mod memory;
 mod model;
 mod run;
 mod slots;
+mod space;
 mod tamper;
 mod usage;
 

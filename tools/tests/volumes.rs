@@ -1,0 +1,60 @@
+//! `format`, `snapshot`, `resize`, `info`, `verify` of the built command, on a volume that nobody has
+//! open. Through the page cache, so that any file system will do.
+
+use std::{path::Path, process::Command};
+
+use serde_json::Value;
+
+/// Runs the command; its exit code and what it printed.
+fn postern(directory: &Path, arguments: &str) -> (i32, String, String) {
+    let done = Command::new(env!("CARGO_BIN_EXE_postern"))
+        .args(arguments.split_whitespace())
+        .args(["--allow-buffered", "--json"])
+        .current_dir(directory)
+        .output()
+        .expect("the command runs");
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("it speaks UTF-8");
+    (done.status.code().unwrap_or(-1), text(done.stdout), text(done.stderr))
+}
+
+/// As [`postern`], for what must succeed; its answer.
+fn answer(directory: &Path, arguments: &str) -> Value {
+    let (code, out, err) = postern(directory, arguments);
+    assert_eq!(code, 0, "postern {arguments}: {err}");
+    serde_json::from_str(&out).expect("it answers as JSON")
+}
+
+#[test]
+fn a_volume_is_resized_and_kept_and_copied_and_stays_whole() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let at = directory.path();
+    answer(at, "format v --size 8M");
+    answer(at, "snapshot create v first");
+    assert_eq!(postern(at, "snapshot create v first").0, 64);
+    assert_eq!(answer(at, "resize v --size 32M")["size"], 32 << 20);
+    let (code, _, why) = postern(at, "resize v --size 4M");
+    assert_eq!((code, why.contains("snapshots")), (64, true), "{why}");
+    let listed = answer(at, "snapshot list v");
+    assert_eq!(listed["snapshots"][0]["name"], "first");
+    assert_eq!(listed["snapshots"][0]["size"], 8 << 20);
+
+    answer(at, "snapshot export v first copy");
+    assert_eq!(answer(at, "info copy")["size"], 8 << 20);
+    answer(at, "snapshot export v first plain --plain");
+    assert_eq!(std::fs::read(at.join("plain")).expect("it is there"), vec![0; 8 << 20]);
+    assert_eq!(postern(at, "snapshot export v first plain --plain").0, 64, "over nothing");
+    assert_eq!(postern(at, "snapshot export v none other").0, 64);
+    assert!(!at.join("other").exists() && !at.join("other.key").exists());
+
+    assert_eq!(postern(at, "snapshot delete v none").0, 64);
+    answer(at, "snapshot delete v first");
+    let host = |answer: &Value| answer["host_bytes"].as_u64();
+    let resized = answer(at, "resize v --size 4M");
+    let length = std::fs::metadata(at.join("v")).expect("it is there").len();
+    assert_eq!(host(&resized), Some(length), "the host file is cut off");
+    assert_eq!(host(&answer(at, "info v")), Some(length));
+    let whole = answer(at, "verify v");
+    assert_eq!((&whole["size"], &whole["leaked_blocks"]), (&Value::from(4 << 20), &Value::from(0)));
+    assert_eq!(postern(at, "resize v --size 4097").0, 64);
+    assert_eq!(postern(at, "resize v --size 100T").0, 64);
+}
