@@ -12,6 +12,7 @@
 //! recovers), instead of leaving others waiting for ever.
 
 mod opening;
+mod removal;
 
 use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::Arc;
@@ -114,6 +115,8 @@ struct Slot {
     state: State,
     /// Open files and requests in flight.
     users: usize,
+    /// The guest removed it and nobody has created it anew.
+    removed: bool,
 }
 
 /// A volume that the family has open.
@@ -514,7 +517,7 @@ impl Family {
 
 impl Entry {
     fn new(source: Source) -> Self {
-        Self { source, slot: Lock::new(Slot { state: State::Closed, users: 0 }) }
+        Self { source, slot: Lock::new(Slot { state: State::Closed, users: 0, removed: false }) }
     }
 }
 

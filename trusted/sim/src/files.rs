@@ -197,16 +197,13 @@ fn is_guest_of_its_parents_memory() -> bool {
     identity::process_id() != sys::getpid()
 }
 
-/// open(2) of volume `index`. Creation bits are as on a file that exists.
+/// open(2) of volume `index`: a file that exists, unless it was removed in this run.
 ///
 /// # Errors
-/// `EEXIST`, `ENOTDIR` for flags that do not fit a file that exists; `EACCES` in a vfork child;
-/// `EMFILE`, `ENFILE`, `ENOMEM`; what opening the volume says.
+/// `EEXIST`, `ENOTDIR` for flags that do not fit a file that exists, `ENOENT` for a removed one;
+/// `EACCES` in a vfork child; `EMFILE`, `ENFILE`, `ENOMEM`; what opening the volume says.
 pub fn open(index: usize, flags: i32) -> Result<i32, Errno> {
-    let is_path = flags & libc::O_PATH != 0;
-    if !is_path && flags & (libc::O_CREAT | libc::O_EXCL) == libc::O_CREAT | libc::O_EXCL {
-        return Err(Errno::EEXIST);
-    }
+    family::family().ok_or(Errno::ENOENT)?.admit(index, flags)?;
     if flags & libc::O_DIRECTORY != 0 {
         return Err(Errno::ENOTDIR);
     }
@@ -214,6 +211,19 @@ pub fn open(index: usize, flags: i32) -> Result<i32, Errno> {
         return Err(Errno::EACCES);
     }
     install(runtime::open_volume(index)?, None, flags)
+}
+
+/// unlink(2) of volume `index`.
+///
+/// # Errors
+/// `EBUSY` while a process of the family has it open, or looks at it; `EACCES` in a vfork child;
+/// `ENOENT`, `EIO`.
+pub fn remove(index: usize) -> Result<(), Errno> {
+    if is_guest_of_its_parents_memory() {
+        return Err(Errno::EACCES);
+    }
+    attributes::let_go();
+    family::family().ok_or(Errno::ENOENT)?.remove(index)
 }
 
 /// Gives an open volume a descriptor; with a `listing` it is a directory's. Its user passes to the

@@ -260,6 +260,7 @@ static HELD: Lock<Held> = Lock::new([const { None }; VOLUMES]);
 /// # Errors
 /// What opening it says.
 pub fn hold(index: usize) -> Result<Arc<OpenVolume>, Errno> {
+    family::family().ok_or(Errno::ENOENT)?.admit(index, 0)?;
     let me = identity::process_id();
     if let Some(Some((owner, volume))) = HELD.lock().get(index)
         && *owner == me
