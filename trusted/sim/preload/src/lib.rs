@@ -24,6 +24,7 @@ mod guest_paths;
 mod limits;
 mod listing;
 mod mapping;
+mod moving;
 mod namespace;
 mod next;
 mod open;
