@@ -369,11 +369,16 @@ impl Family {
         }
     }
 
-    /// One more user of an open volume (a request in flight).
-    pub fn retain(&self, volume: &OpenVolume) {
-        if let Some(entry) = self.entry(volume.index) {
-            entry.slot.lock().users += 1;
-        }
+    /// One more user of a volume, for a job in the background; `false` if it is not open, or about
+    /// to be closed because nobody uses it. Ends with [`Self::release`].
+    #[must_use]
+    pub fn retain(&self, volume: &OpenVolume) -> bool {
+        let Some(entry) = self.entry(volume.index) else { return false };
+        let mut slot = entry.slot.lock();
+        let in_use = slot.users > 0
+            && matches!(&slot.state, State::Open(open) if core::ptr::eq(&raw const **open, volume));
+        slot.users += usize::from(in_use);
+        in_use
     }
 
     /// One user less; `true` if it was the last: the caller closes with [`Self::close`].

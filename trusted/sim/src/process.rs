@@ -32,7 +32,7 @@ use crate::{
     host::Work,
     identity, inheritance, inside,
     link::Link,
-    message, service,
+    message, runtime, service,
     spin::Spinner,
     sys,
     wait::{self, Place, Signals, Sleepers, WaitEnd},
@@ -404,7 +404,16 @@ impl Process {
         let mut started = false;
         for volume in family.open_volumes() {
             let Some(chore) = volume.volume.due(now) else { continue };
-            let Ok(disk) = self.disk(&volume) else { continue };
+            // A volume that is about to be closed needs no chores; during one it must not be.
+            if !family.retain(&volume) {
+                volume.volume.decline(chore);
+                continue;
+            }
+            let Ok(disk) = self.disk(&volume) else {
+                volume.volume.decline(chore);
+                runtime::close_volume(&volume);
+                continue;
+            };
             started = true;
             self.executor.spawn(async move {
                 if let Err(errno) = volume.volume.run_chore(&disk, chore).await {
@@ -422,6 +431,7 @@ impl Process {
             woken: AtomicBool::new(true),
             process: self.id,
             sleepers: self.sleepers.clone(),
+                runtime::close_volume(&volume);
         });
         let waker = Waker::from(flag.clone());
         let mut context = Context::from_waker(&waker);
