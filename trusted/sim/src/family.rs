@@ -22,7 +22,7 @@ use crate::{
     arena,
     config::{self, RunConfig, VolumeConfig},
     directory::{Directory, Member},
-    files::{self, locks::Locks},
+    files::{self, attributes::Changes, locks::Locks},
     identity,
     inheritance::Inheritance,
     message,
@@ -52,6 +52,8 @@ pub struct Family {
     pub inheritance: Inheritance,
     /// `aio-nr`: what the AIO contexts of all processes of the family were made for.
     pub aio_nr: AtomicU64,
+    /// When each volume of the run file was last changed.
+    pub changes: Changes,
     processes: Lock<Vec<&'static Process>>,
 }
 
@@ -227,6 +229,7 @@ impl Family {
             locks: Locks::new(),
             inheritance: Inheritance::new(),
             aio_nr: AtomicU64::new(0),
+            changes: Changes::new(first_index),
             processes: Lock::new(Vec::with_capacity(64)),
         }
     }
