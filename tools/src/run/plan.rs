@@ -7,15 +7,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use postern_sim::config::MOST_VOLUMES;
+
 use crate::{
     cli::RunArgs,
     error::{Exit, Failure},
     key,
     run::{parts, program},
 };
-
-/// Most volumes of one run.
-const MOST_VOLUMES: usize = 256;
 
 /// One protected file.
 #[derive(Debug, PartialEq, Eq)]

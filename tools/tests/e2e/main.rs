@@ -12,6 +12,7 @@ mod full;
 mod kill;
 mod launcher;
 mod matrix;
+mod members;
 mod memory;
 mod programs;
 mod refusals;

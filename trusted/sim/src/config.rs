@@ -4,6 +4,8 @@ use serde::{Deserialize, Serialize};
 
 /// Environment variable that names the run file.
 pub const RUN_VARIABLE: &str = "POSTERN_RUN";
+/// Most protected files and directories of a run.
+pub const MOST_VOLUMES: usize = 256;
 
 /// Content of the run file (JSON).
 #[derive(Clone, Debug, Deserialize, Serialize)]

@@ -11,6 +11,7 @@ pub mod directory;
 pub mod family;
 pub mod files;
 pub mod guest;
+pub mod heir;
 pub mod host;
 pub mod identity;
 pub mod image;

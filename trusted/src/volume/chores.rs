@@ -206,13 +206,18 @@ impl Volume {
             Chore::Flush => self.sync_to(disk, stamp, queued).await,
             Chore::Checkpoint => self.checkpoint(disk, false, true).await,
         };
+        self.decline(chore);
+        result
+    }
+
+    /// Gives back a chore that [`Self::due`] gave, not run: it is due again after its time.
+    pub fn decline(&self, chore: Chore) {
         let timers = &mut self.core.lock().timers;
         match chore {
             Chore::Publish => (timers.publish_claimed, timers.pending_since) = (false, None),
             Chore::Flush => (timers.flush_claimed, timers.dirty_since) = (false, None),
             Chore::Checkpoint => (timers.checkpoint_claimed, timers.idle_since) = (false, None),
         }
-        result
     }
 
     /// Waits for all writes, writes everything down, and marks the volume as cleanly closed.
