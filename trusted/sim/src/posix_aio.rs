@@ -152,7 +152,7 @@ impl Request {
         }
         let buffer = self.buffer.as_ref().map_err(|errno| *errno)?;
         if reads {
-            if !file.admits_read(offset, buffer)? {
+            if !file.admits_read(offset, buffer).await? {
                 return Ok(0);
             }
             let disk = process.disk_for_guest(file.volume(), wait::now_ns())?;
