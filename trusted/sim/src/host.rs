@@ -452,7 +452,8 @@ impl OpenFile {
     ) -> Result<usize, Errno> {
         let volume = &self.volume().volume;
         if !write {
-            return volume.read(disk, offset, buffer).await;
+            let moved = volume.read(disk, offset, buffer).await?;
+            return self.end_read(offset, buffer, moved);
         }
         let length = if flags.append() {
             volume.append(disk, buffer).await?

@@ -235,9 +235,8 @@ pub fn let_in(mask: u64) -> bool {
     let (now, mask_at) = ((&raw const now) as usize, (&raw const mask) as usize);
     // The mask is in force for the guest's handlers too, which may be deferred.
     // SAFETY: both objects live through the call; no descriptors; the kernel's sigset is 8 bytes.
-    let answer = unsafe {
-        inside::interruptible(libc::SYS_ppoll, [0, 0, now, mask_at, 8, 0], Some(mask))
-    };
+    let answer =
+        unsafe { inside::interruptible(libc::SYS_ppoll, [0, 0, now, mask_at, 8, 0], Some(mask)) };
     answer == Err(Errno::EINTR)
 }
 

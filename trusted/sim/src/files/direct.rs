@@ -14,7 +14,7 @@
 
 use postern_trusted::{
     errno::Errno,
-    platform::{self, Buffer as _},
+    platform::{self, Buffer, Fault},
     port::LaneFile,
 };
 
@@ -128,6 +128,28 @@ impl OpenFile {
             at = run;
         }
         Ok(())
+    }
+
+    /// What a read answers that moved `moved` bytes from `offset` on. With `O_DIRECT` it goes on
+    /// to its end behind the end of the file: with zeros, which do not count.
+    ///
+    /// # Errors
+    /// `EFAULT`: there is no memory for the zeros.
+    pub fn end_read(
+        &self,
+        offset: u64,
+        buffer: &impl Buffer,
+        moved: usize,
+    ) -> Result<usize, Errno> {
+        let ended = moved > 0 && offset.saturating_add(moved as u64) >= self.volume.size();
+        if self.direct() && ended {
+            let zeros = [0; PAGE as usize];
+            for at in (moved..buffer.len()).step_by(zeros.len()) {
+                let part = &zeros[..zeros.len().min(buffer.len() - at)];
+                buffer.copy_out(at, part).map_err(|Fault| Errno::EFAULT)?;
+            }
+        }
+        Ok(moved)
     }
 
     /// Whether the block at `offset` is a hole, or lies beyond the end. Reads the map if need be.

@@ -137,7 +137,10 @@ impl OpenFile {
         } else {
             self.has_something(offset, buffer)
         };
-        if admitted? { self.volume.read(offset, buffer) } else { Ok(0) }
+        if !admitted? {
+            return Ok(0);
+        }
+        self.end_read(offset, buffer, self.volume.read(offset, buffer)?)
     }
 
     fn has_something(&self, offset: u64, buffer: &GuestBuffer) -> Result<bool, Errno> {
