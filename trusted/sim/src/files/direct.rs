@@ -2,24 +2,23 @@
 //!
 //! As Linux 6.18 answers on ext4 (iomap) over a device with sectors of 512 bytes that takes memory
 //! in steps of 512 (`logical_block_size` 512, `dma_alignment` 511 in /sys/block/*/queue): the file
-//! is gone through in runs of data and of holes. A read finds nothing wrong with a hole. A run of
-//! data must begin and end at a sector of the file. Its memory, pieces that follow each other
+//! is gone through in runs of data and of holes. A read finds nothing wrong with a hole. Any other
+//! run must begin and end at a sector of the file. Its memory, pieces that follow each other
 //! without a gap taken as one, must begin and end at a sector too, unless all of it is one piece
 //! inside one page: that the block layer does not look at. Where memory is missing the rule holds
 //! for what lies before.
 //!
 //! Linux decides by extent, so two extents side by side are two runs there and one here: a write
 //! that is refused may have been done in part on ext4, and is not done here.
-#![allow(unsafe_code)]
 
 use postern_trusted::{
     errno::Errno,
-    platform::{self, Buffer, Fault},
+    platform::{self, Buffer, Fault, Memory},
     port::LaneFile,
 };
 
 use super::OpenFile;
-use crate::guest::{Guest, GuestBuffer};
+use crate::guest::Guest;
 
 /// Alignment that `O_DIRECT` asks of offset, address and length, in bytes.
 pub const DIRECT_ALIGNMENT: u64 = 512;
@@ -112,17 +111,13 @@ impl OpenFile {
         let end = offset.saturating_add(transfer.length());
         let mut at = offset;
         while at < end {
-            // No part of a write is a hole.
-            let hole = !write && self.is_hole_at(disk, at).await?;
-            let mut run = end;
-            if !write {
-                run = next_block(at).min(end);
-                while run < end && self.is_hole_at(disk, run).await? == hole {
-                    run = next_block(run).min(end);
-                }
+            let hole = self.is_hole_at(disk, at).await?;
+            let mut run = next_block(at).min(end);
+            while run < end && self.is_hole_at(disk, run).await? == hole {
+                run = next_block(run).min(end);
             }
             let at_sectors = (at | run).is_multiple_of(DIRECT_ALIGNMENT);
-            if !hole && !(at_sectors && transfer.is_taken(at - offset, run - offset)) {
+            if (write || !hole) && !(at_sectors && transfer.is_taken(at - offset, run - offset)) {
                 return Err(Errno::EINVAL);
             }
             at = run;
@@ -158,10 +153,8 @@ impl OpenFile {
         let start = offset - offset % PAGE;
         if !volume.is_hole(start, PAGE) {
             // Data, or not known: what was read is.
-            let mut byte = 0_u8;
-            let buffer = GuestBuffer::single((&raw mut byte) as u64, 1)?;
-            debug_assert_eq!(buffer.len(), 1);
-            volume.read(disk, start, &buffer).await?;
+            let byte = Memory::new(vec![0]);
+            volume.read(disk, start, &byte).await?;
         }
         Ok(volume.is_hole(start, PAGE))
     }
