@@ -35,7 +35,7 @@ enum Task {
     /// Run the end-to-end tests alone, on the parts that were built last
     E2e,
     /// Native AIO inside against the kernel's, case by case; run `build` first
-    Conformance,
+    Conformance(test::Conformance),
     /// Measure against raw I/O, in interleaved pairs
     Bench(bench::Options),
     /// Build the release parts side by side in target/release
@@ -52,7 +52,7 @@ fn main() -> ExitCode {
         Task::Demo => demo::all(&tree),
         Task::Test => test::all(&tree),
         Task::E2e => test::end_to_end(&tree),
-        Task::Conformance => test::conformance(&tree),
+        Task::Conformance(options) => test::conformance(&tree, &options),
         Task::Bench(options) => bench::all(&tree, &options),
         Task::Build => build::all(&tree),
         Task::Check => check::all(&tree),

@@ -13,6 +13,7 @@
 #![allow(unsafe_code)]
 
 pub mod attributes;
+pub mod direct;
 pub mod io;
 pub mod locks;
 pub mod path;
@@ -31,7 +32,7 @@ use crate::{
     runtime::{self, OpenVolume},
     sys,
 };
-pub use io::DIRECT_ALIGNMENT;
+pub use direct::DIRECT_ALIGNMENT;
 pub use placeholder::text;
 pub use table::Kind;
 use table::Table;

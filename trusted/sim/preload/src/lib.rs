@@ -21,6 +21,7 @@ mod data;
 mod descriptors;
 mod exec;
 mod guest_paths;
+mod hiding;
 mod limits;
 mod listing;
 mod mapping;
