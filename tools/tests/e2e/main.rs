@@ -13,6 +13,7 @@ mod kill;
 mod launcher;
 mod matrix;
 mod memory;
+mod reader;
 mod refusals;
 mod sight;
 mod tamper;

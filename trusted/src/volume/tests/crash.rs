@@ -142,6 +142,8 @@ struct Sim {
     plan: Plan,
     runner: Runner,
     model: Arc<Mutex<Model>>,
+    /// What each crash left on the host.
+    left: Vec<Image>,
 }
 
 impl Sim {
@@ -182,7 +184,7 @@ impl Sim {
         let image = formatted(seed, tiny());
         let disk = SimDisk::new(seed.wrapping_mul(77), tiny().host_blocks, image);
         let model = Arc::new(Mutex::new(Model::new(BLOCKS * PER_BLOCK)));
-        Self { rng, plan, runner: Runner::new(disk), model }
+        Self { rng, plan, runner: Runner::new(disk), model, left: Vec::new() }
     }
 
     fn disk(&self) -> SimDisk {
@@ -200,6 +202,7 @@ impl Sim {
         if power || self.plan.faults.flush > 0.0 {
             self.model.lock().unwrap().power_lost();
         }
+        self.left.push(self.runner.disk.image());
     }
 
     /// Opens, at times crashing inside; checks that the file is one it may be.
@@ -422,6 +425,13 @@ impl Sim {
             model.synced(at, sizes);
         }
     }
+}
+
+/// What the crashes of one seed leave on the host, one image each.
+pub(super) fn crash_images(seed: u64) -> Vec<Image> {
+    let mut sim = Sim::new(seed, Canary::None);
+    sim.run();
+    sim.left
 }
 
 /// Runs one seed with the plan that suits `plan`, with `canary` broken; the panic's message, if it

@@ -8,6 +8,7 @@ mod canaries;
 mod crash;
 mod disk;
 mod model;
+mod reader;
 mod run;
 mod slots;
 mod tamper;
