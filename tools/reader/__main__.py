@@ -18,7 +18,7 @@ import sys
 import directory
 import space
 from header import KIND_KEY_FILE, KIND_PASSPHRASE
-from sealing import BLOCK, Damaged, Refused
+from sealing import BLOCK, Damaged, Refused, argon2id
 from volume import Volume
 
 
@@ -132,13 +132,19 @@ def read_directory(path, secret, target, audit):
 
 def main():
     words = argparse.ArgumentParser(prog="reader", description="Reads sealed volumes.")
-    words.add_argument("volume", nargs="+", help="host file of a volume, or host directory")
-    secret = words.add_mutually_exclusive_group(required=True)
+    words.add_argument("--check", action="store_true", help="only say whether it can run here")
+    words.add_argument("volume", nargs="*", help="host file of a volume, or host directory")
+    secret = words.add_mutually_exclusive_group()
     secret.add_argument("--key-file", help="32 bytes, or 64 hexadecimal digits")
     secret.add_argument("--passphrase-file", help="the passphrase, without a line end")
     words.add_argument("--content", help="write the (last) content here")
     words.add_argument("--audit", action="store_true", help="compare the space map with the trees")
     given = words.parse_args()
+    if given.check:
+        argon2id(b"passphrase", bytes(16), 8, 1, 1)
+        return 0
+    if not given.volume or not (given.key_file or given.passphrase_file):
+        words.error("a volume and a key file or a passphrase file are needed")
     if given.key_file:
         secret = (KIND_KEY_FILE, key_of(given.key_file))
     else:

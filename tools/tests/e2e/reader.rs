@@ -9,6 +9,8 @@ use std::{
 
 use crate::common::{World, begin, children, end, name_of, signal, skip, until};
 
+/// The second implementation.
+const READER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/reader");
 /// More sessions than a superblock remembers epochs, so that the epoch table is read, too.
 const SESSIONS: u64 = 36;
 
@@ -16,11 +18,11 @@ const SESSIONS: u64 = 36;
 fn python() -> Option<&'static str> {
     let found = ["python3", "/usr/bin/python3"].into_iter().find(|python| {
         let mut command = Command::new(python);
-        let done = command.args(["-c", "import cryptography"]).output();
+        let done = command.arg("-B").arg(READER).arg("--check").output();
         done.is_ok_and(|done| done.status.success())
     });
     if found.is_none() {
-        skip("no python3 with `cryptography`; `cargo xtask setup` installs it");
+        skip("no python3 with `cryptography` and `argon2`; `cargo xtask setup` installs both");
     }
     found
 }
@@ -29,7 +31,7 @@ fn python() -> Option<&'static str> {
 #[track_caller]
 fn read(python: &str, volume: &Path, key: &Path, content: &Path, audit: bool) -> serde_json::Value {
     let mut command = Command::new(python);
-    command.arg("-B").arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("reader"));
+    command.arg("-B").arg(READER);
     command.arg(volume).arg("--key-file").arg(key).arg("--content").arg(content);
     let said = end(command.args(audit.then_some("--audit"))).expect(0);
     serde_json::from_str(&said.stdout).unwrap()

@@ -7,6 +7,7 @@ mod audit;
 mod canaries;
 mod crash;
 mod disk;
+mod golden;
 mod model;
 mod reader;
 mod run;

@@ -1,7 +1,7 @@
 //! The second implementation, `tools/reader` (Python, written from docs/FORMAT.md alone), against
 //! this one: on what crashes leave, and on what a host has altered, both say the same.
 //!
-//! Skips, and says so, where Python has no `cryptography`.
+//! Skips, and says so, where Python has no `cryptography` or `argon2`.
 
 use alloc::{
     format,
@@ -29,6 +29,8 @@ use crate::{
     volume::{OpenOptions, Volume, crypto},
 };
 
+/// The second implementation.
+const READER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tools/reader");
 /// Crash simulations whose images are compared; each has a handful of crashes.
 const SEEDS: core::ops::Range<u64> = 1..21;
 
@@ -54,12 +56,12 @@ impl Drop for Scratch {
 fn python() -> Option<&'static str> {
     let found = ["python3", "/usr/bin/python3"].into_iter().find(|python| {
         let mut command = Command::new(python);
-        let done = command.args(["-c", "import cryptography"]).output();
+        let done = command.arg("-B").arg(READER).arg("--check").output();
         done.is_ok_and(|done| done.status.success())
     });
     if found.is_none() {
         eprintln!(
-            "SKIPPED: {}: no python3 with `cryptography` (`cargo xtask setup` installs it)",
+            "SKIPPED: {}: no python3 with `cryptography` and `argon2` (`cargo xtask setup` installs both)",
             std::thread::current().name().unwrap_or("test")
         );
     }
@@ -143,7 +145,7 @@ fn theirs(python: &str, images: &[Image], name: &str, whole: bool) -> Vec<Said> 
         save(image, path);
     }
     let mut command = Command::new(python);
-    command.arg("-B").arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("../tools/reader"));
+    command.arg("-B").arg(READER);
     command.arg("--key-file").arg(&key).args(whole.then_some("--audit")).args(&paths);
     let done = command.output().unwrap();
     let said = String::from_utf8(done.stdout).unwrap();
@@ -166,6 +168,22 @@ fn theirs(python: &str, images: &[Image], name: &str, whole: bool) -> Vec<Said> 
             Said::Read { sha256: field(line, "sha256").into(), damaged }
         })
         .collect()
+}
+
+/// The content of one volume as the other one reads it, with this option and secret; `None`, said
+/// loudly, where it cannot run.
+pub(super) fn content_by(image: &Image, secret: (&str, &[u8])) -> Option<Vec<u8>> {
+    let python = python()?;
+    let scratch = Scratch::new(&secret.0[2..]);
+    let [volume, key, content] = ["volume", "key", "content"].map(|name| scratch.0.join(name));
+    save(image, &volume);
+    fs::write(&key, secret.1).unwrap();
+    let mut command = Command::new(python);
+    command.arg("-B").arg(READER);
+    command.arg(secret.0).arg(&key).arg("--content").arg(&content).arg(&volume);
+    let done = command.output().unwrap();
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stdout));
+    Some(fs::read(&content).unwrap())
 }
 
 fn compare(python: &str, images: &[Image], name: &str, whole: bool) -> Vec<Said> {
