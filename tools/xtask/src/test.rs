@@ -3,7 +3,7 @@
 use anyhow::Result;
 
 use crate::{
-    build, check, setup,
+    build, check, fuzz, setup,
     shell::{Tree, run, step},
 };
 
@@ -21,6 +21,7 @@ pub fn all(tree: &Tree) -> Result<()> {
     step("tests", || {
         run(tree.cargo().args(["test", "--workspace", "--quiet"]).env_remove(PARTS_VARIABLE))
     })?;
+    fuzz::short(tree)?;
     end_to_end(tree)
 }
 

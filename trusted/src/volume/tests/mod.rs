@@ -1,7 +1,8 @@
 //! Tests of the volume against a simulated disk that reorders, tears, loses and fails.
 //!
 //! `POSTERN_SIM_SEEDS` sets how many seeds the crash simulation runs (default
-//! [`crash::DEFAULT_SEEDS`]); a failure prints the seed, `POSTERN_SIM_SEED` replays it.
+//! [`crash::DEFAULT_SEEDS`]), `POSTERN_SIM_FIRST` the first one, `POSTERN_SIM_THREADS` the threads;
+//! a failure prints the seed, `POSTERN_SIM_SEED` replays it. `cargo xtask crash` sets them.
 
 mod audit;
 mod canaries;
