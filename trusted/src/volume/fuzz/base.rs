@@ -1,15 +1,13 @@
 //! The volumes that targets start from, and what the guest wrote to them.
 
 use alloc::{boxed::Box, sync::Arc, vec::Vec};
-use std::sync::{Mutex, OnceLock};
+use std::sync::OnceLock;
 
-use super::{
-    Bytes,
-    host::{Host, Image, wait},
-};
+use super::host::{Host, Image, wait};
 use crate::{
     directory::{Attributes, ROOT, Table},
     disk::BLOCK,
+    platform::Memory,
     volume::{
         OpenOptions, SlotKey, Volume, crypto,
         crypto::{Secret, VolumeKey},
@@ -91,7 +89,7 @@ fn made(closed: bool) -> Base {
             let (volume, _) = Volume::open(&host, &key(), &options).await.map_err(|_| ())?;
             for n in 0..12 {
                 let block = n * u64::from(version) * 11 % BLOCKS;
-                let bytes = Bytes(Mutex::new(plain(block, version)));
+                let bytes = Memory::new(plain(block, version));
                 volume.write(&host, block * BLOCK_BYTES, &bytes).await.map_err(|_| ())?;
                 if n % 3 == 2 {
                     volume.sync(&host).await.map_err(|_| ())?;

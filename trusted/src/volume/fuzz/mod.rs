@@ -20,7 +20,6 @@ mod tests;
 
 use alloc::{sync::Arc, vec, vec::Vec};
 use core::cell::Cell;
-use std::sync::Mutex;
 
 use self::{
     base::{BLOCKS, Base, is_known},
@@ -35,7 +34,7 @@ use crate::{
     directory::{BadImage, Table},
     disk::{BLOCK, Block},
     errno::Errno,
-    platform::{Buffer, Fault},
+    platform::Memory,
 };
 
 std::thread_local! {
@@ -103,39 +102,13 @@ fn apply(data: &[u8], bytes: &mut [u8]) {
     }
 }
 
-/// Bytes in memory.
-struct Bytes(Mutex<Vec<u8>>);
-
-impl Bytes {
-    fn bytes(&self) -> std::sync::MutexGuard<'_, Vec<u8>> {
-        self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-    }
-}
-
-impl Buffer for Bytes {
-    fn len(&self) -> usize {
-        self.bytes().len()
-    }
-
-    fn copy_in(&self, at: usize, out: &mut [u8]) -> Result<(), Fault> {
-        out.copy_from_slice(self.bytes().get(at..at + out.len()).ok_or(Fault)?);
-        Ok(())
-    }
-
-    fn copy_out(&self, at: usize, data: &[u8]) -> Result<(), Fault> {
-        self.bytes().get_mut(at..at + data.len()).ok_or(Fault)?.copy_from_slice(data);
-        Ok(())
-    }
-}
-
 /// Reads every block that the guest ever wrote, and a few more.
 fn read(host: &Host, volume: &Volume) {
-    let buffer = Bytes(Mutex::new(vec![0xee; BLOCK]));
     for block in 0..BLOCKS {
-        buffer.bytes().fill(0xee);
+        let buffer = Memory::new(vec![0xee; BLOCK]);
         match wait(volume.read(host, block * BLOCK as u64, &buffer)) {
             Ok(length) => {
-                let known = is_known(block, &buffer.bytes()[..length]);
+                let known = is_known(block, &buffer.into_inner()[..length]);
                 assert!(known, "block {block} reads as bytes that nobody wrote there");
             }
             Err(errno) => assert_eq!(errno, Errno::EIO, "block {block}"),
@@ -151,7 +124,7 @@ fn use_volume(image: Image, blocks: u64, options: u8) {
     read(&host, &volume);
     if !options.read_only {
         for block in [1, 64, 129] {
-            let bytes = Bytes(Mutex::new(base::plain(block, 9)));
+            let bytes = Memory::new(base::plain(block, 9));
             // Any errno will do: there may be no room, or no place that can be believed free.
             let _ = wait(volume.write(&host, block * BLOCK as u64, &bytes));
         }

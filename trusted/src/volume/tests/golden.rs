@@ -8,13 +8,14 @@
 use alloc::{collections::BTreeMap, string::ToString, sync::Arc, vec, vec::Vec};
 
 use super::{
-    crash::{Bytes, formatted, key, open, read_all, tiny},
+    crash::{formatted, key, open, read_all, tiny},
     disk::{Image, SimDisk},
     nonces, reader,
     run::Runner,
 };
 use crate::{
     disk::BLOCK,
+    platform::Memory,
     volume::{
         OpenOptions, SlotKey, Stretch, Volume, VolumeError, crypto, header,
         layout::{HEADER_BLOCKS, HEADERS, SUPERBLOCKS, get_array, put, put32, put64},
@@ -65,7 +66,7 @@ fn made() -> Image {
         Volume::put_slot(&disk, &key(), &words, STRETCH, None).await.unwrap();
         let (volume, _) = open(disk.clone(), OpenOptions::default()).await.unwrap();
         let write = async |volume: &Volume, block: u64, version| {
-            let bytes = Bytes::new(sealed(block, version));
+            let bytes = Memory::new(sealed(block, version));
             volume.write(&disk, block * 4096, &bytes).await.unwrap();
         };
         for block in 0..5 {
@@ -74,7 +75,7 @@ fn made() -> Image {
         volume.close(&disk).await.unwrap();
         let (volume, _) = open(disk.clone(), OpenOptions::default()).await.unwrap();
         write(&volume, 4, 2).await;
-        let pair = Bytes::new([sealed(70, 2), sealed(71, 2)].concat());
+        let pair = Memory::new([sealed(70, 2), sealed(71, 2)].concat());
         volume.write(&disk, 70 * 4096, &pair).await.unwrap();
         volume.punch(&disk, 4096 + 2048, 2 * 4096).await.unwrap();
         volume.truncate(&disk, SIZE).await.unwrap();
@@ -151,7 +152,7 @@ fn a_volume_of_every_version_goes_on_being_written() {
         runner.block_on(async move {
             let (volume, report) = open(disk.clone(), OpenOptions::default()).await.unwrap();
             assert!(!report.clean && report.journal_blocks > 0, "{report:?}");
-            volume.write(&disk, 0, &Bytes::new(sealed(0, 9))).await.unwrap();
+            volume.write(&disk, 0, &Memory::new(sealed(0, 9))).await.unwrap();
             volume.close(&disk).await.unwrap();
         });
         let mut expected = known();
@@ -263,7 +264,7 @@ fn unknown_features_that_only_writers_must_know_open_read_only_and_others_not_at
         let disk = runner.disk.clone();
         let refused = runner.block_on(async move {
             let (volume, _) = open(disk.clone(), OpenOptions::default()).await.unwrap();
-            volume.write(&disk, 0, &Bytes::new(sealed(0, 9))).await.is_err()
+            volume.write(&disk, 0, &Memory::new(sealed(0, 9))).await.is_err()
         });
         assert_eq!((refused, runner.disk.image() == newer), (read_only, read_only), "byte {at}");
     }

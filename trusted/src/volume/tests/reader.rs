@@ -18,7 +18,7 @@ use std::{
 };
 
 use super::{
-    crash::{Bytes, crash_images, open, tiny},
+    crash::{crash_images, open, tiny},
     disk::{Image, Rng, SimDisk},
     nonces,
     run::Runner,
@@ -26,6 +26,7 @@ use super::{
 use crate::{
     disk::BLOCK,
     errno::Errno,
+    platform::Memory,
     volume::{OpenOptions, Volume, crypto},
 };
 
@@ -91,11 +92,11 @@ async fn content(disk: &SimDisk, volume: &Arc<Volume>) -> (Vec<u8>, Vec<u64>) {
     let (mut out, mut damaged) = (Vec::new(), Vec::new());
     while (out.len() as u64) < volume.size() {
         let length = BLOCK.min((volume.size() - out.len() as u64) as usize);
-        let buffer = Bytes::new(vec![0xee; length]);
+        let buffer = Memory::new(vec![0xee; length]);
         match volume.read(disk, out.len() as u64, &buffer).await {
             Ok(done) => {
                 assert_eq!(done, length);
-                out.extend_from_slice(&buffer.take());
+                out.extend_from_slice(&buffer.into_inner());
             }
             Err(errno) => {
                 assert_eq!(errno, Errno::EIO);
