@@ -15,6 +15,7 @@ mod matrix;
 mod members;
 mod memory;
 mod programs;
+mod reader;
 mod refusals;
 mod sight;
 mod tamper;

@@ -4,7 +4,7 @@ use anyhow::Result;
 use clap::Args;
 
 use crate::{
-    build, check, setup,
+    build, check, fuzz, setup,
     shell::{Tree, run, step},
 };
 
@@ -22,6 +22,7 @@ pub fn all(tree: &Tree) -> Result<()> {
     step("tests", || {
         run(tree.cargo().args(["test", "--workspace", "--quiet"]).env_remove(PARTS_VARIABLE))
     })?;
+    fuzz::short(tree)?;
     end_to_end(tree)?;
     step("conformance tests", || conformance_tests(tree, &[]))
 }

@@ -34,6 +34,8 @@ mod delta;
 mod epochs;
 mod error;
 mod format;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 mod header;
 mod jblock;
 mod journal;

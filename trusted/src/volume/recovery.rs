@@ -217,7 +217,11 @@ impl Volume {
                     void.extend((0..count).map(|n| order.plus(n)));
                 }
                 Record::Zero { first, count, order } => {
-                    replay.delta.zeroes.push(Zero { first, end: first + count, order });
+                    let end = (first + count).min(self.geometry.capacity);
+                    replay.delta.zeroes.push(Zero { first: first.min(end), end, order });
+                }
+                Record::Size { size, .. } if size > self.capacity() => {
+                    return Err(VolumeError::BadGeometry);
                 }
                 Record::Size { size, order } if order >= replay.size_order => {
                     (replay.size, replay.size_order) = (size, order);
@@ -346,6 +350,9 @@ impl Opening {
     ) -> Result<(Volume, OpenReport), VolumeError> {
         let newest = self.superblock.epochs.iter().map(|epoch| epoch.id).max().unwrap_or(0);
         let id = newest.max(self.scan.epoch) + 1;
+        if id > Order::MAX_EPOCH {
+            return Err(VolumeError::BadGeometry);
+        }
         let mut salt = [0; 24];
         if !self.read_only {
             disk.random(&mut salt)?;

@@ -10,7 +10,7 @@ use super::{
     crypto::{EpochKey, Salt, Tag, VolumeKey},
     error::VolumeError,
     jblock::{self, Header, Record},
-    layout::Geometry,
+    layout::{Geometry, SEQ_END},
     superblock::Superblock,
 };
 use crate::disk::{BLOCK, Disk, HostError, Transfer};
@@ -146,7 +146,7 @@ fn authenticate(
 ) -> Option<Found> {
     let header = jblock::peek(block, key.uuid())?;
     let in_reach = header.seq >= superblock.replay_seq
-        && header.seq < 1 << 62
+        && header.seq < SEQ_END
         && geometry.ring_place(header.seq) == place;
     if !in_reach {
         return None;

@@ -9,8 +9,8 @@ use super::{
     crypto::{SINGLE, Salt, Tag, VolumeKey},
     error::VolumeError,
     layout::{
-        BLOCK_BYTES, Geometry, MAX_LEVELS, Order, Ptr, get_array, get32, get64, levels, put, put32,
-        put64,
+        BLOCK_BYTES, Geometry, MAX_LEVELS, Order, Ptr, SEQ_END, get_array, get32, get64, levels,
+        put, put32, put64,
     },
 };
 use crate::disk::{BLOCK, Block};
@@ -205,8 +205,12 @@ impl Superblock {
             && superblock.map_levels <= MAX_LEVELS
             && superblock.table_levels <= MAX_TABLE_LEVELS
             && superblock.size <= geometry.capacity * BLOCK_BYTES
-            && (1..1 << 62).contains(&superblock.replay_seq)
-            && superblock.generation < 1 << 62;
+            && (1..SEQ_END).contains(&superblock.replay_seq)
+            && superblock.durable < SEQ_END
+            && superblock.generation < SEQ_END
+            && superblock.session < SEQ_END
+            && superblock.birth < 1 << 24
+            && superblock.epochs.iter().all(|epoch| epoch.id <= Order::MAX_EPOCH);
         if ok { Ok(Some(superblock)) } else { Err(VolumeError::BadGeometry) }
     }
 }

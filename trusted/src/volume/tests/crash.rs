@@ -108,6 +108,8 @@ struct Sim {
     plan: Plan,
     runner: Runner,
     model: Arc<Mutex<Model>>,
+    /// What each crash left on the host.
+    left: Vec<Image>,
 }
 
 impl Sim {
@@ -148,7 +150,7 @@ impl Sim {
         let image = formatted(seed, tiny());
         let disk = SimDisk::new(seed.wrapping_mul(77), tiny().host_blocks, image);
         let model = Arc::new(Mutex::new(Model::new(BLOCKS * PER_BLOCK)));
-        Self { rng, plan, runner: Runner::new(disk), model }
+        Self { rng, plan, runner: Runner::new(disk), model, left: Vec::new() }
     }
 
     fn disk(&self) -> SimDisk {
@@ -166,6 +168,7 @@ impl Sim {
         if power || self.plan.faults.flush > 0.0 {
             self.model.lock().unwrap().power_lost();
         }
+        self.left.push(self.runner.disk.image());
     }
 
     /// Opens, at times crashing inside; checks that the file is one it may be.
@@ -390,11 +393,27 @@ impl Sim {
     }
 }
 
+/// What the crashes of one seed leave on the host, one image each.
+pub(super) fn crash_images(seed: u64) -> Vec<Image> {
+    let mut sim = Sim::new(seed, Canary::None);
+    sim.run();
+    sim.left
+}
+
 /// Runs one seed with the plan that suits `plan`, with `canary` broken; the panic's message, if it
 /// found something.
 pub(super) fn check(seed: u64, plan: Canary, canary: Canary) -> Result<(), String> {
+    counted(seed, plan, canary).map(|_| ())
+}
+
+/// As [`check`], with the number of crashes.
+fn counted(seed: u64, plan: Canary, canary: Canary) -> Result<u64, String> {
     CANARY.set(canary);
-    let result = panic::catch_unwind(|| Sim::new(seed, plan).run());
+    let result = panic::catch_unwind(|| {
+        let mut sim = Sim::new(seed, plan);
+        sim.run();
+        sim.left.len() as u64
+    });
     CANARY.set(Canary::None);
     result.map_err(|cause| {
         cause
@@ -409,24 +428,44 @@ fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok()?.parse().ok()
 }
 
+/// Runs every `step`th of `seeds`; how many crashes, and what was found.
+fn run_seeds(seeds: core::ops::Range<u64>, step: usize) -> (u64, Vec<String>) {
+    let (mut crashes, mut failures) = (0, Vec::new());
+    for seed in seeds.step_by(step) {
+        match counted(seed, Canary::None, Canary::None) {
+            Ok(count) => crashes += count,
+            Err(message) => failures.push(format!("seed {seed}: {message}")),
+        }
+    }
+    (crashes, failures)
+}
+
 #[test]
 fn after_any_crash_every_sector_is_as_new_as_its_last_sync() {
+    let first = number("POSTERN_SIM_FIRST").unwrap_or(1);
     let seeds = match number("POSTERN_SIM_SEED") {
         Some(seed) => seed..seed + 1,
-        None => 1..1 + number("POSTERN_SIM_SEEDS").unwrap_or(DEFAULT_SEEDS),
+        None => first..first + number("POSTERN_SIM_SEEDS").unwrap_or(DEFAULT_SEEDS),
     };
-    let mut failures = Vec::new();
+    let threads = number("POSTERN_SIM_THREADS").unwrap_or(1).max(1);
     let hook = panic::take_hook();
     if seeds.end - seeds.start > 1 {
         panic::set_hook(Box::new(|_| ()));
     }
-    for seed in seeds.clone() {
-        if let Err(message) = check(seed, Canary::None, Canary::None) {
-            failures.push(format!("seed {seed}: {message}"));
+    let (mut crashes, mut failures) = (0, Vec::new());
+    std::thread::scope(|scope| {
+        let running: Vec<_> = (0..threads)
+            .map(|n| (seeds.start + n..seeds.end, threads as usize))
+            .map(|(mine, step)| scope.spawn(move || run_seeds(mine, step)))
+            .collect();
+        for thread in running {
+            let (count, found) = thread.join().expect("each seed's panic is caught");
+            crashes += count;
+            failures.extend(found);
         }
-    }
+    });
     panic::set_hook(hook);
-    println!("{} seeds, {} failures", seeds.end - seeds.start, failures.len());
+    println!("{} seeds, {crashes} crashes, {} failures", seeds.end - seeds.start, failures.len());
     assert!(
         failures.is_empty(),
         "{} of {} seeds failed; replay one with POSTERN_SIM_SEED=<seed> cargo test -p \

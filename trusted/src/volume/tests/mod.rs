@@ -1,13 +1,16 @@
 //! Tests of the volume against a simulated disk that reorders, tears, loses and fails.
 //!
 //! `POSTERN_SIM_SEEDS` sets how many seeds the crash simulation runs (default
-//! [`crash::DEFAULT_SEEDS`]); a failure prints the seed, `POSTERN_SIM_SEED` replays it.
+//! [`crash::DEFAULT_SEEDS`]), `POSTERN_SIM_FIRST` the first one, `POSTERN_SIM_THREADS` the threads;
+//! a failure prints the seed, `POSTERN_SIM_SEED` replays it. `cargo xtask crash` sets them.
 
 mod audit;
 mod canaries;
 mod crash;
 mod disk;
+mod golden;
 mod model;
+mod reader;
 mod run;
 mod slots;
 mod tamper;
