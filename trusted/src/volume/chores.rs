@@ -61,6 +61,10 @@ pub struct Info {
     pub session: u64,
     /// Epoch of this opening.
     pub epoch: u32,
+    /// Number of the volume key: 1 at first, one more after each rekey.
+    pub key_version: u16,
+    /// A rekey was begun and is not finished: two volume keys are in use.
+    pub rekeying: bool,
 }
 
 impl Core {
@@ -85,6 +89,7 @@ impl Core {
             epochs: superblock.epochs.clone(),
             table_root: superblock.table_root,
             table_levels: superblock.table_levels,
+            renewing: false,
             active: Delta::default(),
             frozen: None,
             map,
@@ -170,11 +175,17 @@ impl Core {
 }
 
 impl Volume {
-    pub(crate) fn new(key: VolumeKey, derivation: Secret, core: Core) -> Self {
+    pub(crate) fn new(
+        key: VolumeKey,
+        derivation: Secret,
+        former_derivation: Option<Secret>,
+        core: Core,
+    ) -> Self {
         Self {
             geometry: core.geometry,
             key,
             derivation,
+            former_derivation,
             keys: Lock::new(BTreeMap::new()),
             core: Lock::new(core),
             expecting: AtomicBool::new(false),
@@ -292,6 +303,8 @@ impl Volume {
             generation: core.generation,
             session: core.session,
             epoch: core.key.id,
+            key_version: self.key.version(),
+            rekeying: self.key.is_retiring(),
         }
     }
 }

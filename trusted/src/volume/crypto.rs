@@ -146,6 +146,8 @@ pub(crate) fn aad(kind: Kind, level: u8, index: u64) -> [u8; 16] {
 pub(crate) struct EpochKey {
     /// Number of the epoch.
     pub(crate) id: u32,
+    /// Number of the volume key it is derived from.
+    pub(crate) version: u16,
     key: AeadKey,
     /// Every message sealed, for the invariant that no nonce repeats (tests only).
     #[cfg(test)]
@@ -174,15 +176,35 @@ impl EpochKey {
     }
 }
 
-/// The keys of one volume version, and what binds them to the volume.
-pub(crate) struct VolumeKey {
-    uuid: [u8; 16],
+/// A volume key and its number in the keyring.
+struct Version {
+    number: u16,
     secret: Secret,
 }
 
+/// The keys of one volume, and what binds them to it: one that seals, and while a rekey is on its
+/// way the one before, which only opens what is not sealed anew yet.
+pub(crate) struct VolumeKey {
+    uuid: [u8; 16],
+    current: Version,
+    retiring: Option<Version>,
+}
+
 impl VolumeKey {
+    /// The first key of a volume.
     pub(crate) const fn new(uuid: [u8; 16], secret: Secret) -> Self {
-        Self { uuid, secret }
+        Self { uuid, current: Version { number: 1, secret }, retiring: None }
+    }
+
+    /// The keys of a keyring, each with its number: the one that seals, and the one that it takes
+    /// the place of.
+    pub(crate) fn of_keyring(
+        uuid: [u8; 16],
+        current: (u16, Secret),
+        retiring: Option<(u16, Secret)>,
+    ) -> Self {
+        let version = |(number, secret)| Version { number, secret };
+        Self { uuid, current: version(current), retiring: retiring.map(version) }
     }
 
     /// The volume's identity.
@@ -190,25 +212,79 @@ impl VolumeKey {
         &self.uuid
     }
 
-    /// The key of epoch `id` whose salt is `salt`.
-    pub(crate) fn epoch(&self, id: u32, salt: &Salt) -> EpochKey {
+    /// Number of the key that seals.
+    pub(crate) const fn version(&self) -> u16 {
+        self.current.number
+    }
+
+    /// Whether a rekey is on its way.
+    pub(crate) const fn is_retiring(&self) -> bool {
+        self.retiring.is_some()
+    }
+
+    fn versions(&self) -> impl Iterator<Item = &Version> {
+        core::iter::once(&self.current).chain(&self.retiring)
+    }
+
+    fn epoch_under(&self, version: &Version, id: u32, salt: &Salt) -> EpochKey {
         let secret = derive(
-            &self.secret.0,
+            &version.secret.0,
             salt,
             &[b"postern/1 epoch", &self.uuid, &id.to_le_bytes(), &CIPHER.to_le_bytes()],
         );
         EpochKey {
             id,
+            version: version.number,
             key: AeadKey::new(&secret),
             #[cfg(test)]
             secret: secret.0,
         }
     }
 
-    /// The key of one message of its own salt; `label` says what it is.
-    pub(crate) fn single(&self, label: &[u8], salt: &Salt) -> AeadKey {
+    /// The key of a new epoch `id` whose salt is `salt`.
+    pub(crate) fn epoch(&self, id: u32, salt: &Salt) -> EpochKey {
+        self.epoch_under(&self.current, id, salt)
+    }
+
+    /// The key of an epoch of the volume key with this number; `None` if the keyring no longer has
+    /// that one.
+    pub(crate) fn epoch_of(&self, version: u16, id: u32, salt: &Salt) -> Option<EpochKey> {
+        self.versions().find(|v| v.number == version).map(|v| self.epoch_under(v, id, salt))
+    }
+
+    /// What may be the key of an epoch whose volume key nothing names.
+    pub(crate) fn epochs(&self, id: u32, salt: &Salt) -> impl Iterator<Item = EpochKey> {
+        self.versions().map(move |version| self.epoch_under(version, id, salt))
+    }
+
+    fn single_under(&self, version: &Version, label: &[u8], salt: &Salt) -> AeadKey {
         let cipher = CIPHER.to_le_bytes();
-        AeadKey::new(&derive(&self.secret.0, salt, &[label, &self.uuid, &cipher]))
+        AeadKey::new(&derive(&version.secret.0, salt, &[label, &self.uuid, &cipher]))
+    }
+
+    /// The key to seal one message of its own salt with; `label` says what it is.
+    pub(crate) fn single(&self, label: &[u8], salt: &Salt) -> AeadKey {
+        self.single_under(&self.current, label, salt)
+    }
+
+    /// Opens a message that was sealed with [`Self::single`], before or during a rekey.
+    pub(crate) fn open_single(
+        &self,
+        label: &[u8],
+        salt: &Salt,
+        aad: &[u8],
+        tag: &Tag,
+        data: &mut [u8],
+    ) -> Result<(), Forged> {
+        let Some(retiring) = &self.retiring else {
+            return self.single(label, salt).open(SINGLE, aad, tag, data);
+        };
+        // A failed opening wipes what it worked on.
+        let sealed = alloc::vec::Vec::from(&*data);
+        self.single(label, salt).open(SINGLE, aad, tag, data).or_else(|Forged| {
+            data.copy_from_slice(&sealed);
+            self.single_under(retiring, label, salt).open(SINGLE, aad, tag, data)
+        })
     }
 }
 

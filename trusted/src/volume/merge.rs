@@ -124,7 +124,7 @@ impl Volume {
     }
 
     /// First leaf in `from..=last` that the map has; one below a node that cannot be read counts.
-    async fn existing_leaf<D: Disk>(
+    pub(crate) async fn existing_leaf<D: Disk>(
         &self,
         disk: &D,
         map: &Map,

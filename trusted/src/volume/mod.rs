@@ -42,6 +42,7 @@ mod merge;
 mod ranges;
 mod read;
 mod recovery;
+mod rekey;
 mod resize;
 mod ring_scan;
 mod slots;
@@ -70,6 +71,7 @@ pub use self::{
     chores::Info,
     core::Counters,
     error::{Misuse, VolumeError},
+    rekey::RekeyReport,
     slots::{SlotInfo, SlotKey, SlotKind, Stretch},
     verify::{Damage, VerifyReport},
 };
@@ -122,6 +124,8 @@ pub struct Volume {
     key: VolumeKey,
     /// What keys for other volumes are derived from.
     derivation: Secret,
+    /// What they were derived from before the rekey that is on its way.
+    former_derivation: Option<Secret>,
     keys: Lock<BTreeMap<u32, Arc<EpochKey>>>,
     core: Lock<Core>,
     /// The guest syncs after each few writes: a hint for writers.

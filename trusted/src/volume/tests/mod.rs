@@ -8,6 +8,7 @@ mod canaries;
 mod crash;
 mod disk;
 mod model;
+mod rekey;
 mod run;
 mod slots;
 mod tamper;
