@@ -11,6 +11,7 @@
 //! process that dies while it opens, closes or works on a volume ends the family (the next open
 //! recovers), instead of leaving others waiting for ever.
 
+mod keys;
 mod opening;
 
 use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -18,6 +19,7 @@ use std::sync::Arc;
 
 use postern_trusted::{directory::FileId, errno::Errno, sync::Lock, volume::Volume};
 
+use self::keys::Keys;
 use crate::{
     arena,
     config::{self, RunConfig, VolumeConfig},
@@ -48,6 +50,8 @@ pub struct Family {
     closing: AtomicUsize,
     /// Locks on protected files.
     pub locks: Locks,
+    /// What passphrases were stretched to.
+    keys: Keys,
     /// What passes from program to program at exec.
     pub inheritance: Inheritance,
     /// `aio-nr`: what the AIO contexts of all processes of the family were made for.
@@ -217,6 +221,7 @@ impl Family {
         let volumes = volumes.chain((0..directories.len()).map(Source::Index));
         let volumes = volumes.map(|source| Some(Arc::new(Entry::new(source)))).collect();
         Self {
+            keys: Keys::take(&config),
             config,
             kick,
             session: Lock::new(None),

@@ -1,0 +1,43 @@
+//! Keys that the launcher hands over in memory: what passphrases were stretched to.
+//!
+//! Holds: a key handed over is on no disk and in no file that outlives the first program's start;
+//! it is taken out of its memory file, which is closed and so gone, before the program runs.
+//! Does not hold: a program after exec that begins a family of its own (one that cannot join this
+//! one) finds no key, and its volumes do not open.
+#![allow(unsafe_code)]
+
+use postern_trusted::volume::SlotKey;
+use zeroize::Zeroizing;
+
+use crate::{config::RunConfig, inheritance, sys};
+
+/// Keys by the name of their memory file.
+pub(super) struct Keys(Vec<(String, Zeroizing<[u8; 32]>)>);
+
+impl Keys {
+    /// Reads and closes all memory files that the run file names.
+    pub(super) fn take(config: &RunConfig) -> Self {
+        let volumes = config.volumes.iter().map(|volume| &volume.key_memory);
+        let directories = config.directories.iter().map(|directory| &directory.key_memory);
+        let named = volumes.chain(directories).flatten();
+        Self(named.filter_map(|name| Some((name.clone(), read(name)?))).collect())
+    }
+
+    /// The key of this name.
+    pub(super) fn get(&self, name: &str) -> Option<SlotKey> {
+        self.0.iter().find(|(n, _)| n == name).map(|(_, key)| SlotKey::stretched(**key))
+    }
+}
+
+fn read(name: &str) -> Option<Zeroizing<[u8; 32]>> {
+    let file = inheritance::find_memory(name.as_bytes())?;
+    let mut key = Zeroizing::new([0; 32]);
+    // SAFETY: the kernel writes at most the length of `key` to it.
+    let read = sys::check(unsafe {
+        let at = key.as_mut_ptr() as usize;
+        let file = usize::try_from(file).unwrap_or(usize::MAX);
+        sys::syscall6(libc::SYS_pread64, file, at, key.len(), 0, 0, 0)
+    });
+    let _ = sys::close(file);
+    (read == Ok(key.len())).then_some(key)
+}
