@@ -7,9 +7,9 @@
 #![allow(unsafe_code)]
 
 use postern_trusted::volume::SlotKey;
-use zeroize::Zeroizing;
+use zeroize::{Zeroize as _, Zeroizing};
 
-use crate::{config::RunConfig, inheritance, sys};
+use crate::{config::RunConfig, inheritance, message, sys};
 
 /// Keys by the name of their memory file.
 pub(super) struct Keys(Vec<(String, Zeroizing<[u8; 32]>)>);
@@ -40,4 +40,22 @@ fn read(name: &str) -> Option<Zeroizing<[u8; 32]>> {
     });
     let _ = sys::close(file);
     (read == Ok(key.len())).then_some(key)
+}
+
+/// Whether the machine swaps at all. proc_swaps(5): a line for each area, after a heading.
+pub(super) fn swap_is_on() -> bool {
+    message::read_file(b"/proc/swaps", 1 << 16)
+        .is_ok_and(|text| memchr::memchr_iter(b'\n', &text).count() > 1)
+}
+
+/// Bytes of stack that are wiped after a volume was opened: as much as opening one has used (its
+/// header alone lies there whole), so that a thread which could open has room to wipe.
+const STACK: usize = 32 << 10;
+
+/// Overwrites what calls before this one left on the stack: keys pass through there.
+#[inline(never)]
+pub(super) fn wipe_stack() {
+    let mut room = [0_u8; STACK];
+    room.zeroize();
+    core::hint::black_box(&room);
 }
