@@ -153,12 +153,8 @@ fn a_rekey_that_is_killed_goes_on_and_at_its_end_the_dropped_key_opens_nothing()
     // Killed after its first, second and third word of progress.
     let mut finished = false;
     for lines in 1..=3 {
-        let mut child = world
-            .postern(rekey)
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
+        let mut child =
+            world.postern(rekey).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
         let mut said = BufReader::new(child.stdout.take().unwrap()).lines();
         for _ in 0..lines {
             finished |= said.next().is_none_or(|line| line.unwrap().contains("key_version"));
@@ -206,8 +202,12 @@ fn a_volume_in_use_keeps_its_keys() {
 
 /// Starts `command` and waits for its first line.
 fn ready(command: &mut Command) -> (Child, impl std::io::Read) {
-    let mut child =
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
     let mut said = BufReader::new(child.stdout.take().unwrap());
     let mut line = String::new();
     said.read_line(&mut line).unwrap();

@@ -263,14 +263,6 @@ impl Volume {
         SlotKey::new(crypto::derive(&self.derivation.0, salt, &[purpose]).0)
     }
 
-    /// As [`Self::derive_key`], of what keys were derived from before the rekey that is on its way;
-    /// `None` if none is.
-    #[must_use]
-    pub fn derive_former_key(&self, salt: &[u8], purpose: &[u8]) -> Option<SlotKey> {
-        let former = self.former_derivation.as_ref()?;
-        Some(SlotKey::new(crypto::derive(&former.0, salt, &[purpose]).0))
-    }
-
     /// The work of a passphrase, done once: 32 bytes that open the slot that `passphrase` opens,
     /// given back as [`SlotKey::stretched`], until that slot changes. As secret as the passphrase,
     /// for this volume. `None` for a key that takes no work.

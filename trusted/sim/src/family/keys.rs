@@ -32,11 +32,16 @@ impl Keys {
 fn read(name: &str) -> Option<Zeroizing<[u8; 32]>> {
     let file = inheritance::find_memory(name.as_bytes())?;
     let mut key = Zeroizing::new([0; 32]);
-    // SAFETY: the kernel writes at most the length of `key` to it.
+    let zeros = [0_u8; 32];
+    let descriptor = usize::try_from(file).unwrap_or(usize::MAX);
+    // SAFETY: the kernel writes at most the length of `key` to it, and reads that of `zeros`.
     let read = sys::check(unsafe {
         let at = key.as_mut_ptr() as usize;
-        let file = usize::try_from(file).unwrap_or(usize::MAX);
-        sys::syscall6(libc::SYS_pread64, file, at, key.len(), 0, 0, 0)
+        let read = sys::syscall6(libc::SYS_pread64, descriptor, at, key.len(), 0, 0, 0);
+        // Gone from memory now, and not when the kernel gives the page out again.
+        let at = zeros.as_ptr() as usize;
+        sys::syscall6(libc::SYS_pwrite64, descriptor, at, zeros.len(), 0, 0, 0);
+        read
     });
     let _ = sys::close(file);
     (read == Ok(key.len())).then_some(key)
