@@ -46,6 +46,26 @@ pub(crate) struct Forged;
 
 /// HKDF-SHA256 (RFC 5869) with one block of output: 32 bytes.
 pub(crate) fn derive(secret: &[u8], salt: &[u8], info: &[&[u8]]) -> Secret {
+    let mut out = Secret([0; 32]);
+    derive_into(&mut out, secret, salt, info);
+    wipe_stack();
+    out
+}
+
+/// Bytes of stack that the functions above [`wipe_stack`] use.
+const STACK: usize = 4 << 10;
+
+/// Overwrites what the library has left on the stack: it wipes neither the states of HMAC, in which
+/// the input lies as it is, nor its copies of a key.
+#[inline(never)]
+fn wipe_stack() {
+    let mut room = [0_u8; STACK];
+    room.zeroize();
+    core::hint::black_box(&room);
+}
+
+#[inline(never)]
+fn derive_into(out: &mut Secret, secret: &[u8], salt: &[u8], info: &[&[u8]]) {
     let extract = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, salt), secret);
     let expand = hmac::Key::new(hmac::HMAC_SHA256, extract.as_ref());
     let mut context = hmac::Context::with_key(&expand);
@@ -53,9 +73,7 @@ pub(crate) fn derive(secret: &[u8], salt: &[u8], info: &[&[u8]]) -> Secret {
         context.update(part);
     }
     context.update(&[1]);
-    let mut out = Secret([0; 32]);
     out.0.copy_from_slice(context.sign().as_ref());
-    out
 }
 
 /// HMAC-SHA256 of `parts`.
@@ -84,6 +102,7 @@ pub(crate) fn sha256(data: &[u8]) -> [u8; 32] {
 /// An expanded AES-256-GCM key, overwritten when dropped.
 pub(crate) struct AeadKey(aead::LessSafeKey);
 
+#[inline(never)]
 fn expand(secret: &[u8; 32]) -> aead::LessSafeKey {
     let key = aead::UnboundKey::new(&aead::AES_256_GCM, secret);
     // The only error of `new` is a key of another length.
@@ -101,7 +120,9 @@ impl Drop for AeadKey {
 
 impl AeadKey {
     pub(crate) fn new(secret: &Secret) -> Self {
-        Self(expand(&secret.0))
+        let key = Self(expand(&secret.0));
+        wipe_stack();
+        key
     }
 
     /// Seals `data` in place, in private memory.

@@ -53,9 +53,9 @@ pub(super) fn swap_is_on() -> bool {
         .is_ok_and(|text| memchr::memchr_iter(b'\n', &text).count() > 1)
 }
 
-/// Bytes of stack that are wiped after a volume was opened: as much as opening one has used (its
-/// header alone lies there whole), so that a thread which could open has room to wipe.
-const STACK: usize = 32 << 10;
+/// Bytes of stack that are wiped after a volume was opened: as much as opening one has used, so
+/// that a thread which could open has room to wipe.
+const STACK: usize = 48 << 10;
 
 /// Overwrites what calls before this one left on the stack: keys pass through there.
 #[inline(never)]

@@ -147,6 +147,13 @@ impl Family {
     /// # Errors
     /// As [`Self::acquire`].
     pub fn size_of_closed(&self, wanted: Wanted) -> Result<u64, Errno> {
+        let size = self.look_at_size(wanted);
+        wipe_stack();
+        size
+    }
+
+    #[inline(never)]
+    fn look_at_size(&self, wanted: Wanted) -> Result<u64, Errno> {
         let process = process::current();
         let path = wanted.path.clone();
         let names = self.acquire(self.directories[wanted.directory].entry)?;

@@ -159,6 +159,33 @@ fn a_rekeyed_volume_reads_the_same_and_neither_the_old_key_nor_a_dropped_slot_op
 }
 
 #[test]
+fn a_table_of_many_epochs_is_left_behind_and_grows_again() {
+    let (mut image, expected) = made();
+    // More than a leaf of the table holds, before and after.
+    for round in 0..300 {
+        if round == 150 {
+            image = on(5, &image, rekey).0;
+        }
+        image = on(2000 + round, &image, |disk| async move {
+            let (volume, _) = open(disk.clone(), OpenOptions::default()).await.unwrap();
+            let last = Memory::new(vec![7; 100]);
+            volume.write(&disk, 99 * 4096, &last).await.unwrap();
+            volume.close(&disk).await.unwrap();
+        })
+        .0;
+    }
+    let (image, report) = on(6, &image, rekey);
+    assert_eq!(report.unwrap().key_version, 3);
+    assert_eq!(read_by(&image, key()).as_deref(), Ok(&expected[..]));
+    on(7, &image, |disk| async move {
+        let (volume, _) = open(disk.clone(), OpenOptions::default()).await.unwrap();
+        volume.close(&disk).await.unwrap();
+        assert!(volume.table_places(&disk).await.unwrap().len() <= 2, "one path is enough");
+        audit::audit(disk, volume).await.unwrap();
+    });
+}
+
+#[test]
 fn a_rekey_cut_off_anywhere_leaves_a_volume_that_reads_the_same_and_goes_on_to_its_end() {
     let (before, expected) = made();
     let mut steps = 0;
