@@ -61,8 +61,101 @@ pub enum Command {
     /// Read and authenticate everything in a volume; report each damaged range. Never writes
     #[command(after_help = "Exit code 0: whole. 65: damage, each range on a line of its own.")]
     Verify(VolumeArgs),
+    /// Who can open a volume: list, add, change and remove keys
+    #[command(subcommand)]
+    Key(KeyCommand),
+    /// Seal a whole volume anew under a new volume key, so that keys it dropped open nothing of it
+    #[command(
+        after_help = "Offline. Cut off at any point (kill -9, power), the volume works as before; run it again\n\
+                      and it goes on. Ciphertext that the host kept stays readable with the old key."
+    )]
+    Rekey(RekeyArgs),
     /// Latency per stage of a running daemon
     Stats(StatsArgs),
+}
+
+/// Where a passphrase comes from, in place of a key file.
+#[derive(Args, Debug, Default)]
+pub struct PassphraseArgs {
+    /// Ask for a passphrase on the terminal, in place of a key file
+    #[arg(long, conflicts_with_all = ["key_file", "passphrase_file"])]
+    pub passphrase: bool,
+    /// Passphrase: what FILE holds, without the newline at its end; `-` reads standard input,
+    /// /dev/fd/N an open descriptor
+    #[arg(long, value_name = "FILE", conflicts_with = "key_file")]
+    pub passphrase_file: Option<PathBuf>,
+}
+
+/// `postern key`.
+#[derive(Debug, Subcommand)]
+pub enum KeyCommand {
+    /// Show the slots in use. Takes no key: this much anybody can see who can read the host file
+    List(KeyListArgs),
+    /// Put another key into a free slot
+    Add(KeyAddArgs),
+    /// Put a new key in place of the one that is given
+    Change(KeyAddArgs),
+    /// Empty a slot. Who kept a copy of the header and the slot's key opens that copy still: only
+    /// `postern rekey` makes a key worthless
+    Remove(KeyRemoveArgs),
+}
+
+/// `postern key list`.
+#[derive(Args, Debug)]
+pub struct KeyListArgs {
+    /// The host file of the volume, or the host directory of a protected directory
+    pub host_file: PathBuf,
+    /// Go on through the page cache where the host file system does no direct I/O
+    #[arg(long)]
+    pub allow_buffered: bool,
+    /// Answer as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `postern key add` and `postern key change`.
+#[derive(Args, Debug)]
+pub struct KeyAddArgs {
+    /// The volume and a key that opens it
+    #[command(flatten)]
+    pub volume: VolumeArgs,
+    /// The new key: a file with 32 bytes or 64 hexadecimal digits
+    #[arg(long, value_name = "FILE", required_unless_present_any = ["new_passphrase", "new_passphrase_file"])]
+    pub new_key_file: Option<PathBuf>,
+    /// The new key is a passphrase, asked for twice on the terminal
+    #[arg(long, conflicts_with_all = ["new_key_file", "new_passphrase_file"])]
+    pub new_passphrase: bool,
+    /// The new key is the passphrase in FILE, as with --passphrase-file
+    #[arg(long, value_name = "FILE", conflicts_with = "new_key_file")]
+    pub new_passphrase_file: Option<PathBuf>,
+}
+
+/// `postern key remove`.
+#[derive(Args, Debug)]
+pub struct KeyRemoveArgs {
+    /// The volume and a key that opens it
+    #[command(flatten)]
+    pub volume: VolumeArgs,
+    /// The slot to empty, as `postern key list` numbers them; without it the slot of the given key
+    #[arg(long, value_name = "NUMBER")]
+    pub slot: Option<usize>,
+    /// Empty the slot even if it is the last one: nobody can ever open the volume again
+    #[arg(long)]
+    pub destroy_volume: bool,
+}
+
+/// `postern rekey`.
+#[derive(Args, Debug)]
+pub struct RekeyArgs {
+    /// The volume and a key that opens it, before and after
+    #[command(flatten)]
+    pub volume: VolumeArgs,
+    /// Keep the slot of this key too; may be repeated. Slots whose key is not given are emptied
+    #[arg(long, value_name = "FILE")]
+    pub keep_key_file: Vec<PathBuf>,
+    /// Keep the slot of the passphrase in FILE too; may be repeated
+    #[arg(long, value_name = "FILE")]
+    pub keep_passphrase_file: Vec<PathBuf>,
 }
 
 /// `postern run`.
@@ -80,6 +173,9 @@ pub struct RunArgs {
     /// each volume is used, HOST_FILE.key
     #[arg(long, value_name = "FILE")]
     pub key_file: Option<PathBuf>,
+    /// A passphrase in its place
+    #[command(flatten)]
+    pub passphrase: PassphraseArgs,
     /// Make volumes that do not exist, SIZE bytes each (K, M, G, T: powers of 1024); directories
     /// are made empty
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
@@ -115,6 +211,9 @@ pub struct FormatArgs {
     /// Key: 32 bytes, or 64 hexadecimal digits. Without it a development key HOST_FILE.key is made
     #[arg(long, value_name = "FILE")]
     pub key_file: Option<PathBuf>,
+    /// A passphrase in its place
+    #[command(flatten)]
+    pub passphrase: PassphraseArgs,
     /// Go on through the page cache where the host file system does no direct I/O
     #[arg(long)]
     pub allow_buffered: bool,
@@ -131,6 +230,9 @@ pub struct VolumeArgs {
     /// Key of the volume; without it HOST_FILE.key
     #[arg(long, value_name = "FILE")]
     pub key_file: Option<PathBuf>,
+    /// A passphrase in its place
+    #[command(flatten)]
+    pub passphrase: PassphraseArgs,
     /// Go on through the page cache where the host file system does no direct I/O
     #[arg(long)]
     pub allow_buffered: bool,
@@ -184,9 +286,20 @@ fn first_line(error: &clap::Error) -> String {
 /// Which help to read: clap names the command in its usage line.
 fn help_for(error: &clap::Error) -> String {
     let text = error.to_string();
-    let command = ["run", "format", "info", "verify", "stats"]
-        .into_iter()
-        .find(|name| text.contains(&format!("Usage: postern {name}")));
+    let command = [
+        "run",
+        "format",
+        "info",
+        "verify",
+        "key list",
+        "key add",
+        "key change",
+        "key remove",
+        "rekey",
+        "stats",
+    ]
+    .into_iter()
+    .find(|name| text.contains(&format!("Usage: postern {name}")));
     command.map_or_else(
         || "see `postern --help`".to_owned(),
         |name| format!("see `postern {name} --help`"),
@@ -230,6 +343,12 @@ mod tests {
             "format v --size 0",
             "info",
             "stats",
+            "info v --key-file k --passphrase",
+            "run --volume /a=b --passphrase-file p --socket s -- true",
+            "key",
+            "key add v --key-file k",
+            "key add v --new-passphrase --new-key-file k",
+            "rekey",
         ] {
             let failure = of(line).unwrap_err();
             assert_eq!(failure.exit, Exit::Usage, "{line}");

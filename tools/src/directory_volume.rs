@@ -2,7 +2,7 @@
 //!
 //! Holds: nothing here writes to a directory that exists.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use postern_trusted::{
     directory::{
@@ -16,15 +16,21 @@ use crate::{
     cli::{RunArgs, VolumeArgs},
     disk::{Access, FileDisk},
     error::{Exit, Failure},
-    key, size, volume,
+    key::{self, KeySource},
+    size, volume,
 };
 
 /// Makes the directory if it is not there and `--create` was given, looks at it otherwise; answers
-/// its key file.
+/// its key file, or with a passphrase what that was stretched to.
 ///
 /// # Errors
 /// If it cannot be made, is no protected directory, or its key does not open it.
-pub fn prepare(directory: &Path, args: &RunArgs, access: Access) -> Result<PathBuf, Failure> {
+pub fn prepare(
+    directory: &Path,
+    args: &RunArgs,
+    words: Option<&SlotKey>,
+    access: Access,
+) -> Result<KeySource, Failure> {
     let index = directory.join(INDEX_NAME);
     if Volume::small_host_blocks(args.file_capacity) == 0 {
         return Err(Failure::new(
@@ -43,9 +49,13 @@ pub fn prepare(directory: &Path, args: &RunArgs, access: Access) -> Result<PathB
         )),
         Ok(_) if index.exists() => {
             volume::check_file(&index, access)?;
+            if let Some(words) = words {
+                volume::check(&index, words, access)?;
+                return KeySource::stretched(&index, words, access);
+            }
             let key_file = key::choose(args.key_file.as_deref(), directory)?;
-            volume::check(&index, &*key::read(&key_file)?, access)?;
-            Ok(key_file)
+            volume::check(&index, &SlotKey::new(*key::read(&key_file)?), access)?;
+            Ok(KeySource::File(key_file))
         }
         found => {
             let vacant = found.is_err()
@@ -63,9 +73,16 @@ pub fn prepare(directory: &Path, args: &RunArgs, access: Access) -> Result<PathB
                 std::fs::create_dir(directory)
                     .map_err(|e| Failure::io("cannot make", directory.display(), &e))?;
             }
-            key::choose_and_make(args.key_file.as_deref(), directory, |key| {
-                volume::make(&index, INDEX_BYTES, key, access)
-            })
+            let make = |key: &SlotKey| volume::make(&index, INDEX_BYTES, key, access);
+            match words {
+                Some(words) => {
+                    make(words).and_then(|()| KeySource::stretched(&index, words, access))
+                }
+                None => key::choose_and_make(args.key_file.as_deref(), directory, |key| {
+                    make(&SlotKey::new(*key))
+                })
+                .map(KeySource::File),
+            }
             .inspect_err(|_| {
                 if made {
                     let _ = std::fs::remove_dir(directory);
@@ -87,8 +104,7 @@ struct Looked {
 fn look(args: &VolumeArgs) -> Result<Looked, Failure> {
     let access = Access { write: false, allow_buffered: args.allow_buffered };
     let index = args.host_file.join(INDEX_NAME);
-    let key_file = key::choose(args.key_file.as_deref(), &args.host_file)?;
-    let key = SlotKey::new(*key::read(&key_file)?);
+    let key = key::present(args, &args.host_file)?;
     let (disk, volume, _) = volume::open_to_read(&index, &key, access)?;
     let damaged = |what: &dyn core::fmt::Display| {
         Failure::new(Exit::Damaged, what, index.display(), "restore the directory from a copy")

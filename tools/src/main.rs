@@ -9,6 +9,9 @@ mod directory_volume;
 mod disk;
 mod error;
 mod key;
+mod key_slots;
+mod passphrase;
+mod rekey;
 mod run;
 mod size;
 mod stats;
@@ -16,12 +19,17 @@ mod volume;
 
 use std::process::ExitCode;
 
+use rustix::process::{DumpableBehavior, set_dumpable_behavior};
+
 use crate::{
     cli::Command,
     error::{Exit, Failure},
 };
 
 fn main() -> ExitCode {
+    // Keys and passphrases pass through this process: no core dump, no debugger of the same user.
+    // Where the system refuses there is nothing to be done.
+    let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
     match dispatch() {
         Ok(code) => ExitCode::from(code),
         Err(failure) => {
@@ -41,6 +49,8 @@ fn dispatch() -> Result<u8, Failure> {
             let whole = volume::verify(&args)?;
             Ok(if whole { 0 } else { Exit::Damaged as u8 })
         }
+        Command::Key(command) => key_slots::run(&command).map(|()| 0),
+        Command::Rekey(args) => rekey::run(&args).map(|()| 0),
         Command::Stats(args) => stats::show(&args).map(|()| 0),
     }
 }

@@ -15,7 +15,7 @@ use postern_trusted::{
     errno::Errno,
     exec::run_to_end,
     platform::Memory,
-    volume::{FormatOptions, OpenOptions, OpenReport, SlotKey, Volume, VolumeError},
+    volume::{FormatOptions, Misuse, OpenOptions, OpenReport, SlotKey, Volume, VolumeError},
 };
 use serde_json::json;
 
@@ -24,7 +24,9 @@ use crate::{
     directory_volume,
     disk::{Access, FileDisk},
     error::{Exit, Failure},
-    key, size,
+    key,
+    passphrase::Age,
+    size,
 };
 
 /// Bytes read at once while verifying.
@@ -36,7 +38,7 @@ const PROGRESS_EVERY: Duration = Duration::from_millis(200);
 ///
 /// # Errors
 /// If the file has content, the host has no room or does no direct I/O. What was made is removed.
-pub fn make(path: &Path, bytes: u64, key: &[u8; 32], access: Access) -> Result<(), Failure> {
+pub fn make(path: &Path, bytes: u64, key: &SlotKey, access: Access) -> Result<(), Failure> {
     let place = &path.display();
     let existed = is_vacant(path)?;
     let blocks = Volume::host_blocks(bytes);
@@ -50,7 +52,7 @@ pub fn make(path: &Path, bytes: u64, key: &[u8; 32], access: Access) -> Result<(
         .map_err(|error| Failure::io("cannot make the volume", place, &error))
         .and_then(|()| FileDisk::open(path, access))
         .and_then(|disk| {
-            run_to_end(Volume::format(&disk, &SlotKey::new(*key), &FormatOptions { size: bytes }))
+            run_to_end(Volume::format(&disk, key, &FormatOptions { size: bytes }))
                 .map_err(|error| refused(path, &error))
         });
     if made.is_err() {
@@ -97,10 +99,22 @@ pub fn check_file(path: &Path, access: Access) -> Result<(), Failure> {
 ///
 /// # Errors
 /// [`Exit::Key`], [`Exit::Damaged`] and the host's own.
-pub fn check(path: &Path, key: &[u8; 32], access: Access) -> Result<(), Failure> {
+pub fn check(path: &Path, key: &SlotKey, access: Access) -> Result<(), Failure> {
     let disk = FileDisk::open(path, access)?;
-    let (_, report) = open(&disk, path, key)?;
+    let (_, report) = open_with(&disk, path, key)?;
     report.loss.map_or(Ok(()), |loss| Err(refused(path, &loss)))
+}
+
+/// What the enclave is given for a passphrase: the work of Argon2id, done here, once.
+///
+/// # Errors
+/// [`Exit::Key`] if it opens no slot.
+pub fn stretch(path: &Path, passphrase: &SlotKey, access: Access) -> Result<key::Key, Failure> {
+    let disk = FileDisk::open(path, access)?;
+    let stretched = run_to_end(Volume::stretch(&disk, passphrase));
+    stretched
+        .and_then(|key| key.ok_or(VolumeError::WrongKey))
+        .map_err(|error| refused(path, &error))
 }
 
 /// The volume in `path`, opened for reading only.
@@ -117,10 +131,6 @@ pub fn open_to_read(
     Ok((disk, volume, report))
 }
 
-fn open(disk: &FileDisk, path: &Path, key: &[u8; 32]) -> Result<(Volume, OpenReport), Failure> {
-    open_with(disk, path, &SlotKey::new(*key))
-}
-
 fn open_with(disk: &FileDisk, path: &Path, key: &SlotKey) -> Result<(Volume, OpenReport), Failure> {
     let options = OpenOptions { read_only: true, ..OpenOptions::default() };
     run_to_end(Volume::open(disk, key, &options)).map_err(|error| match error {
@@ -135,8 +145,15 @@ fn open_with(disk: &FileDisk, path: &Path, key: &SlotKey) -> Result<(Volume, Ope
 }
 
 /// What a volume's refusal means to the operator.
-fn refused(path: &Path, error: &VolumeError) -> Failure {
+pub fn refused(path: &Path, error: &VolumeError) -> Failure {
     let (exit, advice) = match error {
+        VolumeError::Misuse(Misuse::NoSlot) => {
+            (Exit::Usage, "`postern key list` shows the slots; there are eight")
+        }
+        VolumeError::Misuse(Misuse::LastSlot) => (
+            Exit::Usage,
+            "add another key first; --destroy-volume makes the volume unreadable for ever",
+        ),
         VolumeError::Misuse(_) => (Exit::Usage, "choose another size"),
         VolumeError::NotAVolume => {
             (Exit::Damaged, "check the path; if it was a volume, restore it from a copy")
@@ -144,7 +161,11 @@ fn refused(path: &Path, error: &VolumeError) -> Failure {
         VolumeError::UnsupportedVersion { .. } | VolumeError::UnsupportedFeatures { .. } => {
             (Exit::Damaged, "use the release of Postern that made it")
         }
-        VolumeError::WrongKey => (Exit::Key, "give the key that the volume was made with"),
+        VolumeError::WrongKey => (Exit::Key, "give a key that has a slot in it"),
+        VolumeError::Unreadable { .. } => (
+            Exit::Damaged,
+            "write that block, or punch a hole there, and run it again; `postern verify` names all",
+        ),
         VolumeError::Host { error: HostError::Errno(libc::ENOSPC), .. } => {
             (Exit::NoSpace, "make room on the host")
         }
@@ -165,14 +186,23 @@ pub fn format(args: &FormatArgs) -> Result<(), Failure> {
     let access = Access { write: true, allow_buffered: args.allow_buffered };
     // Before a key is made for it.
     is_vacant(&args.host_file)?;
-    let key_file = key::choose_and_make(args.key_file.as_deref(), &args.host_file, |key| {
-        make(&args.host_file, args.size, key, access)
-    })?;
+    let key_file = match args.passphrase.get(Age::New)? {
+        Some(words) => {
+            make(&args.host_file, args.size, &words, access)?;
+            None
+        }
+        None => {
+            let given = args.key_file.as_deref();
+            Some(key::choose_and_make(given, &args.host_file, |key| {
+                make(&args.host_file, args.size, &SlotKey::new(*key), access)
+            })?)
+        }
+    };
     let host_bytes = Volume::host_blocks(args.size) * BLOCK as u64;
     if args.json {
         let made = json!({
             "host_file": args.host_file.display().to_string(),
-            "key_file": key_file.display().to_string(),
+            "key_file": key_file.map(|path| path.display().to_string()),
             "size": args.size,
             "host_bytes": host_bytes,
         });
@@ -214,6 +244,8 @@ pub fn info(args: &VolumeArgs) -> Result<(), Failure> {
             "generation": info.generation,
             "sessions": info.session,
             "clean": report.clean,
+            "key_version": info.key_version,
+            "rekeying": info.rekeying,
             "replayed_journal_blocks": report.journal_blocks,
             "replayed_records": report.records_applied,
             "skipped_records": report.records_skipped,
@@ -233,6 +265,9 @@ pub fn info(args: &VolumeArgs) -> Result<(), Failure> {
         size::show(bytes(info.journal_blocks))
     );
     println!("opened    {} times for writing; superblock {}", info.session, info.generation);
+    if info.rekeying {
+        println!("rekey     on its way: `postern rekey` goes on");
+    }
     if let Some(loss) = &report.loss {
         println!("state     damaged: {loss}");
     } else if report.clean {
@@ -251,8 +286,8 @@ pub fn info(args: &VolumeArgs) -> Result<(), Failure> {
 fn look(args: &VolumeArgs) -> Result<(FileDisk, Volume, OpenReport), Failure> {
     let access = Access { write: false, allow_buffered: args.allow_buffered };
     let disk = FileDisk::open(&args.host_file, access)?;
-    let key_file = key::choose(args.key_file.as_deref(), &args.host_file)?;
-    let (volume, report) = open(&disk, &args.host_file, &*key::read(&key_file)?)?;
+    let key = key::present(args, &args.host_file)?;
+    let (volume, report) = open_with(&disk, &args.host_file, &key)?;
     Ok((disk, volume, report))
 }
 
@@ -359,25 +394,28 @@ pub fn read(
 }
 
 /// A line on the terminal that says how far it is; nothing where there is no terminal.
-struct Progress {
+pub struct Progress {
     total: u64,
     shown: Option<Instant>,
 }
 
 impl Progress {
-    fn start(total: u64) -> Self {
+    /// Nothing of `total` bytes is done.
+    pub fn start(total: u64) -> Self {
         let terminal = std::io::stderr().is_terminal();
         Self { total, shown: terminal.then(Instant::now) }
     }
 
-    fn show(&mut self, done: u64) {
+    /// So many bytes are done.
+    pub fn show(&mut self, done: u64) {
         if self.shown.is_some_and(|shown| shown.elapsed() >= PROGRESS_EVERY) {
             self.shown = Some(Instant::now());
             eprint!("\r{} of {} ", size::show(done), size::show(self.total));
         }
     }
 
-    fn end(&self) {
+    /// Takes the line away.
+    pub fn end(&self) {
         if self.shown.is_some() {
             eprint!("\r\x1b[K");
         }

@@ -9,6 +9,7 @@
 mod daemon;
 mod directory;
 mod filter;
+mod key_memory;
 mod parts;
 mod plan;
 mod program;
@@ -23,11 +24,13 @@ use std::{
 };
 
 use postern_sim::config::{DirectoryConfig, RUN_VARIABLE, RunConfig, VolumeConfig};
+use postern_trusted::volume::SlotKey;
 use rustix::process::{Pid, Signal, kill_process};
 
 use self::{
     daemon::{Daemon, NotStarted, Orders},
     directory::RunDirectory,
+    key_memory::KeyMemory,
     plan::{Plan, PlannedVolume},
     signals::{Arrived, Signals},
     warden::Warden,
@@ -37,7 +40,9 @@ use crate::{
     directory_volume,
     disk::Access,
     error::{Exit, Failure},
-    key, stats, volume,
+    key::{self, KeySource},
+    passphrase::Age,
+    stats, volume,
 };
 
 /// Runs the program; answers the exit code of `postern`.
@@ -115,8 +120,8 @@ struct ReadyVolume {
     name: String,
     /// Absolute; empty with a daemon of someone else's.
     host_file: PathBuf,
-    /// Absolute.
-    key_file: PathBuf,
+    /// A file's path is absolute.
+    key: KeySource,
     /// A directory of volumes.
     directory: bool,
 }
@@ -124,31 +129,54 @@ struct ReadyVolume {
 /// Makes what is to be made and looks at what exists: its key, its header, its newest state.
 fn local_volumes(args: &RunArgs, plan: &Plan) -> Result<Vec<ReadyVolume>, Failure> {
     let mut ready = Vec::with_capacity(plan.volumes.len());
+    let is_new = |volume: &PlannedVolume| std::fs::symlink_metadata(&volume.host_file).is_err();
+    let makes = args.create.is_some() && plan.volumes.iter().any(is_new);
+    let words = args.passphrase.get(if makes { Age::New } else { Age::Known })?;
     for (number, planned) in plan.volumes.iter().enumerate() {
         let PlannedVolume { guest_path, host_file, directory } = planned;
         let access = Access { write: true, allow_buffered: args.allow_buffered };
         let exists = std::fs::symlink_metadata(host_file).is_ok();
-        let key_file = match (exists, args.create) {
-            (_, _) if *directory => directory_volume::prepare(host_file, args, access)?,
-            (false, Some(size)) => {
-                key::choose_and_make(args.key_file.as_deref(), host_file, |key| {
-                    volume::make(host_file, size, key, access)
-                })?
+        let key = match (exists, args.create) {
+            (_, _) if *directory => {
+                directory_volume::prepare(host_file, args, words.as_ref(), access)?
             }
+            (false, Some(size)) => match &words {
+                Some(words) => {
+                    volume::make(host_file, size, words, access)?;
+                    KeySource::stretched(host_file, words, access)?
+                }
+                None => KeySource::File(key::choose_and_make(
+                    args.key_file.as_deref(),
+                    host_file,
+                    |key| volume::make(host_file, size, &SlotKey::new(*key), access),
+                )?),
+            },
             (false, None) => return Err(no_volume(host_file)),
             (true, _) => {
                 // Before the key: a missing key of a file that is no volume is not the point.
                 volume::check_file(host_file, access)?;
-                let key_file = key::choose(args.key_file.as_deref(), host_file)?;
-                volume::check(host_file, &*key::read(&key_file)?, access)?;
-                key_file
+                match &words {
+                    Some(words) => {
+                        volume::check(host_file, words, access)?;
+                        KeySource::stretched(host_file, words, access)?
+                    }
+                    None => {
+                        let key_file = key::choose(args.key_file.as_deref(), host_file)?;
+                        volume::check(host_file, &SlotKey::new(*key::read(&key_file)?), access)?;
+                        KeySource::File(key_file)
+                    }
+                }
             }
+        };
+        let key = match key {
+            KeySource::File(path) => KeySource::File(absolute(&path)?),
+            stretched => stretched,
         };
         ready.push(ReadyVolume {
             guest_path: guest_path.clone(),
             name: format!("v{number}"),
             host_file: absolute(host_file)?,
-            key_file: absolute(&key_file)?,
+            key,
             directory: *directory,
         });
     }
@@ -174,7 +202,7 @@ fn remote_volumes(args: &RunArgs, plan: &Plan) -> Result<Vec<ReadyVolume>, Failu
             guest_path: planned.guest_path.clone(),
             name: planned.host_file.to_string_lossy().into_owned(),
             host_file: PathBuf::new(),
-            key_file: key_file.clone(),
+            key: KeySource::File(key_file.clone()),
             directory: planned.directory,
         })
         .collect())
@@ -194,6 +222,14 @@ fn run_config(
             Failure::new(Exit::Usage, "a path is not UTF-8", path.display(), "use another path")
         })
     };
+    let key_file = |volume: &ReadyVolume| match &volume.key {
+        KeySource::File(path) => text(path),
+        KeySource::Stretched(_) => Ok(String::new()),
+    };
+    let key_memory = |volume: &ReadyVolume| match &volume.key {
+        KeySource::File(_) => None,
+        KeySource::Stretched(_) => Some(KeyMemory::name(&volume.name)),
+    };
     let config = RunConfig {
         socket: text(socket)?,
         volumes: volumes
@@ -203,7 +239,8 @@ fn run_config(
                 Ok(VolumeConfig {
                     guest_path: volume.guest_path.clone(),
                     name: volume.name.clone(),
-                    key_file: text(&volume.key_file)?,
+                    key_file: key_file(volume)?,
+                    key_memory: key_memory(volume),
                 })
             })
             .collect::<Result<_, Failure>>()?,
@@ -214,7 +251,8 @@ fn run_config(
                 Ok(DirectoryConfig {
                     guest_path: volume.guest_path.clone(),
                     name: volume.name.clone(),
-                    key_file: text(&volume.key_file)?,
+                    key_file: key_file(volume)?,
+                    key_memory: key_memory(volume),
                     file_capacity,
                 })
             })
@@ -243,6 +281,12 @@ fn start(
         .env("LD_PRELOAD", preload)
         .env(RUN_VARIABLE, run_file);
     signals.restore_in(&mut command);
+    let stretched = volumes.iter().filter_map(|volume| match &volume.key {
+        KeySource::Stretched(key) => Some((volume.name.as_str(), key)),
+        KeySource::File(_) => None,
+    });
+    // Until the program has been started.
+    let _memory = KeyMemory::hand_to(&mut command, stretched)?;
     let channel = filter::install_in(&mut command)
         .map_err(|error| Failure::io("cannot make a channel to", "the program", &error))?;
     let mut guest = command.spawn().map_err(|error| {
@@ -329,7 +373,7 @@ mod tests {
             guest_path: guest_path.into(),
             name: name.into(),
             host_file: "/h/data.vol".into(),
-            key_file: "/h/data.vol.key".into(),
+            key: KeySource::File("/h/data.vol.key".into()),
             directory,
         };
         let volumes = [volume("/sealed/data", "v0", false), volume("/data", "v1", true)];

@@ -26,8 +26,12 @@ pub struct DirectoryConfig {
     pub guest_path: String,
     /// Name of the directory at the daemon.
     pub name: String,
-    /// File that holds the key.
+    /// File that holds the key; empty if [`Self::key_memory`] has it.
     pub key_file: String,
+    /// Name of a memory file, inherited by the first program of the run, that holds what a
+    /// passphrase was stretched to.
+    #[serde(default)]
+    pub key_memory: Option<String>,
     /// Most bytes that a file made in it can have; a multiple of 4096.
     pub file_capacity: u64,
 }
@@ -39,8 +43,12 @@ pub struct VolumeConfig {
     pub guest_path: String,
     /// Name of the host file at the daemon.
     pub name: String,
-    /// File that holds the key.
+    /// File that holds the key; empty if [`Self::key_memory`] has it.
     pub key_file: String,
+    /// Name of a memory file, inherited by the first program of the run, that holds what a
+    /// passphrase was stretched to.
+    #[serde(default)]
+    pub key_memory: Option<String>,
 }
 
 /// Why a key file cannot be used.

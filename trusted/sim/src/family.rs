@@ -11,6 +11,7 @@
 //! process that dies while it opens, closes or works on a volume ends the family (the next open
 //! recovers), instead of leaving others waiting for ever.
 
+mod keys;
 mod opening;
 mod removal;
 
@@ -19,6 +20,7 @@ use std::sync::Arc;
 
 use postern_trusted::{directory::FileId, errno::Errno, sync::Lock, volume::Volume};
 
+use self::keys::Keys;
 use crate::{
     arena,
     config::{self, RunConfig, VolumeConfig},
@@ -49,6 +51,8 @@ pub struct Family {
     closing: AtomicUsize,
     /// Locks on protected files.
     pub locks: Locks,
+    /// What passphrases were stretched to.
+    keys: Keys,
     /// What passes from program to program at exec.
     pub inheritance: Inheritance,
     /// `aio-nr`: what the AIO contexts of all processes of the family were made for.
@@ -193,6 +197,12 @@ fn read_config() -> Option<&'static Family> {
     if let Some(memory) = arena::descriptor() {
         files::mark_internal(memory);
     }
+    if !arena::is_locked() && keys::swap_is_on() {
+        message::say(
+            "keys may be swapped out: memory could not be locked; raise the limit (ulimit -l), or \
+             encrypt the swap",
+        );
+    }
     let family = arena::root(|| Family::new(config, kick))?;
     let _ = CACHED.set(family);
     Some(family)
@@ -222,6 +232,7 @@ impl Family {
         let volumes = volumes.chain((0..directories.len()).map(Source::Index));
         let volumes = volumes.map(|source| Some(Arc::new(Entry::new(source)))).collect();
         Self {
+            keys: Keys::take(&config),
             config,
             kick,
             session: Lock::new(None),

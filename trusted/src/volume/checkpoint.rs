@@ -242,7 +242,7 @@ impl Volume {
         }
         let mut salt: Salt = [0; 24];
         disk.random(&mut salt).map_err(|_| Errno::EIO)?;
-        let key_version = core.epochs.last().map_or(1, |epoch| epoch.key_version);
+        let key_version = self.key.version();
         Ok(Some(Epoch { id: core.key.id + 1, salt, key_version, tabled: false }))
     }
 
@@ -275,6 +275,7 @@ impl Volume {
             birth: core.birth,
             epochs: cut.epochs[keep..]
                 .iter()
+                .filter(|epoch| !core.renewing || epoch.key_version == self.key.version())
                 .map(|epoch| Epoch { tabled: true, ..epoch.clone() })
                 .collect(),
         }

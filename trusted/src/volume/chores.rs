@@ -61,6 +61,10 @@ pub struct Info {
     pub session: u64,
     /// Epoch of this opening.
     pub epoch: u32,
+    /// Number of the volume key: 1 at first, one more after each rekey.
+    pub key_version: u16,
+    /// A rekey was begun and is not finished: two volume keys are in use.
+    pub rekeying: bool,
 }
 
 impl Core {
@@ -85,6 +89,7 @@ impl Core {
             epochs: superblock.epochs.clone(),
             table_root: superblock.table_root,
             table_levels: superblock.table_levels,
+            renewing: false,
             active: Delta::default(),
             frozen: None,
             map,
@@ -297,6 +302,8 @@ impl Volume {
             generation: core.generation,
             session: core.session,
             epoch: core.key.id,
+            key_version: self.key.version(),
+            rekeying: self.key.is_retiring(),
         }
     }
 }

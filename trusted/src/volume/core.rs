@@ -269,6 +269,8 @@ pub(crate) struct Core {
     pub(crate) epochs: Vec<Epoch>,
     pub(crate) table_root: Ptr,
     pub(crate) table_levels: u32,
+    /// The next checkpoint leaves nothing that only a retiring key opens in the tables it writes.
+    pub(crate) renewing: bool,
     pub(crate) active: Delta,
     pub(crate) frozen: Option<Arc<Delta>>,
     pub(crate) map: Map,

@@ -57,6 +57,11 @@ pub enum VolumeError {
         /// Generation known to have been durable.
         durable: u64,
     },
+    /// A block of the guest's file, needed to go on, is not the one that was written.
+    Unreadable {
+        /// Where it begins in the guest's file, in bytes.
+        offset: u64,
+    },
     /// The host failed to read or write a block of 4096 bytes.
     Host {
         /// Place of the block in the host file.
@@ -161,6 +166,9 @@ impl fmt::Display for VolumeError {
                 "the superblock has generation {found}, but generation {durable} was durable: \
                  damage or a rollback (accept the loss explicitly, or open read-only)"
             ),
+            Self::Unreadable { offset } => {
+                write!(f, "the guest's file is damaged at byte {offset}")
+            }
             Self::Host { place, error } => {
                 write!(f, "the host failed on block {place} of the file: ")?;
                 host(*error, f)

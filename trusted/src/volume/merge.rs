@@ -45,7 +45,7 @@ struct Leaves<'a> {
 }
 
 /// What a zero range meets in the map.
-enum Met {
+pub(crate) enum Met {
     /// No leaf.
     Nothing,
     /// This leaf.
@@ -145,7 +145,13 @@ impl Volume {
     }
 
     /// The first leaf, or node that cannot be read, that the map has in `from..=last`.
-    async fn existing_leaf<D: Disk>(&self, disk: &D, map: &Map, from: u64, last: u64) -> Met {
+    pub(crate) async fn existing_leaf<D: Disk>(
+        &self,
+        disk: &D,
+        map: &Map,
+        from: u64,
+        last: u64,
+    ) -> Met {
         let mut leaf = from;
         'next: while leaf <= last {
             let mut ptr = map.root;

@@ -44,6 +44,7 @@ mod merge;
 mod ranges;
 mod read;
 mod recovery;
+mod rekey;
 mod resize;
 mod ring_scan;
 mod slots;
@@ -72,6 +73,7 @@ pub use self::{
     chores::Info,
     core::Counters,
     error::{Misuse, VolumeError},
+    rekey::RekeyReport,
     slots::{SlotInfo, SlotKey, SlotKind, Stretch},
     verify::{Damage, VerifyReport},
 };

@@ -15,9 +15,10 @@ use futures_util::{StreamExt, stream::FuturesUnordered};
 use super::{
     OpenOptions, OpenReport, SlotKey, Volume,
     core::{Core, Health, Map, Pending},
-    crypto::{EpochKey, Kind, Salt, Secret, VolumeKey},
+    crypto::{EpochKey, Kind, Salt, VolumeKey},
     delta::{Delta, Zero},
     error::VolumeError,
+    format::write_blocks,
     header::{self, HeaderBytes},
     jblock::Record,
     layout::{HEADER_BLOCKS, HEADERS, Order, Ptr, RING_RESERVE, SUPERBLOCKS, put},
@@ -41,30 +42,51 @@ async fn read_blocks<D: Disk>(disk: &D, place: u64, out: &mut [Block]) -> Result
     Ok(())
 }
 
-/// The newer of the header's copies that `decode` accepts, what it says, and which copy it is.
+/// A copy of the header that was accepted.
+pub(crate) struct Header<T> {
+    pub(crate) bytes: Box<HeaderBytes>,
+    /// What it says.
+    pub(crate) found: T,
+    /// Which copy it is.
+    pub(crate) copy: usize,
+    /// The other copy is the same.
+    pub(crate) twice: bool,
+}
+
+/// The newer of the header's copies that `decode` accepts.
+///
+/// A key that opens only the older of two intact copies is refused: a change of the keys that was
+/// cut off has happened as soon as one copy carries it.
 pub(crate) async fn read_header<D: Disk, T>(
     disk: &D,
     decode: impl Fn(&HeaderBytes) -> Result<T, VolumeError>,
     generation: impl Fn(&T) -> u64,
-) -> Result<(Box<HeaderBytes>, T, usize), VolumeError> {
-    let mut best: Option<(Box<HeaderBytes>, T, usize)> = None;
+) -> Result<Header<T>, VolumeError> {
+    let mut best: Option<Header<T>> = None;
     let mut refusal: Option<VolumeError> = None;
+    let mut locked = 0;
     for (copy, place) in HEADERS.into_iter().enumerate() {
         let mut blocks = Vec::from([[0; BLOCK]; HEADER_BLOCKS]);
         let read = read_blocks(disk, place, &mut blocks).await.and_then(|()| {
             let mut bytes: Box<HeaderBytes> = Box::new([0; header::BYTES]);
             blocks.iter().enumerate().for_each(|(i, block)| put(&mut bytes[..], i * BLOCK, block));
-            decode(&bytes).map(|found| (bytes, found, copy))
+            match decode(&bytes) {
+                Ok(found) => Ok(Header { bytes, found, copy, twice: false }),
+                Err(error) => {
+                    if error == VolumeError::WrongKey {
+                        locked = locked.max(header::look(&bytes).unwrap_or(0));
+                    }
+                    Err(error)
+                }
+            }
         });
         match read {
-            Ok(found)
-                if best
-                    .as_ref()
-                    .is_none_or(|(_, best, _)| generation(best) < generation(&found.1)) =>
-            {
-                best = Some(found);
-            }
-            Ok(_) => {}
+            Ok(header) => match &mut best {
+                Some(best) if generation(&best.found) >= generation(&header.found) => {
+                    best.twice = best.bytes == header.bytes;
+                }
+                _ => best = Some(header),
+            },
             // The copy that comes furthest tells most.
             Err(VolumeError::NotAVolume) => {
                 refusal = refusal.or(Some(VolumeError::NotAVolume));
@@ -74,14 +96,11 @@ pub(crate) async fn read_header<D: Disk, T>(
             Err(error) => refusal = Some(error),
         }
     }
-    best.ok_or(refusal.unwrap_or(VolumeError::NotAVolume))
-}
-
-/// Step 1: the header, copy A or B.
-async fn open_header<D: Disk>(disk: &D, key: &SlotKey) -> Result<header::Opened, VolumeError> {
-    let decode = |bytes: &HeaderBytes| header::decode(bytes, key);
-    let (_, opened, _) = read_header(disk, decode, |opened| opened.generation).await?;
-    Ok(opened)
+    match best {
+        Some(best) if generation(&best.found) < locked => Err(VolumeError::WrongKey),
+        Some(best) => Ok(best),
+        None => Err(refusal.unwrap_or(VolumeError::NotAVolume)),
+    }
 }
 
 /// Step 2: the newest superblock and its slot.
@@ -143,10 +162,11 @@ impl Volume {
         key: &SlotKey,
         options: &OpenOptions,
     ) -> Result<(Self, OpenReport), VolumeError> {
-        let opened = open_header(disk, key).await?;
-        let volume_key = VolumeKey::new(opened.uuid, opened.key.clone());
+        let decode = |bytes: &HeaderBytes| header::decode(bytes, key);
+        let header = read_header(disk, decode, |opened| opened.generation).await?;
+        let (opened, volume_key) = (&header.found, &header.found.key);
         let read_only = options.read_only || opened.read_only;
-        let (superblock, slot) = open_superblock(disk, &volume_key, read_only).await?;
+        let (superblock, slot) = open_superblock(disk, volume_key, read_only).await?;
         let geometry = superblock.geometry;
         if disk.host_blocks() < geometry.host_blocks {
             return Err(VolumeError::HostFileShort {
@@ -154,7 +174,7 @@ impl Volume {
                 found: disk.host_blocks(),
             });
         }
-        let scan = ring_scan::scan(disk, &volume_key, &geometry, &superblock).await?;
+        let scan = ring_scan::scan(disk, volume_key, &geometry, &superblock).await?;
         let tip = scan.tip(&superblock);
         if let Some((place, error)) = scan.broken
             && !read_only
@@ -182,16 +202,8 @@ impl Volume {
             loss,
             ..OpenReport::default()
         };
-        let opening = Opening {
-            superblock,
-            slot,
-            scan,
-            read_only,
-            lost,
-            key_version: opened.key_version as u16,
-            derivation: opened.derivation,
-        };
-        opening.finish(disk, volume_key, report).await
+        let opening = Opening { superblock, slot, scan, read_only, lost };
+        opening.finish(disk, header, report).await
     }
 
     /// Applies the chain. Steps 5 and 6.
@@ -321,8 +333,6 @@ struct Opening {
     read_only: bool,
     /// Evidence was found that something is missing, and accepted.
     lost: bool,
-    key_version: u16,
-    derivation: Secret,
 }
 
 impl Opening {
@@ -345,9 +355,12 @@ impl Opening {
     async fn finish<D: Disk>(
         self,
         disk: &D,
-        volume_key: VolumeKey,
+        header: Header<header::Opened>,
         mut report: OpenReport,
     ) -> Result<(Volume, OpenReport), VolumeError> {
+        let Header { bytes, found, copy, twice } = header;
+        let header::Opened { key: volume_key, derivation, .. } = found;
+        let key_version = volume_key.version();
         let newest = self.superblock.epochs.iter().map(|epoch| epoch.id).max().unwrap_or(0);
         let id = newest.max(self.scan.epoch) + 1;
         if id > Order::MAX_EPOCH {
@@ -358,7 +371,8 @@ impl Opening {
             disk.random(&mut salt)?;
         }
         let key = Arc::new(volume_key.epoch(id, &salt));
-        let volume = Volume::new(volume_key, self.derivation.clone(), self.core(key.clone(), salt));
+        let core = self.core(key.clone(), salt);
+        let volume = Volume::new(volume_key, derivation, core);
         let replay = volume.replay(disk, &self.superblock, &self.scan, &mut report).await?;
         {
             let mut core = volume.core.lock();
@@ -372,8 +386,12 @@ impl Opening {
             core.size_order = replay.size_order;
         }
         if !self.read_only {
+            if !twice {
+                // Nothing is sealed under keys that one copy alone holds.
+                write_blocks(disk, HEADERS[1 - copy], bytes.as_chunks::<BLOCK>().0).await?;
+            }
             volume.remember(key);
-            let epoch = Epoch { id, salt, key_version: self.key_version, tabled: false };
+            let epoch = Epoch { id, salt, key_version, tabled: false };
             self.settle(disk, &volume, epoch, &replay.skipped).await?;
         }
         Ok((volume, report))

@@ -188,17 +188,22 @@ impl Volume {
         mut allocs: Vec<u64>,
         mut frees: Vec<u64>,
     ) -> Result<SpaceUpdate, Errno> {
-        let root = self.core.lock().space.root;
+        let (root, renewing) = {
+            let core = self.core.lock();
+            (core.space.root, core.renewing)
+        };
         // A pointer may name any place; the map has bits only for those that are given out.
         frees.retain(|place| self.geometry.is_general(*place));
+        let old_pages = if renewing { self.old_pages(disk, root).await? } else { Vec::new() };
         allocs.sort_unstable();
         frees.sort_unstable();
         let mut changed = BTreeMap::new();
         let mut updates: Vec<(u64, Ptr)> = Vec::new();
         let mut batch = Vec::new();
-        let (mut a, mut f) = (&allocs[..], &frees[..]);
-        while let Some(first) = a.first().into_iter().chain(f.first()).min() {
+        let (mut a, mut f, mut o) = (&allocs[..], &frees[..], &old_pages[..]);
+        while let Some(first) = a.first().into_iter().chain(f.first()).chain(o.first()).min() {
             let region = first / REGION;
+            o = &o[o.partition_point(|p| p / REGION == region)..];
             let (mine_a, rest_a) = a.split_at(a.partition_point(|p| p / REGION == region));
             let (mine_f, rest_f) = f.split_at(f.partition_point(|p| p / REGION == region));
             (a, f) = (rest_a, rest_f);
@@ -218,6 +223,8 @@ impl Volume {
                 }
                 None => match self.page(disk, root, region).await {
                     Ok(page) => page,
+                    // Its key is about to go: a page that reads next time must not be lost.
+                    Err(bad @ Bad::Host(_)) if renewing => return Err(bad.errno()),
                     Err(_) => continue,
                 },
             };
@@ -272,6 +279,18 @@ impl Volume {
         }
         let root = updates.first().map_or(root, |(_, ptr)| *ptr);
         Ok(SpaceUpdate { changed, root, free: total_free(&self.geometry, &root) })
+    }
+
+    /// First places of the regions whose pages only a retiring volume key opens.
+    async fn old_pages<D: Disk>(&self, disk: &D, root: Ptr) -> Result<Vec<u64>, Errno> {
+        let mut old = Vec::new();
+        for region in 0..self.geometry.regions() {
+            let ptr = self.space_ptr(disk, root, 0, region).await.map_err(Bad::errno)?;
+            if !ptr.is_null() && self.is_old(disk, &ptr).await.map_err(Bad::errno)? {
+                old.push(region * REGION);
+            }
+        }
+        Ok(old)
     }
 
     /// Seals and writes a batch of (index, old pointer, content, free blocks, high-water mark).

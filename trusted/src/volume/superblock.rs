@@ -157,7 +157,7 @@ impl Superblock {
         let tag = get_array(&b, 24);
         let aad = aad(&b, slot);
         let sealed = &mut b[BODY..];
-        if key.single(b"postern/1 superblock", &salt).open(SINGLE, &aad, &tag, sealed).is_err() {
+        if key.open_single(b"postern/1 superblock", &salt, &aad, &tag, sealed).is_err() {
             return Ok(None);
         }
         let version = get32(&b, 48);

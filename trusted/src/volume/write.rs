@@ -312,6 +312,20 @@ impl Volume {
         done.1.map_or(Ok(()), Err)
     }
 
+    /// Writes what the file holds in up to [`PIECE`] whole blocks again; its size stays. May use the
+    /// places that are kept for shrinking.
+    pub(crate) async fn write_again<D: Disk>(
+        &self,
+        disk: &D,
+        first: u64,
+        count: u64,
+        content: &impl Buffer,
+    ) -> Result<(), Errno> {
+        let (source, then) = (Source::Guest(content, 0), Then::Reach(0));
+        let done = self.write_piece(disk, first, count, source, None, then, true).await;
+        done.1.map_or(Ok(()), Err)
+    }
+
     /// Writes up to [`PIECE`] blocks, in as many runs as there is contiguous room for. `last`:
     /// may use the places that are kept for shrinking.
     #[allow(clippy::too_many_arguments)]

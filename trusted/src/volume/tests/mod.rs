@@ -11,6 +11,7 @@ mod disk;
 mod golden;
 mod model;
 mod reader;
+mod rekey;
 mod run;
 mod slots;
 mod tamper;
