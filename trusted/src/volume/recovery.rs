@@ -15,9 +15,10 @@ use futures_util::{StreamExt, stream::FuturesUnordered};
 use super::{
     OpenOptions, OpenReport, SlotKey, Volume,
     core::{Core, Health, Map, Pending},
-    crypto::{EpochKey, Kind, Salt, Secret, VolumeKey},
+    crypto::{EpochKey, Kind, Salt, Secret, Tag, VolumeKey, sha256},
     delta::{Delta, Zero},
     error::VolumeError,
+    freshness::{self, Fresh, SuperblockId},
     header::{self, HeaderBytes},
     jblock::Record,
     layout::{HEADER_BLOCKS, HEADERS, Order, Ptr, RING_RESERVE, SUPERBLOCKS, put},
@@ -89,8 +90,8 @@ async fn open_superblock<D: Disk>(
     disk: &D,
     key: &VolumeKey,
     read_only: bool,
-) -> Result<(Superblock, usize), VolumeError> {
-    let mut best: Option<(Superblock, usize)> = None;
+) -> Result<(Superblock, usize, SuperblockId), VolumeError> {
+    let mut best: Option<(Superblock, usize, SuperblockId)> = None;
     let mut refusal = None;
     for (slot, copies) in SUPERBLOCKS.into_iter().enumerate() {
         let mut failure = None;
@@ -99,7 +100,9 @@ async fn open_superblock<D: Disk>(
             let mut block = [[0; BLOCK]];
             match read_blocks(disk, place, &mut block).await {
                 Ok(()) => match Superblock::open(&block[0], key, slot) {
-                    Ok(Some(superblock)) => found = found.or(Some(superblock)),
+                    Ok(Some(superblock)) => {
+                        found = found.or_else(|| Some((superblock, sha256(&block[0]))));
+                    }
                     Ok(None) => {}
                     Err(error) => refusal = Some(error),
                 },
@@ -107,9 +110,9 @@ async fn open_superblock<D: Disk>(
             }
         }
         match (found, failure) {
-            (Some(superblock), _) => {
-                if best.as_ref().is_none_or(|(b, _)| b.generation < superblock.generation) {
-                    best = Some((superblock, slot));
+            (Some((superblock, id)), _) => {
+                if best.as_ref().is_none_or(|(b, ..)| b.generation < superblock.generation) {
+                    best = Some((superblock, slot, id));
                 }
             }
             // An older superblock instead of one that could not be read would lose synced data.
@@ -146,7 +149,7 @@ impl Volume {
         let opened = open_header(disk, key).await?;
         let volume_key = VolumeKey::new(opened.uuid, opened.key.clone());
         let read_only = options.read_only || opened.read_only;
-        let (superblock, slot) = open_superblock(disk, &volume_key, read_only).await?;
+        let (superblock, slot, id) = open_superblock(disk, &volume_key, read_only).await?;
         let geometry = superblock.geometry;
         if disk.host_blocks() < geometry.host_blocks {
             return Err(VolumeError::HostFileShort {
@@ -154,7 +157,7 @@ impl Volume {
                 found: disk.host_blocks(),
             });
         }
-        let scan = ring_scan::scan(disk, &volume_key, &geometry, &superblock).await?;
+        let mut scan = ring_scan::scan(disk, &volume_key, &geometry, &superblock).await?;
         let tip = scan.tip(&superblock);
         if let Some((place, error)) = scan.broken
             && !read_only
@@ -176,13 +179,26 @@ impl Volume {
         {
             return Err(*loss);
         }
+        let uuid = volume_key.uuid();
+        let checked = freshness::check(options, uuid, &superblock, &id, &scan).await?;
+        if let Some(refusal) = checked.refusal
+            && !read_only
+        {
+            return Err(refusal);
+        }
+        // Records that the counter vouches for are believed: their data must be there.
+        scan.durable = scan.durable.max(checked.vouched);
         let report = OpenReport {
             clean: superblock.clean && scan.chain.is_empty(),
             journal_blocks: scan.chain.len() as u64,
-            loss,
+            loss: loss.or(checked.refusal),
+            freshness: checked.freshness,
             ..OpenReport::default()
         };
+        let used = options.counter.as_ref().filter(|_| !read_only);
         let opening = Opening {
+            fresh: used.map(|used| Fresh::new(used, &checked, &superblock, id)),
+            fence: used.is_some_and(|used| !used.adopt),
             superblock,
             slot,
             scan,
@@ -319,6 +335,10 @@ struct Opening {
     lost: bool,
     key_version: u16,
     derivation: Secret,
+    /// The counter, of a volume that is bound to one.
+    fresh: Option<Fresh>,
+    /// Move the counter before anything is written.
+    fence: bool,
 }
 
 impl Opening {
@@ -338,8 +358,16 @@ impl Opening {
         core
     }
 
+    /// The last block of the chain up to which everything was durable and resolved.
+    fn settled(&self) -> (u64, Tag) {
+        let chain = self.scan.chain.iter().rev();
+        let found = chain.map(|found| (found.header.seq, found.tag));
+        let base = (self.superblock.replay_seq - 1, self.superblock.replay_prev);
+        found.chain([base]).find(|(seq, _)| *seq <= self.scan.durable).unwrap_or(base)
+    }
+
     async fn finish<D: Disk>(
-        self,
+        mut self,
         disk: &D,
         volume_key: VolumeKey,
         mut report: OpenReport,
@@ -351,7 +379,9 @@ impl Opening {
             disk.random(&mut salt)?;
         }
         let key = Arc::new(volume_key.epoch(id, &salt));
-        let volume = Volume::new(volume_key, self.derivation.clone(), self.core(key.clone(), salt));
+        let mut core = self.core(key.clone(), salt);
+        core.fresh = self.fresh.take();
+        let volume = Volume::new(volume_key, self.derivation.clone(), core);
         let replay = volume.replay(disk, &self.superblock, &self.scan, &mut report).await?;
         {
             let mut core = volume.core.lock();
@@ -368,6 +398,8 @@ impl Opening {
             volume.remember(key);
             let epoch = Epoch { id, salt, key_version: self.key_version, tabled: false };
             self.settle(disk, &volume, epoch, &replay.skipped).await?;
+            // From here on a copy of what was found opens nowhere else.
+            volume.register().await?;
         }
         Ok((volume, report))
     }
@@ -382,6 +414,10 @@ impl Opening {
     ) -> Result<(), VolumeError> {
         // What was read may lie in a volatile cache only.
         disk.flush().await.map_err(VolumeError::Flush)?;
+        if self.fence && !volume.core.lock().is(canary!(NoFence)) {
+            let settled = self.settled();
+            volume.fence(settled.0, settled.1).await?;
+        }
         let crowded;
         {
             let mut core = volume.core.lock();

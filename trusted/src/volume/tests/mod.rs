@@ -5,6 +5,7 @@
 
 mod audit;
 mod canaries;
+mod counter;
 mod crash;
 mod disk;
 mod model;
@@ -42,6 +43,12 @@ pub(crate) enum Canary {
     NoCarryWait,
     /// The superblock overwrites the last one.
     SameSlot,
+    /// A sync does not wait for the monotonic counter.
+    NoRegister,
+    /// A superblock forgets a move of the counter that is on its way.
+    NoAttempted,
+    /// An opening does not shut out late moves of the one before.
+    NoFence,
 }
 
 std::thread_local! {
