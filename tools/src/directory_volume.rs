@@ -2,7 +2,10 @@
 //!
 //! Holds: nothing here writes to a directory that exists.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use postern_trusted::{
     directory::{
@@ -14,6 +17,7 @@ use serde_json::json;
 
 use crate::{
     cli::{RunArgs, VolumeArgs},
+    counter::Source,
     disk::{Access, FileDisk},
     error::{Exit, Failure},
     key, size, volume,
@@ -24,7 +28,12 @@ use crate::{
 ///
 /// # Errors
 /// If it cannot be made, is no protected directory, or its key does not open it.
-pub fn prepare(directory: &Path, args: &RunArgs, access: Access) -> Result<PathBuf, Failure> {
+pub fn prepare(
+    directory: &Path,
+    args: &RunArgs,
+    counter: Option<&Arc<Source>>,
+    access: Access,
+) -> Result<PathBuf, Failure> {
     let index = directory.join(INDEX_NAME);
     if Volume::small_host_blocks(args.file_capacity) == 0 {
         return Err(Failure::new(
@@ -44,7 +53,7 @@ pub fn prepare(directory: &Path, args: &RunArgs, access: Access) -> Result<PathB
         Ok(_) if index.exists() => {
             volume::check_file(&index, access)?;
             let key_file = key::choose(args.key_file.as_deref(), directory)?;
-            volume::check(&index, &*key::read(&key_file)?, access)?;
+            volume::check(&index, &*key::read(&key_file)?, counter, access)?;
             Ok(key_file)
         }
         found => {
@@ -64,7 +73,7 @@ pub fn prepare(directory: &Path, args: &RunArgs, access: Access) -> Result<PathB
                     .map_err(|e| Failure::io("cannot make", directory.display(), &e))?;
             }
             key::choose_and_make(args.key_file.as_deref(), directory, |key| {
-                volume::make(&index, INDEX_BYTES, key, access)
+                volume::make(&index, INDEX_BYTES, key, counter, access)
             })
             .inspect_err(|_| {
                 if made {
@@ -89,7 +98,13 @@ fn look(args: &VolumeArgs) -> Result<Looked, Failure> {
     let index = args.host_file.join(INDEX_NAME);
     let key_file = key::choose(args.key_file.as_deref(), &args.host_file)?;
     let key = SlotKey::new(*key::read(&key_file)?);
-    let (disk, volume, _) = volume::open_to_read(&index, &key, access)?;
+    let counter = Source::one(&args.counter)?;
+    let (disk, volume, report) = volume::open_to_read(&index, &key, counter.as_ref(), access)?;
+    if let (Some(loss), Some(source)) = (report.loss, &counter)
+        && let Some(failure) = source.explain(&index, &loss)
+    {
+        return Err(failure);
+    }
     let damaged = |what: &dyn core::fmt::Display| {
         Failure::new(Exit::Damaged, what, index.display(), "restore the directory from a copy")
     };
@@ -142,7 +157,7 @@ pub fn verify(args: &VolumeArgs) -> Result<bool, Failure> {
         files += 1;
         let host_file = args.host_file.join(host_name(id));
         let key = file_key(&looked.index, id);
-        match volume::open_to_read(&host_file, &key, looked.access) {
+        match volume::open_to_read(&host_file, &key, None, looked.access) {
             Err(failure) if failure.exit == Exit::InUse => return Err(failure),
             Err(failure) => damage.push((path, failure.to_string())),
             Ok((disk, volume, report)) => {

@@ -5,6 +5,7 @@
 
 mod cli;
 mod control;
+mod counter;
 mod directory_volume;
 mod disk;
 mod error;
@@ -42,5 +43,6 @@ fn dispatch() -> Result<u8, Failure> {
             Ok(if whole { 0 } else { Exit::Damaged as u8 })
         }
         Command::Stats(args) => stats::show(&args).map(|()| 0),
+        Command::Counter { command } => counter::command(&command).map(|()| 0),
     }
 }

@@ -7,6 +7,7 @@ use std::{
     fs::OpenOptions as FileOptions,
     io::IsTerminal as _,
     path::Path,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -16,12 +17,13 @@ use postern_trusted::{
     exec::run_to_end,
     platform::{Buffer, Fault},
     sync::Lock,
-    volume::{FormatOptions, OpenOptions, OpenReport, SlotKey, Volume, VolumeError},
+    volume::{FormatOptions, Freshness, OpenOptions, OpenReport, SlotKey, Volume, VolumeError},
 };
 use serde_json::json;
 
 use crate::{
     cli::{FormatArgs, VolumeArgs},
+    counter::{self, Source},
     directory_volume,
     disk::{Access, FileDisk},
     error::{Exit, Failure},
@@ -37,7 +39,13 @@ const PROGRESS_EVERY: Duration = Duration::from_millis(200);
 ///
 /// # Errors
 /// If the file has content, the host has no room or does no direct I/O. What was made is removed.
-pub fn make(path: &Path, bytes: u64, key: &[u8; 32], access: Access) -> Result<(), Failure> {
+pub fn make(
+    path: &Path,
+    bytes: u64,
+    key: &[u8; 32],
+    counter: Option<&Arc<Source>>,
+    access: Access,
+) -> Result<(), Failure> {
     let place = &path.display();
     let existed = is_vacant(path)?;
     let blocks = Volume::host_blocks(bytes);
@@ -53,7 +61,8 @@ pub fn make(path: &Path, bytes: u64, key: &[u8; 32], access: Access) -> Result<(
         .and_then(|disk| {
             run_to_end(Volume::format(&disk, &SlotKey::new(*key), &FormatOptions { size: bytes }))
                 .map_err(|error| refused(path, &error))
-        });
+        })
+        .and_then(|()| counter.map_or(Ok(()), |counter| counter.bind_new(path, key, access)));
     if made.is_err() {
         // Ours to remove: it was not there, or had nothing in it.
         let _ = if existed {
@@ -98,10 +107,21 @@ pub fn check_file(path: &Path, access: Access) -> Result<(), Failure> {
 ///
 /// # Errors
 /// [`Exit::Key`], [`Exit::Damaged`] and the host's own.
-pub fn check(path: &Path, key: &[u8; 32], access: Access) -> Result<(), Failure> {
+pub fn check(
+    path: &Path,
+    key: &[u8; 32],
+    counter: Option<&Arc<Source>>,
+    access: Access,
+) -> Result<(), Failure> {
     let disk = FileDisk::open(path, access)?;
-    let (_, report) = open(&disk, path, key)?;
-    report.loss.map_or(Ok(()), |loss| Err(refused(path, &loss)))
+    let (_, report) = open_with(&disk, path, &SlotKey::new(*key), counter)?;
+    match (report.loss, report.freshness) {
+        (Some(loss), _) => Err(refused_with(path, &loss, counter.map(|source| &**source))),
+        (None, Freshness::Unchecked { sequence }) => {
+            Err(counter::needed(path, &VolumeError::CounterNeeded { sequence }))
+        }
+        (None, _) => Ok(()),
+    }
 }
 
 /// The volume in `path`, opened for reading only.
@@ -111,19 +131,22 @@ pub fn check(path: &Path, key: &[u8; 32], access: Access) -> Result<(), Failure>
 pub fn open_to_read(
     path: &Path,
     key: &SlotKey,
+    counter: Option<&Arc<Source>>,
     access: Access,
 ) -> Result<(FileDisk, Volume, OpenReport), Failure> {
     let disk = FileDisk::open(path, access)?;
-    let (volume, report) = open_with(&disk, path, key)?;
+    let (volume, report) = open_with(&disk, path, key, counter)?;
     Ok((disk, volume, report))
 }
 
-fn open(disk: &FileDisk, path: &Path, key: &[u8; 32]) -> Result<(Volume, OpenReport), Failure> {
-    open_with(disk, path, &SlotKey::new(*key))
-}
-
-fn open_with(disk: &FileDisk, path: &Path, key: &SlotKey) -> Result<(Volume, OpenReport), Failure> {
-    let options = OpenOptions { read_only: true, ..OpenOptions::default() };
+fn open_with(
+    disk: &FileDisk,
+    path: &Path,
+    key: &SlotKey,
+    counter: Option<&Arc<Source>>,
+) -> Result<(Volume, OpenReport), Failure> {
+    let used = counter.map(|source| source.used(false));
+    let options = OpenOptions { read_only: true, counter: used, ..OpenOptions::default() };
     run_to_end(Volume::open(disk, key, &options)).map_err(|error| match error {
         VolumeError::Host { place, .. } if place >= disk.host_blocks() => Failure::new(
             Exit::Damaged,
@@ -131,8 +154,17 @@ fn open_with(disk: &FileDisk, path: &Path, key: &SlotKey) -> Result<(Volume, Ope
             path.display(),
             "it is no volume, or was cut off: restore it from a copy",
         ),
-        error => refused(path, &error),
+        error => refused_with(path, &error, counter.map(|source| &**source)),
     })
+}
+
+/// What a volume's refusal means to the operator, when it was opened with this counter.
+pub fn refused_with(path: &Path, error: &VolumeError, source: Option<&Source>) -> Failure {
+    if let VolumeError::CounterNeeded { .. } = error {
+        return counter::needed(path, error);
+    }
+    let explained = source.and_then(|source| source.explain(path, error));
+    explained.unwrap_or_else(|| refused(path, error))
 }
 
 /// What a volume's refusal means to the operator.
@@ -166,8 +198,9 @@ pub fn format(args: &FormatArgs) -> Result<(), Failure> {
     let access = Access { write: true, allow_buffered: args.allow_buffered };
     // Before a key is made for it.
     is_vacant(&args.host_file)?;
+    let counter = Source::one(&args.counter)?;
     let key_file = key::choose_and_make(args.key_file.as_deref(), &args.host_file, |key| {
-        make(&args.host_file, args.size, key, access)
+        make(&args.host_file, args.size, key, counter.as_ref(), access)
     })?;
     let host_bytes = Volume::host_blocks(args.size) * BLOCK as u64;
     if args.json {
@@ -219,6 +252,8 @@ pub fn info(args: &VolumeArgs) -> Result<(), Failure> {
             "replayed_records": report.records_applied,
             "skipped_records": report.records_skipped,
             "loss": report.loss.map(|loss| loss.to_string()),
+            "counter": info.counter,
+            "freshness": freshness(&report),
         });
         println!("{info}");
         return Ok(());
@@ -245,7 +280,20 @@ pub fn info(args: &VolumeArgs) -> Result<(), Failure> {
             report.journal_blocks, report.records_applied, report.records_skipped
         );
     }
+    if let Some(sequence) = info.counter {
+        println!("counter   bound, at {sequence}; {}", freshness(&report));
+    }
     Ok(())
+}
+
+/// What a monotonic counter says about the state found.
+fn freshness(report: &OpenReport) -> &'static str {
+    match report.freshness {
+        Freshness::Unbound => "unbound",
+        Freshness::Unchecked { .. } => "unchecked",
+        Freshness::Confirmed { .. } => "newest",
+        _ => "refused",
+    }
 }
 
 /// Opens the volume of `info` and `verify`, for reading only.
@@ -253,7 +301,9 @@ fn look(args: &VolumeArgs) -> Result<(FileDisk, Volume, OpenReport), Failure> {
     let access = Access { write: false, allow_buffered: args.allow_buffered };
     let disk = FileDisk::open(&args.host_file, access)?;
     let key_file = key::choose(args.key_file.as_deref(), &args.host_file)?;
-    let (volume, report) = open(&disk, &args.host_file, &*key::read(&key_file)?)?;
+    let counter = Source::one(&args.counter)?;
+    let key = SlotKey::new(*key::read(&key_file)?);
+    let (volume, report) = open_with(&disk, &args.host_file, &key, counter.as_ref())?;
     Ok((disk, volume, report))
 }
 

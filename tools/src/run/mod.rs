@@ -20,9 +20,13 @@ use std::{
     os::unix::process::{CommandExt as _, ExitStatusExt as _},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus},
+    sync::Arc,
 };
 
-use postern_sim::config::{DirectoryConfig, RUN_VARIABLE, RunConfig, VolumeConfig};
+use postern_sim::config::{
+    CounterConfig, DirectoryConfig, MovesConfig, RUN_VARIABLE, RunConfig, VolumeConfig,
+};
+use postern_trusted::counter::Moves;
 use rustix::process::{Pid, Signal, kill_process};
 
 use self::{
@@ -34,6 +38,7 @@ use self::{
 };
 use crate::{
     cli::RunArgs,
+    counter::{Server, Source},
     directory_volume,
     disk::Access,
     error::{Exit, Failure},
@@ -46,12 +51,13 @@ use crate::{
 /// Whatever kept the program from running, or (after its end) the daemon from stopping well.
 pub fn run(args: &RunArgs) -> Result<u8, Failure> {
     let plan = Plan::make(args)?;
+    let counters = Source::parse_all(&args.counter)?;
     let volumes = match &args.socket {
         Some(socket) => {
             stats::connect(socket)?;
             remote_volumes(args, &plan)?
         }
-        None => local_volumes(args, &plan)?,
+        None => local_volumes(args, &plan, &counters)?,
     };
     let signals = Signals::hold()
         .map_err(|error| Failure::io("cannot hold signals", "this process", &error))?;
@@ -79,7 +85,16 @@ pub fn run(args: &RunArgs) -> Result<u8, Failure> {
             (socket, Some(daemon))
         }
     };
-    let config = run_config(&socket, &volumes, args.file_capacity)?;
+    let counter_socket = directory.join("counters.sock");
+    let counted = (!counters.is_empty()).then(|| Counted {
+        socket: &counter_socket,
+        moves: Moves::from(args.counter_moves).into(),
+    });
+    if counted.is_some() {
+        Server::start(&counter_socket, counters)
+            .map_err(|error| Failure::io("cannot serve the counters of", "this run", &error))?;
+    }
+    let config = run_config(&socket, &volumes, args.file_capacity, counted.as_ref())?;
     let run_file = directory.write("run.json", &config)?;
     let mut guest = start(args, &plan, &volumes, &run_file, &signals)?;
     let status = attend(&mut guest, daemon.as_mut(), &signals)?;
@@ -122,17 +137,22 @@ struct ReadyVolume {
 }
 
 /// Makes what is to be made and looks at what exists: its key, its header, its newest state.
-fn local_volumes(args: &RunArgs, plan: &Plan) -> Result<Vec<ReadyVolume>, Failure> {
+fn local_volumes(
+    args: &RunArgs,
+    plan: &Plan,
+    counters: &[Arc<Source>],
+) -> Result<Vec<ReadyVolume>, Failure> {
     let mut ready = Vec::with_capacity(plan.volumes.len());
     for (number, planned) in plan.volumes.iter().enumerate() {
         let PlannedVolume { guest_path, host_file, directory } = planned;
         let access = Access { write: true, allow_buffered: args.allow_buffered };
+        let counter = counters.get(number);
         let exists = std::fs::symlink_metadata(host_file).is_ok();
         let key_file = match (exists, args.create) {
-            (_, _) if *directory => directory_volume::prepare(host_file, args, access)?,
+            (_, _) if *directory => directory_volume::prepare(host_file, args, counter, access)?,
             (false, Some(size)) => {
                 key::choose_and_make(args.key_file.as_deref(), host_file, |key| {
-                    volume::make(host_file, size, key, access)
+                    volume::make(host_file, size, key, counter, access)
                 })?
             }
             (false, None) => return Err(no_volume(host_file)),
@@ -140,7 +160,7 @@ fn local_volumes(args: &RunArgs, plan: &Plan) -> Result<Vec<ReadyVolume>, Failur
                 // Before the key: a missing key of a file that is no volume is not the point.
                 volume::check_file(host_file, access)?;
                 let key_file = key::choose(args.key_file.as_deref(), host_file)?;
-                volume::check(host_file, &*key::read(&key_file)?, access)?;
+                volume::check(host_file, &*key::read(&key_file)?, counter, access)?;
                 key_file
             }
         };
@@ -184,11 +204,22 @@ fn absolute(path: &Path) -> Result<PathBuf, Failure> {
     path.canonicalize().map_err(|error| Failure::io("cannot find", path.display(), &error))
 }
 
+/// The counters of a run.
+struct Counted<'a> {
+    socket: &'a Path,
+    moves: MovesConfig,
+}
+
 fn run_config(
     socket: &Path,
     volumes: &[ReadyVolume],
     file_capacity: u64,
+    counted: Option<&Counted<'_>>,
 ) -> Result<Vec<u8>, Failure> {
+    let counter_of = |number: usize| {
+        let index = u32::try_from(number).ok()?;
+        counted.map(|counted| CounterConfig { index, moves: counted.moves })
+    };
     let text = |path: &Path| {
         path.to_str().map(str::to_owned).ok_or_else(|| {
             Failure::new(Exit::Usage, "a path is not UTF-8", path.display(), "use another path")
@@ -196,26 +227,31 @@ fn run_config(
     };
     let config = RunConfig {
         socket: text(socket)?,
+        counter_socket: counted.map_or(Ok(String::new()), |counted| text(counted.socket))?,
         volumes: volumes
             .iter()
-            .filter(|volume| !volume.directory)
-            .map(|volume| {
+            .enumerate()
+            .filter(|(_, volume)| !volume.directory)
+            .map(|(number, volume)| {
                 Ok(VolumeConfig {
                     guest_path: volume.guest_path.clone(),
                     name: volume.name.clone(),
                     key_file: text(&volume.key_file)?,
+                    counter: counter_of(number),
                 })
             })
             .collect::<Result<_, Failure>>()?,
         directories: volumes
             .iter()
-            .filter(|volume| volume.directory)
-            .map(|volume| {
+            .enumerate()
+            .filter(|(_, volume)| volume.directory)
+            .map(|(number, volume)| {
                 Ok(DirectoryConfig {
                     guest_path: volume.guest_path.clone(),
                     name: volume.name.clone(),
                     key_file: text(&volume.key_file)?,
                     file_capacity,
+                    counter: counter_of(number),
                 })
             })
             .collect::<Result<_, Failure>>()?,
@@ -333,7 +369,7 @@ mod tests {
             directory,
         };
         let volumes = [volume("/sealed/data", "v0", false), volume("/data", "v1", true)];
-        let bytes = run_config(Path::new("/r/daemon.sock"), &volumes, 4096).unwrap();
+        let bytes = run_config(Path::new("/r/daemon.sock"), &volumes, 4096, None).unwrap();
         let json: serde_json::Value = serde_json::from_slice(&bytes).unwrap();
         assert_eq!(json["socket"], "/r/daemon.sock");
         assert_eq!(json["volumes"][0]["guest_path"], "/sealed/data");

@@ -29,6 +29,7 @@ use postern_trusted::{
 use crate::{
     family::{self, Family, OpenVolume},
     files,
+    freshness::CounterLink,
     host::Work,
     identity, inheritance, inside,
     link::Link,
@@ -50,6 +51,7 @@ pub struct Process {
     /// Where the service thread sleeps: other bells, so that what wakes a driver leaves it alone.
     pub service: Arc<Sleepers>,
     link: OnceBox<Link>,
+    counters: OnceBox<CounterLink>,
     spinner: Spinner,
     /// One process attaches once; held across the attach.
     attaching: Lock<()>,
@@ -202,6 +204,7 @@ impl Process {
             sleepers,
             service,
             link: OnceBox::new(),
+            counters: OnceBox::new(),
             spinner: Spinner::new(),
             attaching: Lock::new(()),
             disks: Lock::new(Vec::new()),
@@ -225,6 +228,7 @@ impl Process {
         if let Some(link) = self.link.get() {
             all.extend(link.descriptors());
         }
+        all.extend(self.counters.get().map(CounterLink::descriptor));
         all
     }
 
@@ -255,6 +259,26 @@ impl Process {
         inheritance::connected();
         service::start();
         self.link.get().ok_or(Errno::EIO)
+    }
+
+    /// The connection to the launcher's counters; made at the first call.
+    ///
+    /// # Errors
+    /// What connect(2) says.
+    pub fn counter_link(&self) -> Result<&CounterLink, Errno> {
+        if let Some(link) = self.counters.get() {
+            return Ok(link);
+        }
+        let _one = self.attaching.lock();
+        if let Some(link) = self.counters.get() {
+            return Ok(link);
+        }
+        let family = family::family().ok_or(Errno::EIO)?;
+        let link = CounterLink::connect(&family.config.counter_socket, keep)?;
+        self.sleepers.watch(link.descriptor());
+        self.service.watch(link.descriptor());
+        let _ = self.counters.set(Box::new(link));
+        self.counters.get().ok_or(Errno::EIO)
     }
 
     /// The eventfd that hidden contexts of the kernel ring, heard by whoever sleeps inside a call
@@ -366,7 +390,8 @@ impl Process {
         self.drives.fetch_add(1, Ordering::Relaxed);
         let _active = self.executor.activate();
         let lane = self.link.get().map(|link| &link.lane);
-        let taken = lane.map_or(0, |lane| lane.poll(FEW));
+        let counted = self.counters.get().map_or(0, CounterLink::poll);
+        let taken = counted + lane.map_or(0, |lane| lane.poll(FEW));
         taken + self.start_up_to(2 * FEW) > 0
     }
 

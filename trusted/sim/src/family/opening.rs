@@ -3,15 +3,16 @@
 //! Holds: a host file that was made for a volume that then could not be is removed again.
 
 use core::sync::atomic::AtomicBool;
+use std::sync::Arc;
 
 use postern_trusted::{
     directory::{INDEX_NAME, file_key, host_name},
     errno::Errno,
-    volume::{OpenOptions, SlotKey, Volume, VolumeError},
+    volume::{CounterUse, OpenOptions, SlotKey, Volume, VolumeError},
 };
 
 use super::{FILE_CACHE, Family, OpenVolume, Source, Wanted};
-use crate::{config, directory::Member, message, process, runtime};
+use crate::{config, directory::Member, freshness::RunCounter, message, process, runtime};
 
 impl Family {
     /// Key file and name at the daemon of a volume.
@@ -25,6 +26,17 @@ impl Family {
             Source::Index(number) => within(*number, INDEX_NAME),
             Source::File(file) => within(file.directory, &host_name(&file.id)),
         }
+    }
+
+    /// The monotonic counter of a volume, if it has one.
+    fn counter_of(&self, source: &Source) -> Option<CounterUse> {
+        let config = match source {
+            Source::Volume(config) => config.counter,
+            Source::Index(number) => self.directories[*number].config.counter,
+            Source::File(_) => None,
+        }?;
+        let counter = Arc::new(RunCounter::new(config.index, self.path_of(source)));
+        Some(CounterUse { counter, moves: config.moves.into(), adopt: false })
     }
 
     pub(super) fn open(&self, index: usize, source: &Source) -> Result<OpenVolume, Errno> {
@@ -78,7 +90,8 @@ impl Family {
                 if let Some(capacity) = capacity {
                     Volume::format_empty(&disk, key, capacity).await?;
                 }
-                Volume::open(&disk, key, &OpenOptions::default()).await
+                let counter = self.counter_of(source);
+                Volume::open(&disk, key, &OpenOptions { counter, ..OpenOptions::default() }).await
             };
             process.block_on(opening).map_err(|error: VolumeError| {
                 message::say(&format!("{path}: {error}"));

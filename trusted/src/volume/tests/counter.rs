@@ -37,6 +37,8 @@ struct State {
     asked: Vec<(u64, Ask, Option<Waker>)>,
     answers: BTreeMap<u64, Result<Swapped, CounterError>>,
     next: u64,
+    /// Requests up to this one are of dead callers.
+    dead: u64,
     /// Percent of requests that get no answer.
     faults: f64,
     moves: u64,
@@ -54,6 +56,7 @@ impl SimCounter {
             asked: Vec::new(),
             answers: BTreeMap::new(),
             next: 0,
+            dead: 0,
             faults: 0.0,
             moves: 0,
         })))
@@ -78,8 +81,14 @@ impl SimCounter {
             if state.asked.is_empty() {
                 return false;
             }
-            let n = state.asked.len() as u64;
-            let at = state.rng.below(n) as usize;
+            // What the dead asked for is served late.
+            let dead = state.asked.iter().take_while(|(id, ..)| *id <= state.dead).count();
+            let (n, late) = (state.asked.len(), state.rng.below(6) == 0);
+            if dead == n && !late {
+                return false;
+            }
+            let first = if late { 0 } else { dead };
+            let at = first + state.rng.below((n - first) as u64) as usize;
             let (id, ask, waker) = state.asked.remove(at);
             let (faults, kind) = (state.faults, state.rng.below(2));
             let fails = state.rng.chance(faults);
@@ -106,7 +115,9 @@ impl SimCounter {
 
     /// Whoever waited is dead; what it asked may still be served.
     pub(super) fn forget_callers(&self) {
-        self.state().asked.iter_mut().for_each(|(_, _, waker)| *waker = None);
+        let mut state = self.state();
+        state.dead = state.next;
+        state.asked.iter_mut().for_each(|(_, _, waker)| *waker = None);
     }
 
     fn ask(&self, ask: Ask) -> Answer<'_, Swapped> {
