@@ -3,6 +3,7 @@
 //! `POSTERN_SIM_SEEDS` sets how many seeds the crash simulation runs (default
 //! [`crash::DEFAULT_SEEDS`]); a failure prints the seed, `POSTERN_SIM_SEED` replays it.
 
+mod attacks;
 mod audit;
 mod canaries;
 mod counter;
