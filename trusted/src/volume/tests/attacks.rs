@@ -4,7 +4,7 @@
 use alloc::{sync::Arc, vec, vec::Vec};
 
 use super::{
-    crash::{Bytes, formatted, open, tiny},
+    crash::{formatted, open, tiny},
     disk::{Image, SimDisk},
     nonces,
     run::Runner,
@@ -13,6 +13,7 @@ use super::{
 use crate::{
     disk::BLOCK,
     errno::Errno,
+    platform::Memory,
     volume::{
         OpenOptions, Volume, VolumeError,
         layout::{HEADERS, SUPERBLOCKS},
@@ -26,7 +27,7 @@ fn session(image: &Image, seed: u64, close: bool, writes: &[(u64, Vec<u8>)]) -> 
     runner.block_on(async move {
         let (volume, _) = open(disk.clone(), options()).await.unwrap();
         for (block, bytes) in writes {
-            volume.write(&disk, block * 4096, &Bytes::new(bytes)).await.unwrap();
+            volume.write(&disk, block * 4096, &Memory::new(bytes)).await.unwrap();
         }
         volume.sync(&disk).await.unwrap();
         if close {
@@ -59,9 +60,9 @@ fn read(
 ) -> Result<Vec<u8>, Errno> {
     let (disk, volume) = (runner.disk.clone(), volume.clone());
     runner.block_on(async move {
-        let buffer = Bytes::new(vec![0xee; count * BLOCK]);
+        let buffer = Memory::new(vec![0xee; count * BLOCK]);
         let done = volume.read(&disk, block * 4096, &buffer).await?;
-        let mut bytes = buffer.take();
+        let mut bytes = buffer.into_inner();
         bytes.truncate(done);
         Ok(bytes)
     })

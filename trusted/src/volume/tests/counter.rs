@@ -11,7 +11,7 @@ use core::{
 use std::sync::Mutex;
 
 use super::{
-    crash::{Bytes, formatted, open, tiny},
+    crash::{formatted, open, tiny},
     disk::{Image, Rng, SimDisk},
     nonces,
     run::Runner,
@@ -20,6 +20,7 @@ use crate::{
     counter::{Answer, Counter, CounterError, Moves, Record, Swapped},
     disk::BLOCK,
     errno::Errno,
+    platform::Memory,
     volume::{
         Chore, CounterUse, Freshness, OpenOptions, OpenReport, Volume, VolumeError,
         layout::{RING_START, SUPERBLOCKS},
@@ -230,7 +231,7 @@ impl Process {
 
     fn write(&mut self, volume: &Arc<Volume>, block: u64, byte: u8) -> Result<usize, Errno> {
         let (disk, volume) = (self.0.disk.clone(), volume.clone());
-        let bytes = Bytes::new(vec![byte; BLOCK]);
+        let bytes = Memory::new(vec![byte; BLOCK]);
         self.0.block_on(async move { volume.write(&disk, block * 4096, &bytes).await })
     }
 
@@ -246,10 +247,11 @@ impl Process {
 
     fn read(&mut self, volume: &Arc<Volume>, block: u64) -> Result<u8, Errno> {
         let (disk, volume) = (self.0.disk.clone(), volume.clone());
-        let buffer = Arc::new(Bytes::new(vec![0xee; BLOCK]));
-        let into = buffer.clone();
-        self.0.block_on(async move { volume.read(&disk, block * 4096, &*into).await })?;
-        let bytes = buffer.0.lock().unwrap();
+        let bytes = self.0.block_on(async move {
+            let buffer = Memory::new(vec![0xee; BLOCK]);
+            volume.read(&disk, block * 4096, &buffer).await?;
+            Ok(buffer.into_inner())
+        })?;
         assert!(bytes.iter().all(|byte| *byte == bytes[0]));
         Ok(bytes[0])
     }
