@@ -140,7 +140,7 @@ fn superblocks_of_another_volume_under_the_same_key_are_refused() {
 }
 
 #[test]
-fn a_journal_of_another_volume_under_the_same_key_is_refused() {
+fn a_journal_of_another_volume_under_the_same_key_is_refused_or_a_lost_tail() {
     let mut mixed = made(false);
     let ring = tiny().ring_start..tiny().ring_start + tiny().ring_blocks;
     copy(&mut mixed, &another(), ring);

@@ -11,6 +11,7 @@ use core::{
 use std::sync::Mutex;
 
 use super::{
+    CANARY, Canary,
     crash::{formatted, open, tiny},
     disk::{Image, Rng, SimDisk},
     nonces,
@@ -305,6 +306,19 @@ fn an_acknowledged_sync_is_not_taken_back_when_syncs_move_the_counter() {
     for n in 1..=6 {
         assert_eq!(process.read(&volume, n), Ok(n as u8));
     }
+}
+
+#[test]
+fn a_sync_before_the_counter_has_moved_is_caught() {
+    CANARY.set(Canary::NoRegister);
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| ()));
+    let result = std::panic::catch_unwind(
+        an_acknowledged_sync_is_not_taken_back_when_syncs_move_the_counter,
+    );
+    std::panic::set_hook(hook);
+    CANARY.set(Canary::None);
+    assert!(result.is_err());
 }
 
 /// Without a counter the same attack looks like a power cut.

@@ -159,7 +159,6 @@ impl Sim {
                 let moves = [Moves::Open, Moves::Checkpoint, Moves::Sync][seed as usize / 2 % 3];
                 Some((moves, [0.0, 5.0, 40.0][seed as usize / 6 % 3]))
             }
-            Canary::NoRegister => Some((Moves::Sync, 0.0)),
             Canary::NoAttempted => Some((Moves::Checkpoint, 40.0)),
             Canary::NoFence => Some((Moves::Sync, 30.0)),
             _ => None,
