@@ -337,7 +337,19 @@ impl Counter for RunCounter {
     }
 
     fn swap(&self, old: Option<Record>, new: Record) -> Answer<'_, Swapped> {
-        Box::pin(self.ask(Some((old, new))))
+        Box::pin(async move {
+            let answer = self.ask(Some((old, new))).await;
+            if let Ok(Swapped::Lost(held)) = answer
+                && held != Some(new)
+            {
+                message::say(&format!(
+                    "{}: another writer has moved the monotonic counter: the volume or a copy of \
+                     it is in use elsewhere; this program's writes fail from now on",
+                    self.path
+                ));
+            }
+            answer
+        })
     }
 }
 

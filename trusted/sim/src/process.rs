@@ -24,6 +24,7 @@ use postern_trusted::{
     platform::{NoEntropy, Platform},
     port::{LaneFile, Sleeper},
     sync::{self, Lock},
+    volume::Chore,
 };
 
 use crate::{
@@ -432,7 +433,11 @@ impl Process {
             let Ok(disk) = self.disk(&volume) else { continue };
             started = true;
             self.executor.spawn(async move {
-                if let Err(errno) = volume.volume.run_chore(&disk, chore).await {
+                let done = volume.volume.run_chore(&disk, chore).await;
+                // A counter that does not move has said so itself.
+                if chore != Chore::Register
+                    && let Err(errno) = done
+                {
                     let path = family.guest_path(volume.index);
                     volume.report(&path, "background write failed", errno);
                 }

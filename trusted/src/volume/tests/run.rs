@@ -53,11 +53,8 @@ impl Runner {
         if ready.is_empty() || draw % 3 == 0 {
             let counts = || self.counter.as_ref().is_some_and(SimCounter::complete_one);
             // Rarely the counter first: it is the slower one.
-            let moved = if draw % 7 == 0 {
-                counts() || self.disk.complete_one()
-            } else {
-                self.disk.complete_one() || counts()
-            };
+            let before = draw % 7 == 0 && counts();
+            let moved = before || self.disk.complete_one() || counts();
             if moved {
                 return true;
             }
