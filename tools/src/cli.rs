@@ -5,6 +5,7 @@ use std::{ffi::OsString, path::PathBuf};
 use clap::{Args, Parser, Subcommand, error::ErrorKind};
 
 use crate::{
+    counter::{AccessArgs, CounterArgs, MovesArg},
     error::{Exit, Failure},
     size,
 };
@@ -17,7 +18,8 @@ Exit codes (of `run`, when the program ran: the program's own, or 128 + signal):
   66  no such volume                  74  the host failed to read or write
   67  no key, or not this volume's    77  the host refuses access
   68  no direct I/O on the host      126  the program cannot be run inside
-  69  the daemon is not there        127  no such program";
+  69  the daemon is not there        127  no such program
+  75  the counter does not answer     76  not the volume's newest state";
 
 const RUN_EXAMPLES: &str = "\
 Examples:
@@ -32,6 +34,10 @@ Examples:
   The same volume again, with a key of one's own and the latency of every stage saved:
     postern run --volume /sealed/data=/srv/data.vol --key-file /etc/postern/data.key \\
       --stats stages.json -- mydatabase --datafile /sealed/data";
+
+const COUNTER_EXAMPLES: &str = "\
+Example, after putting back a copy of a volume:
+  postern counter reset /srv/data.vol --key-file K --counter etcd:https://c:2379/postern/data";
 
 /// Native AIO on sealed volumes for unmodified programs inside an enclave.
 ///
@@ -72,6 +78,61 @@ pub enum Command {
     Rekey(RekeyArgs),
     /// Latency per stage of a running daemon
     Stats(StatsArgs),
+    /// Monotonic counters, which tell an old state of a volume from the newest
+    #[command(after_help = COUNTER_EXAMPLES)]
+    Counter {
+        /// What to do.
+        #[command(subcommand)]
+        command: CounterCommand,
+    },
+}
+
+/// `postern counter`.
+#[derive(Debug, Subcommand)]
+pub enum CounterCommand {
+    /// Show what a counter holds
+    Show(CounterShowArgs),
+    /// Take a volume as it is for the newest, whatever the counter holds: after restoring a copy,
+    /// or to bind a volume that was made without a counter
+    Reset(CounterResetArgs),
+}
+
+/// `postern counter show`.
+#[derive(Args, Debug)]
+pub struct CounterShowArgs {
+    /// file:PATH, or etcd:URL[,URL...]/KEY
+    pub counter: OsString,
+    /// How etcd is reached.
+    #[command(flatten)]
+    pub access: AccessArgs,
+    /// Answer as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `postern counter reset`.
+#[derive(Args, Debug)]
+pub struct CounterResetArgs {
+    /// The host file of the volume, or the host directory of a protected directory
+    pub host_file: PathBuf,
+    /// The counter: file:PATH, or etcd:URL[,URL...]/KEY
+    #[arg(long, value_name = "COUNTER", required_unless_present = "none", conflicts_with = "none")]
+    pub counter: Option<OsString>,
+    /// Bind the volume to no counter any more
+    #[arg(long)]
+    pub none: bool,
+    /// How etcd is reached.
+    #[command(flatten)]
+    pub access: AccessArgs,
+    /// Key of the volume; without it HOST_FILE.key
+    #[arg(long, value_name = "FILE")]
+    pub key_file: Option<PathBuf>,
+    /// A passphrase in its place
+    #[command(flatten)]
+    pub passphrase: PassphraseArgs,
+    /// Go on through the page cache where the host file system does no direct I/O
+    #[arg(long)]
+    pub allow_buffered: bool,
 }
 
 /// Where a passphrase comes from, in place of a key file.
@@ -183,6 +244,12 @@ pub struct RunArgs {
     /// Use the daemon that listens here and start none; HOST_FILE is then the daemon's name for it
     #[arg(long, value_name = "PATH", conflicts_with_all = ["create", "allow_buffered", "no_probes"], requires = "key_file")]
     pub socket: Option<PathBuf>,
+    /// Counters of the volumes.
+    #[command(flatten)]
+    pub counter: CounterArgs,
+    /// How often the counter moves: the more often, the less a rollback can take back unnoticed
+    #[arg(long, value_name = "WHEN", value_enum, default_value_t)]
+    pub counter_moves: MovesArg,
     /// Save the daemon's statistics (JSON) when the program has ended
     #[arg(long, value_name = "FILE")]
     pub stats: Option<PathBuf>,
@@ -214,6 +281,9 @@ pub struct FormatArgs {
     /// A passphrase in its place
     #[command(flatten)]
     pub passphrase: PassphraseArgs,
+    /// Counter of the volume.
+    #[command(flatten)]
+    pub counter: CounterArgs,
     /// Go on through the page cache where the host file system does no direct I/O
     #[arg(long)]
     pub allow_buffered: bool,
@@ -233,6 +303,9 @@ pub struct VolumeArgs {
     /// A passphrase in its place
     #[command(flatten)]
     pub passphrase: PassphraseArgs,
+    /// Counter of the volume.
+    #[command(flatten)]
+    pub counter: CounterArgs,
     /// Go on through the page cache where the host file system does no direct I/O
     #[arg(long)]
     pub allow_buffered: bool,
@@ -297,6 +370,7 @@ fn help_for(error: &clap::Error) -> String {
         "key remove",
         "rekey",
         "stats",
+        "counter",
     ]
     .into_iter()
     .find(|name| text.contains(&format!("Usage: postern {name}")));
@@ -349,6 +423,9 @@ mod tests {
             "key add v --key-file k",
             "key add v --new-passphrase --new-key-file k",
             "rekey",
+            "counter",
+            "counter reset v",
+            "counter reset v --none --counter file:c",
         ] {
             let failure = of(line).unwrap_err();
             assert_eq!(failure.exit, Exit::Usage, "{line}");

@@ -16,7 +16,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use zeroize::Zeroizing;
 
 use crate::{
-    cli::VolumeArgs,
+    cli::PassphraseArgs,
     disk::Access,
     error::{Exit, Failure},
     passphrase::Age,
@@ -147,10 +147,14 @@ pub fn choose(given: Option<&Path>, volume: &Path) -> Result<PathBuf, Failure> {
 ///
 /// # Errors
 /// [`Exit::Key`] if there is none, or it is no key.
-pub fn present(args: &VolumeArgs, volume: &Path) -> Result<SlotKey, Failure> {
-    match args.passphrase.get(Age::Known)? {
+pub fn present(
+    passphrase: &PassphraseArgs,
+    key_file: Option<&Path>,
+    volume: &Path,
+) -> Result<SlotKey, Failure> {
+    match passphrase.get(Age::Known)? {
         Some(words) => Ok(words),
-        None => Ok(SlotKey::new(*read(&choose(args.key_file.as_deref(), volume)?)?)),
+        None => Ok(SlotKey::new(*read(&choose(key_file, volume)?)?)),
     }
 }
 

@@ -51,7 +51,7 @@ fn open(args: &VolumeArgs) -> Result<Opened, Failure> {
     let path = slots_file(&args.host_file);
     let access = Access { write: true, allow_buffered: args.allow_buffered };
     let disk = FileDisk::open(&path, access)?;
-    let key = key::present(args, &args.host_file)?;
+    let key = key::present(&args.passphrase, args.key_file.as_deref(), &args.host_file)?;
     Ok(Opened { path, disk, key })
 }
 

@@ -5,6 +5,7 @@
 
 mod cli;
 mod control;
+mod counter;
 mod directory_volume;
 mod disk;
 mod error;
@@ -52,5 +53,6 @@ fn dispatch() -> Result<u8, Failure> {
         Command::Key(command) => key_slots::run(&command).map(|()| 0),
         Command::Rekey(args) => rekey::run(&args).map(|()| 0),
         Command::Stats(args) => stats::show(&args).map(|()| 0),
+        Command::Counter { command } => counter::command(&command).map(|()| 0),
     }
 }

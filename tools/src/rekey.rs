@@ -33,7 +33,8 @@ pub fn run(args: &RekeyArgs) -> Result<(), Failure> {
     refuse_directory(path)?;
     let access = Access { write: true, allow_buffered: args.volume.allow_buffered };
     let disk = FileDisk::open(path, access)?;
-    let mut keys = vec![key::present(&args.volume, path)?];
+    let mut keys =
+        vec![key::present(&args.volume.passphrase, args.volume.key_file.as_deref(), path)?];
     for file in &args.keep_key_file {
         keys.push(SlotKey::new(*key::read(file)?));
     }

@@ -7,6 +7,7 @@ use std::{
     fs::OpenOptions as FileOptions,
     io::IsTerminal as _,
     path::Path,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -15,12 +16,15 @@ use postern_trusted::{
     errno::Errno,
     exec::run_to_end,
     platform::Memory,
-    volume::{FormatOptions, Misuse, OpenOptions, OpenReport, SlotKey, Volume, VolumeError},
+    volume::{
+        FormatOptions, Freshness, Misuse, OpenOptions, OpenReport, SlotKey, Volume, VolumeError,
+    },
 };
 use serde_json::json;
 
 use crate::{
     cli::{FormatArgs, VolumeArgs},
+    counter::{self, Source},
     directory_volume,
     disk::{Access, FileDisk},
     error::{Exit, Failure},
@@ -38,7 +42,13 @@ const PROGRESS_EVERY: Duration = Duration::from_millis(200);
 ///
 /// # Errors
 /// If the file has content, the host has no room or does no direct I/O. What was made is removed.
-pub fn make(path: &Path, bytes: u64, key: &SlotKey, access: Access) -> Result<(), Failure> {
+pub fn make(
+    path: &Path,
+    bytes: u64,
+    key: &SlotKey,
+    counter: Option<&Arc<Source>>,
+    access: Access,
+) -> Result<(), Failure> {
     let place = &path.display();
     let existed = is_vacant(path)?;
     let blocks = Volume::host_blocks(bytes);
@@ -54,7 +64,8 @@ pub fn make(path: &Path, bytes: u64, key: &SlotKey, access: Access) -> Result<()
         .and_then(|disk| {
             run_to_end(Volume::format(&disk, key, &FormatOptions { size: bytes }))
                 .map_err(|error| refused(path, &error))
-        });
+        })
+        .and_then(|()| counter.map_or(Ok(()), |counter| counter.bind_new(path, key, access)));
     if made.is_err() {
         // Ours to remove: it was not there, or had nothing in it.
         let _ = if existed {
@@ -99,10 +110,21 @@ pub fn check_file(path: &Path, access: Access) -> Result<(), Failure> {
 ///
 /// # Errors
 /// [`Exit::Key`], [`Exit::Damaged`] and the host's own.
-pub fn check(path: &Path, key: &SlotKey, access: Access) -> Result<(), Failure> {
+pub fn check(
+    path: &Path,
+    key: &SlotKey,
+    counter: Option<&Arc<Source>>,
+    access: Access,
+) -> Result<(), Failure> {
     let disk = FileDisk::open(path, access)?;
-    let (_, report) = open_with(&disk, path, key)?;
-    report.loss.map_or(Ok(()), |loss| Err(refused(path, &loss)))
+    let (_, report) = open_with(&disk, path, key, counter)?;
+    match (report.loss, report.freshness) {
+        (Some(loss), _) => Err(refused_with(path, &loss, counter.map(|source| &**source))),
+        (None, Freshness::Unchecked { sequence }) => {
+            Err(counter::needed(path, &VolumeError::CounterNeeded { sequence }))
+        }
+        (None, _) => Ok(()),
+    }
 }
 
 /// What the enclave is given for a passphrase: the work of Argon2id, done here, once.
@@ -124,15 +146,22 @@ pub fn stretch(path: &Path, passphrase: &SlotKey, access: Access) -> Result<key:
 pub fn open_to_read(
     path: &Path,
     key: &SlotKey,
+    counter: Option<&Arc<Source>>,
     access: Access,
 ) -> Result<(FileDisk, Volume, OpenReport), Failure> {
     let disk = FileDisk::open(path, access)?;
-    let (volume, report) = open_with(&disk, path, key)?;
+    let (volume, report) = open_with(&disk, path, key, counter)?;
     Ok((disk, volume, report))
 }
 
-fn open_with(disk: &FileDisk, path: &Path, key: &SlotKey) -> Result<(Volume, OpenReport), Failure> {
-    let options = OpenOptions { read_only: true, ..OpenOptions::default() };
+fn open_with(
+    disk: &FileDisk,
+    path: &Path,
+    key: &SlotKey,
+    counter: Option<&Arc<Source>>,
+) -> Result<(Volume, OpenReport), Failure> {
+    let used = counter.map(|source| source.used(false));
+    let options = OpenOptions { read_only: true, counter: used, ..OpenOptions::default() };
     run_to_end(Volume::open(disk, key, &options)).map_err(|error| match error {
         VolumeError::Host { place, .. } if place >= disk.host_blocks() => Failure::new(
             Exit::Damaged,
@@ -140,8 +169,17 @@ fn open_with(disk: &FileDisk, path: &Path, key: &SlotKey) -> Result<(Volume, Ope
             path.display(),
             "it is no volume, or was cut off: restore it from a copy",
         ),
-        error => refused(path, &error),
+        error => refused_with(path, &error, counter.map(|source| &**source)),
     })
+}
+
+/// What a volume's refusal means to the operator, when it was opened with this counter.
+pub fn refused_with(path: &Path, error: &VolumeError, source: Option<&Source>) -> Failure {
+    if let VolumeError::CounterNeeded { .. } = error {
+        return counter::needed(path, error);
+    }
+    let explained = source.and_then(|source| source.explain(path, error));
+    explained.unwrap_or_else(|| refused(path, error))
 }
 
 /// What a volume's refusal means to the operator.
@@ -186,15 +224,17 @@ pub fn format(args: &FormatArgs) -> Result<(), Failure> {
     let access = Access { write: true, allow_buffered: args.allow_buffered };
     // Before a key is made for it.
     is_vacant(&args.host_file)?;
+    let counter = Source::one(&args.counter)?;
     let key_file = match args.passphrase.get(Age::New)? {
         Some(words) => {
-            make(&args.host_file, args.size, &words, access)?;
+            make(&args.host_file, args.size, &words, counter.as_ref(), access)?;
             None
         }
         None => {
             let given = args.key_file.as_deref();
             Some(key::choose_and_make(given, &args.host_file, |key| {
-                make(&args.host_file, args.size, &SlotKey::new(*key), access)
+                let key = SlotKey::new(*key);
+                make(&args.host_file, args.size, &key, counter.as_ref(), access)
             })?)
         }
     };
@@ -250,6 +290,8 @@ pub fn info(args: &VolumeArgs) -> Result<(), Failure> {
             "replayed_records": report.records_applied,
             "skipped_records": report.records_skipped,
             "loss": report.loss.map(|loss| loss.to_string()),
+            "counter": info.counter,
+            "freshness": freshness(&report),
         });
         println!("{info}");
         return Ok(());
@@ -279,15 +321,29 @@ pub fn info(args: &VolumeArgs) -> Result<(), Failure> {
             report.journal_blocks, report.records_applied, report.records_skipped
         );
     }
+    if let Some(sequence) = info.counter {
+        println!("counter   bound, at {sequence}; {}", freshness(&report));
+    }
     Ok(())
+}
+
+/// What a monotonic counter says about the state found.
+fn freshness(report: &OpenReport) -> &'static str {
+    match report.freshness {
+        Freshness::Unbound => "unbound",
+        Freshness::Unchecked { .. } => "unchecked",
+        Freshness::Confirmed { .. } => "newest",
+        _ => "refused",
+    }
 }
 
 /// Opens the volume of `info` and `verify`, for reading only.
 fn look(args: &VolumeArgs) -> Result<(FileDisk, Volume, OpenReport), Failure> {
     let access = Access { write: false, allow_buffered: args.allow_buffered };
     let disk = FileDisk::open(&args.host_file, access)?;
-    let key = key::present(args, &args.host_file)?;
-    let (volume, report) = open_with(&disk, &args.host_file, &key)?;
+    let key = key::present(&args.passphrase, args.key_file.as_deref(), &args.host_file)?;
+    let counter = Source::one(&args.counter)?;
+    let (volume, report) = open_with(&disk, &args.host_file, &key, counter.as_ref())?;
     Ok((disk, volume, report))
 }
 

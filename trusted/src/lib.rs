@@ -14,6 +14,7 @@ extern crate alloc;
 extern crate std;
 
 pub mod aio;
+pub mod counter;
 pub mod directory;
 pub mod disk;
 pub mod errno;

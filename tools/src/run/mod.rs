@@ -21,10 +21,13 @@ use std::{
     os::unix::process::{CommandExt as _, ExitStatusExt as _},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus},
+    sync::Arc,
 };
 
-use postern_sim::config::{DirectoryConfig, RUN_VARIABLE, RunConfig, VolumeConfig};
-use postern_trusted::volume::SlotKey;
+use postern_sim::config::{
+    CounterConfig, DirectoryConfig, MovesConfig, RUN_VARIABLE, RunConfig, VolumeConfig,
+};
+use postern_trusted::{counter::Moves, volume::SlotKey};
 use rustix::process::{Pid, Signal, kill_process};
 
 use self::{
@@ -37,6 +40,7 @@ use self::{
 };
 use crate::{
     cli::RunArgs,
+    counter::{Server, Source},
     directory_volume,
     disk::Access,
     error::{Exit, Failure},
@@ -51,12 +55,13 @@ use crate::{
 /// Whatever kept the program from running, or (after its end) the daemon from stopping well.
 pub fn run(args: &RunArgs) -> Result<u8, Failure> {
     let plan = Plan::make(args)?;
+    let counters = Source::parse_all(&args.counter)?;
     let volumes = match &args.socket {
         Some(socket) => {
             stats::connect(socket)?;
             remote_volumes(args, &plan)?
         }
-        None => local_volumes(args, &plan)?,
+        None => local_volumes(args, &plan, &counters)?,
     };
     let signals = Signals::hold()
         .map_err(|error| Failure::io("cannot hold signals", "this process", &error))?;
@@ -84,7 +89,16 @@ pub fn run(args: &RunArgs) -> Result<u8, Failure> {
             (socket, Some(daemon))
         }
     };
-    let config = run_config(&socket, &volumes, args.file_capacity)?;
+    let counter_socket = directory.join("counters.sock");
+    let counted = (!counters.is_empty()).then(|| Counted {
+        socket: &counter_socket,
+        moves: Moves::from(args.counter_moves).into(),
+    });
+    if counted.is_some() {
+        Server::start(&counter_socket, counters)
+            .map_err(|error| Failure::io("cannot serve the counters of", "this run", &error))?;
+    }
+    let config = run_config(&socket, &volumes, args.file_capacity, counted.as_ref())?;
     let run_file = directory.write("run.json", &config)?;
     let mut guest = start(args, &plan, &volumes, &run_file, &signals)?;
     let status = attend(&mut guest, daemon.as_mut(), &signals)?;
@@ -127,7 +141,11 @@ struct ReadyVolume {
 }
 
 /// Makes what is to be made and looks at what exists: its key, its header, its newest state.
-fn local_volumes(args: &RunArgs, plan: &Plan) -> Result<Vec<ReadyVolume>, Failure> {
+fn local_volumes(
+    args: &RunArgs,
+    plan: &Plan,
+    counters: &[Arc<Source>],
+) -> Result<Vec<ReadyVolume>, Failure> {
     let mut ready = Vec::with_capacity(plan.volumes.len());
     let is_new = |volume: &PlannedVolume| std::fs::symlink_metadata(&volume.host_file).is_err();
     let makes = args.create.is_some() && plan.volumes.iter().any(is_new);
@@ -135,20 +153,21 @@ fn local_volumes(args: &RunArgs, plan: &Plan) -> Result<Vec<ReadyVolume>, Failur
     for (number, planned) in plan.volumes.iter().enumerate() {
         let PlannedVolume { guest_path, host_file, directory } = planned;
         let access = Access { write: true, allow_buffered: args.allow_buffered };
+        let counter = counters.get(number);
         let exists = std::fs::symlink_metadata(host_file).is_ok();
         let key = match (exists, args.create) {
             (_, _) if *directory => {
-                directory_volume::prepare(host_file, args, words.as_ref(), access)?
+                directory_volume::prepare(host_file, args, words.as_ref(), counter, access)?
             }
             (false, Some(size)) => match &words {
                 Some(words) => {
-                    volume::make(host_file, size, words, access)?;
+                    volume::make(host_file, size, words, counter, access)?;
                     KeySource::stretched(host_file, words, access)?
                 }
                 None => KeySource::File(key::choose_and_make(
                     args.key_file.as_deref(),
                     host_file,
-                    |key| volume::make(host_file, size, &SlotKey::new(*key), access),
+                    |key| volume::make(host_file, size, &SlotKey::new(*key), counter, access),
                 )?),
             },
             (false, None) => return Err(no_volume(host_file)),
@@ -157,12 +176,13 @@ fn local_volumes(args: &RunArgs, plan: &Plan) -> Result<Vec<ReadyVolume>, Failur
                 volume::check_file(host_file, access)?;
                 match &words {
                     Some(words) => {
-                        volume::check(host_file, words, access)?;
+                        volume::check(host_file, words, counter, access)?;
                         KeySource::stretched(host_file, words, access)?
                     }
                     None => {
                         let key_file = key::choose(args.key_file.as_deref(), host_file)?;
-                        volume::check(host_file, &SlotKey::new(*key::read(&key_file)?), access)?;
+                        let key = SlotKey::new(*key::read(&key_file)?);
+                        volume::check(host_file, &key, counter, access)?;
                         KeySource::File(key_file)
                     }
                 }
@@ -212,11 +232,22 @@ fn absolute(path: &Path) -> Result<PathBuf, Failure> {
     path.canonicalize().map_err(|error| Failure::io("cannot find", path.display(), &error))
 }
 
+/// The counters of a run.
+struct Counted<'a> {
+    socket: &'a Path,
+    moves: MovesConfig,
+}
+
 fn run_config(
     socket: &Path,
     volumes: &[ReadyVolume],
     file_capacity: u64,
+    counted: Option<&Counted<'_>>,
 ) -> Result<Vec<u8>, Failure> {
+    let counter_of = |number: usize| {
+        let index = u32::try_from(number).ok()?;
+        counted.map(|counted| CounterConfig { index, moves: counted.moves })
+    };
     let text = |path: &Path| {
         path.to_str().map(str::to_owned).ok_or_else(|| {
             Failure::new(Exit::Usage, "a path is not UTF-8", path.display(), "use another path")
@@ -232,28 +263,33 @@ fn run_config(
     };
     let config = RunConfig {
         socket: text(socket)?,
+        counter_socket: counted.map_or(Ok(String::new()), |counted| text(counted.socket))?,
         volumes: volumes
             .iter()
-            .filter(|volume| !volume.directory)
-            .map(|volume| {
+            .enumerate()
+            .filter(|(_, volume)| !volume.directory)
+            .map(|(number, volume)| {
                 Ok(VolumeConfig {
                     guest_path: volume.guest_path.clone(),
                     name: volume.name.clone(),
                     key_file: key_file(volume)?,
                     key_memory: key_memory(volume),
+                    counter: counter_of(number),
                 })
             })
             .collect::<Result<_, Failure>>()?,
         directories: volumes
             .iter()
-            .filter(|volume| volume.directory)
-            .map(|volume| {
+            .enumerate()
+            .filter(|(_, volume)| volume.directory)
+            .map(|(number, volume)| {
                 Ok(DirectoryConfig {
                     guest_path: volume.guest_path.clone(),
                     name: volume.name.clone(),
                     key_file: key_file(volume)?,
                     key_memory: key_memory(volume),
                     file_capacity,
+                    counter: counter_of(number),
                 })
             })
             .collect::<Result<_, Failure>>()?,
@@ -377,7 +413,7 @@ mod tests {
             directory,
         };
         let volumes = [volume("/sealed/data", "v0", false), volume("/data", "v1", true)];
-        let bytes = run_config(Path::new("/r/daemon.sock"), &volumes, 4096).unwrap();
+        let bytes = run_config(Path::new("/r/daemon.sock"), &volumes, 4096, None).unwrap();
         let json: serde_json::Value = serde_json::from_slice(&bytes).unwrap();
         assert_eq!(json["socket"], "/r/daemon.sock");
         assert_eq!(json["volumes"][0]["guest_path"], "/sealed/data");

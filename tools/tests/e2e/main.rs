@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod common;
+mod counter;
 mod directory;
 mod full;
 mod keys;

@@ -1,5 +1,6 @@
 //! What `postern run` tells the simulated enclave: the file named by `POSTERN_RUN`.
 
+use postern_trusted::counter::Moves;
 use serde::{Deserialize, Serialize};
 
 /// Environment variable that names the run file.
@@ -17,6 +18,50 @@ pub struct RunConfig {
     /// The protected directories.
     #[serde(default)]
     pub directories: Vec<DirectoryConfig>,
+    /// The launcher's socket for monotonic counters, if a volume has one.
+    #[serde(default)]
+    pub counter_socket: String,
+}
+
+/// The monotonic counter of a volume.
+#[derive(Clone, Copy, Debug, Deserialize, Serialize)]
+pub struct CounterConfig {
+    /// Its number at the launcher.
+    pub index: u32,
+    /// How often it moves.
+    pub moves: MovesConfig,
+}
+
+/// How often a counter moves.
+#[derive(Clone, Copy, Debug, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MovesConfig {
+    /// At each opening and clean close.
+    Open,
+    /// At each checkpoint too.
+    Checkpoint,
+    /// Before each sync returns too.
+    Sync,
+}
+
+impl From<MovesConfig> for Moves {
+    fn from(moves: MovesConfig) -> Self {
+        match moves {
+            MovesConfig::Open => Self::Open,
+            MovesConfig::Checkpoint => Self::Checkpoint,
+            MovesConfig::Sync => Self::Sync,
+        }
+    }
+}
+
+impl From<Moves> for MovesConfig {
+    fn from(moves: Moves) -> Self {
+        match moves {
+            Moves::Open => Self::Open,
+            Moves::Checkpoint => Self::Checkpoint,
+            Moves::Sync => Self::Sync,
+        }
+    }
 }
 
 /// One protected directory.
@@ -34,6 +79,9 @@ pub struct DirectoryConfig {
     pub key_memory: Option<String>,
     /// Most bytes that a file made in it can have; a multiple of 4096.
     pub file_capacity: u64,
+    /// The monotonic counter of its index.
+    #[serde(default)]
+    pub counter: Option<CounterConfig>,
 }
 
 /// One protected file.
@@ -49,6 +97,9 @@ pub struct VolumeConfig {
     /// passphrase was stretched to.
     #[serde(default)]
     pub key_memory: Option<String>,
+    /// Its monotonic counter.
+    #[serde(default)]
+    pub counter: Option<CounterConfig>,
 }
 
 /// Why a key file cannot be used.

@@ -10,6 +10,7 @@ pub mod counter;
 pub mod directory;
 pub mod family;
 pub mod files;
+pub mod freshness;
 pub mod guest;
 pub mod heir;
 pub mod host;

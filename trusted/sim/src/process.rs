@@ -24,11 +24,13 @@ use postern_trusted::{
     platform::{NoEntropy, Platform},
     port::{LaneFile, Sleeper},
     sync::{self, Lock},
+    volume::Chore,
 };
 
 use crate::{
     family::{self, Family, OpenVolume},
     files,
+    freshness::CounterLink,
     host::Work,
     identity, inheritance, inside,
     link::Link,
@@ -50,6 +52,7 @@ pub struct Process {
     /// Where the service thread sleeps: other bells, so that what wakes a driver leaves it alone.
     pub service: Arc<Sleepers>,
     link: OnceBox<Link>,
+    counters: OnceBox<CounterLink>,
     spinner: Spinner,
     /// One process attaches once; held across the attach.
     attaching: Lock<()>,
@@ -208,6 +211,7 @@ impl Process {
             sleepers,
             service,
             link: OnceBox::new(),
+            counters: OnceBox::new(),
             spinner: Spinner::new(),
             attaching: Lock::new(()),
             disks: Lock::new(Vec::new()),
@@ -235,6 +239,7 @@ impl Process {
         if let Some(link) = self.link.get() {
             all.extend(link.descriptors());
         }
+        all.extend(self.counters.get().map(CounterLink::descriptor));
         all
     }
 
@@ -265,6 +270,26 @@ impl Process {
         inheritance::connected();
         service::start();
         self.link.get().ok_or(Errno::EIO)
+    }
+
+    /// The connection to the launcher's counters; made at the first call.
+    ///
+    /// # Errors
+    /// What connect(2) says.
+    pub fn counter_link(&self) -> Result<&CounterLink, Errno> {
+        if let Some(link) = self.counters.get() {
+            return Ok(link);
+        }
+        let _one = self.attaching.lock();
+        if let Some(link) = self.counters.get() {
+            return Ok(link);
+        }
+        let family = family::family().ok_or(Errno::EIO)?;
+        let link = CounterLink::connect(&family.config.counter_socket, keep)?;
+        self.sleepers.watch(link.descriptor());
+        self.service.watch(link.descriptor());
+        let _ = self.counters.set(Box::new(link));
+        self.counters.get().ok_or(Errno::EIO)
     }
 
     /// The eventfd that hidden contexts of the kernel ring, heard by whoever sleeps inside a call
@@ -376,7 +401,8 @@ impl Process {
         self.drives.fetch_add(1, Ordering::Relaxed);
         let _active = self.executor.activate();
         let lane = self.link.get().map(|link| &link.lane);
-        let taken = lane.map_or(0, |lane| lane.poll(FEW));
+        let counted = self.counters.get().map_or(0, CounterLink::poll);
+        let taken = counted + lane.map_or(0, |lane| lane.poll(FEW));
         taken + self.start_up_to(2 * FEW) > 0
     }
 
@@ -427,7 +453,11 @@ impl Process {
             };
             started = true;
             self.executor.spawn(async move {
-                if let Err(errno) = volume.volume.run_chore(&disk, chore).await {
+                let done = volume.volume.run_chore(&disk, chore).await;
+                // A counter that does not move has said so itself.
+                if chore != Chore::Register
+                    && let Err(errno) = done
+                {
                     let path = family.guest_path(volume.index);
                     volume.report(&path, "background write failed", errno);
                 }

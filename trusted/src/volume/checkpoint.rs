@@ -20,7 +20,7 @@ use futures_util::future;
 use super::{
     Volume,
     core::{Eager, Health, Map, Pending, wake},
-    crypto::{Salt, Tag},
+    crypto::{Salt, Tag, sha256},
     delta::{Delta, Zero},
     epochs::TableUpdate,
     jblock::Record,
@@ -29,7 +29,10 @@ use super::{
     spacemap::SpaceUpdate,
     superblock::{Epoch, RECENT, Superblock},
 };
-use crate::{disk::Disk, errno::Errno};
+use crate::{
+    disk::{Block, Disk},
+    errno::Errno,
+};
 
 /// What the cut took out of the core.
 struct Cut {
@@ -278,6 +281,8 @@ impl Volume {
                 .filter(|epoch| !core.renewing || epoch.key_version == self.key.version())
                 .map(|epoch| Epoch { tabled: true, ..epoch.clone() })
                 .collect(),
+            // `commit` knows.
+            counter: None,
         }
     }
 
@@ -294,10 +299,23 @@ impl Volume {
         };
         let mut salt: Salt = [0; 24];
         disk.random(&mut salt).map_err(|_| Errno::EIO)?;
+        let superblock = Superblock { counter: self.hold_counter(), ..superblock.clone() };
         let sealed = Box::new(superblock.seal(&self.key, &salt, slot));
+        let committed = self.write_superblock(disk, &sealed, slot).await;
+        let done = committed.is_ok().then(|| (&superblock, sha256(&*sealed)));
+        self.release_counter(done);
+        committed.map(|()| slot)
+    }
+
+    async fn write_superblock<D: Disk>(
+        &self,
+        disk: &D,
+        sealed: &Block,
+        slot: usize,
+    ) -> Result<(), Errno> {
         let [a, b] = SUPERBLOCKS[slot];
         let (a, b) =
-            future::join(self.put_block(disk, a, &sealed), self.put_block(disk, b, &sealed)).await;
+            future::join(self.put_block(disk, a, sealed), self.put_block(disk, b, sealed)).await;
         if let Err(errno) = a.and(b) {
             // It may be there or not. Both states can be recovered from as long as no other
             // superblock is written: the journal goes on from the old replay start.
@@ -309,8 +327,7 @@ impl Volume {
             core.stamp += 1;
             core.stamp
         };
-        self.flush(disk, stamp, 0).await?;
-        Ok(slot)
+        self.flush(disk, stamp, 0).await
     }
 
     /// Step 6.

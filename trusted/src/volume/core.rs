@@ -15,11 +15,12 @@ use super::{
     cache::NodeCache,
     crypto::{EpochKey, Salt, Tag},
     delta::{self, Delta},
+    freshness::Fresh,
     jblock::Record,
     layout::{Geometry, Order, Ptr, RING_RESERVE, nodes_worst},
     ranges::RangeLocks,
     space::{Run, Space},
-    superblock::Epoch,
+    superblock::{Bound, Epoch},
 };
 use crate::errno::Errno;
 
@@ -287,6 +288,10 @@ pub(crate) struct Core {
     pub(crate) timers: Timers,
     pub(crate) expect: Expect,
     pub(crate) counters: Counters,
+    /// If the volume is bound to a monotonic counter.
+    pub(crate) fresh: Option<Fresh>,
+    /// What the superblock found said of one.
+    pub(crate) bound: Option<Bound>,
     #[cfg(test)]
     pub(crate) canary: super::tests::Canary,
 }

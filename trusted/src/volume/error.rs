@@ -3,6 +3,7 @@
 use core::fmt;
 
 use crate::{
+    counter::CounterError,
     disk::{BLOCK, HostError},
     errno::Errno,
     platform::NoEntropy,
@@ -62,6 +63,34 @@ pub enum VolumeError {
         /// Where it begins in the guest's file, in bytes.
         offset: u64,
     },
+    /// The volume is bound to a monotonic counter, and none was given: without it the newest state
+    /// cannot be told from an old one.
+    CounterNeeded {
+        /// The counter's sequence number as far as the volume knows.
+        sequence: u64,
+    },
+    /// A counter was given, and the volume is bound to none: a volume that never was, or a state of
+    /// before it was. Bind it explicitly.
+    NotBound,
+    /// The counter holds nothing, but the volume knows it at this sequence number: it is another
+    /// counter, or was lost. Adopt the volume explicitly if it is known to be the newest.
+    CounterEmpty {
+        /// The counter's sequence number as far as the volume knows.
+        sequence: u64,
+    },
+    /// The counter knows another state than the one found: an old state of the volume was put in
+    /// place of the newest, or somebody went on from a copy. Adopt it explicitly to accept that.
+    RolledBack {
+        /// The counter's sequence number as far as the volume knows.
+        found: u64,
+        /// The counter's sequence number.
+        counter: u64,
+    },
+    /// Another writer moved the counter while this one was at work on the same volume or on a copy
+    /// of it: the other goes on, this one ends.
+    CounterLost,
+    /// The counter gave no answer that could be used.
+    Counter(CounterError),
     /// The host failed to read or write a block of 4096 bytes.
     Host {
         /// Place of the block in the host file.
@@ -169,6 +198,30 @@ impl fmt::Display for VolumeError {
             Self::Unreadable { offset } => {
                 write!(f, "the guest's file is damaged at byte {offset}")
             }
+            Self::CounterNeeded { sequence } => write!(
+                f,
+                "the volume is bound to a monotonic counter (at {sequence}) and none was given"
+            ),
+            Self::NotBound => f.write_str(
+                "the volume is not bound to a monotonic counter: it never was, or this is a state \
+                 of before it was",
+            ),
+            Self::CounterEmpty { sequence } => write!(
+                f,
+                "the counter holds nothing, but the volume has known it at {sequence}: it is \
+                 another counter, or was lost"
+            ),
+            Self::RolledBack { found, counter } => write!(
+                f,
+                "this is not the newest state of the volume: the counter is at {counter}, the \
+                 volume has known it at {found}; an old copy was put in its place, or somebody \
+                 went on from a copy"
+            ),
+            Self::CounterLost => f.write_str(
+                "another writer has moved the counter: the same volume or a copy of it is in use \
+                 elsewhere, and this one must end",
+            ),
+            Self::Counter(error) => write!(f, "{error}; the volume's freshness cannot be told"),
             Self::Host { place, error } => {
                 write!(f, "the host failed on block {place} of the file: ")?;
                 host(*error, f)

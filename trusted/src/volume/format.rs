@@ -116,6 +116,7 @@ async fn format_fresh<D: Disk>(
         durable: 0,
         birth: 1,
         epochs: alloc::vec::Vec::new(),
+        counter: None,
     };
     let sealed = superblock.seal(&volume_key, &salt, 0);
     for place in SUPERBLOCKS[0] {

@@ -15,10 +15,11 @@ use futures_util::{StreamExt, stream::FuturesUnordered};
 use super::{
     OpenOptions, OpenReport, SlotKey, Volume,
     core::{Core, Health, Map, Pending},
-    crypto::{EpochKey, Kind, Salt, VolumeKey},
+    crypto::{EpochKey, Kind, Salt, Tag, VolumeKey, sha256},
     delta::{Delta, Zero},
     error::VolumeError,
     format::write_blocks,
+    freshness::{self, Fresh, SuperblockId},
     header::{self, HeaderBytes},
     jblock::Record,
     layout::{HEADER_BLOCKS, HEADERS, Order, Ptr, RING_RESERVE, SUPERBLOCKS, put},
@@ -108,8 +109,8 @@ async fn open_superblock<D: Disk>(
     disk: &D,
     key: &VolumeKey,
     read_only: bool,
-) -> Result<(Superblock, usize), VolumeError> {
-    let mut best: Option<(Superblock, usize)> = None;
+) -> Result<(Superblock, usize, SuperblockId), VolumeError> {
+    let mut best: Option<(Superblock, usize, SuperblockId)> = None;
     let mut refusal = None;
     for (slot, copies) in SUPERBLOCKS.into_iter().enumerate() {
         let mut failure = None;
@@ -118,7 +119,9 @@ async fn open_superblock<D: Disk>(
             let mut block = [[0; BLOCK]];
             match read_blocks(disk, place, &mut block).await {
                 Ok(()) => match Superblock::open(&block[0], key, slot) {
-                    Ok(Some(superblock)) => found = found.or(Some(superblock)),
+                    Ok(Some(superblock)) => {
+                        found = found.or_else(|| Some((superblock, sha256(&block[0]))));
+                    }
                     Ok(None) => {}
                     Err(error) => refusal = Some(error),
                 },
@@ -126,9 +129,9 @@ async fn open_superblock<D: Disk>(
             }
         }
         match (found, failure) {
-            (Some(superblock), _) => {
-                if best.as_ref().is_none_or(|(b, _)| b.generation < superblock.generation) {
-                    best = Some((superblock, slot));
+            (Some((superblock, id)), _) => {
+                if best.as_ref().is_none_or(|(b, ..)| b.generation < superblock.generation) {
+                    best = Some((superblock, slot, id));
                 }
             }
             // An older superblock instead of one that could not be read would lose synced data.
@@ -166,7 +169,7 @@ impl Volume {
         let header = read_header(disk, decode, |opened| opened.generation).await?;
         let (opened, volume_key) = (&header.found, &header.found.key);
         let read_only = options.read_only || opened.read_only;
-        let (superblock, slot) = open_superblock(disk, volume_key, read_only).await?;
+        let (superblock, slot, id) = open_superblock(disk, volume_key, read_only).await?;
         let geometry = superblock.geometry;
         if disk.host_blocks() < geometry.host_blocks {
             return Err(VolumeError::HostFileShort {
@@ -174,7 +177,7 @@ impl Volume {
                 found: disk.host_blocks(),
             });
         }
-        let scan = ring_scan::scan(disk, volume_key, &geometry, &superblock).await?;
+        let mut scan = ring_scan::scan(disk, volume_key, &geometry, &superblock).await?;
         let tip = scan.tip(&superblock);
         if let Some((place, error)) = scan.broken
             && !read_only
@@ -196,13 +199,32 @@ impl Volume {
         {
             return Err(*loss);
         }
+        let uuid = volume_key.uuid();
+        let checked = freshness::check(options, uuid, &superblock, &id, &scan).await?;
+        if let Some(refusal) = checked.refusal
+            && !read_only
+        {
+            return Err(refusal);
+        }
+        // Records that the counter vouches for are believed: their data must be there.
+        scan.durable = scan.durable.max(checked.vouched);
         let report = OpenReport {
             clean: superblock.clean && scan.chain.is_empty(),
             journal_blocks: scan.chain.len() as u64,
-            loss,
+            loss: loss.or(checked.refusal),
+            freshness: checked.freshness,
             ..OpenReport::default()
         };
-        let opening = Opening { superblock, slot, scan, read_only, lost };
+        let used = options.counter.as_ref().filter(|_| !read_only);
+        let opening = Opening {
+            fresh: used.map(|used| Fresh::new(used, &checked, &superblock, id)),
+            fence: used.is_some_and(|used| !used.adopt),
+            superblock,
+            slot,
+            scan,
+            read_only,
+            lost,
+        };
         opening.finish(disk, header, report).await
     }
 
@@ -333,6 +355,10 @@ struct Opening {
     read_only: bool,
     /// Evidence was found that something is missing, and accepted.
     lost: bool,
+    /// The counter, of a volume that is bound to one.
+    fresh: Option<Fresh>,
+    /// Move the counter before anything is written.
+    fence: bool,
 }
 
 impl Opening {
@@ -352,8 +378,16 @@ impl Opening {
         core
     }
 
+    /// The last block of the chain up to which everything was durable and resolved.
+    fn settled(&self) -> (u64, Tag) {
+        let chain = self.scan.chain.iter().rev();
+        let found = chain.map(|found| (found.header.seq, found.tag));
+        let base = (self.superblock.replay_seq - 1, self.superblock.replay_prev);
+        found.chain([base]).find(|(seq, _)| *seq <= self.scan.durable).unwrap_or(base)
+    }
+
     async fn finish<D: Disk>(
-        self,
+        mut self,
         disk: &D,
         header: Header<header::Opened>,
         mut report: OpenReport,
@@ -371,7 +405,8 @@ impl Opening {
             disk.random(&mut salt)?;
         }
         let key = Arc::new(volume_key.epoch(id, &salt));
-        let core = self.core(key.clone(), salt);
+        let mut core = self.core(key.clone(), salt);
+        core.fresh = self.fresh.take();
         let volume = Volume::new(volume_key, derivation, core);
         let replay = volume.replay(disk, &self.superblock, &self.scan, &mut report).await?;
         {
@@ -393,6 +428,8 @@ impl Opening {
             volume.remember(key);
             let epoch = Epoch { id, salt, key_version, tabled: false };
             self.settle(disk, &volume, epoch, &replay.skipped).await?;
+            // From here on a copy of what was found opens nowhere else.
+            volume.register().await?;
         }
         Ok((volume, report))
     }
@@ -407,6 +444,10 @@ impl Opening {
     ) -> Result<(), VolumeError> {
         // What was read may lie in a volatile cache only.
         disk.flush().await.map_err(VolumeError::Flush)?;
+        if self.fence && !volume.core.lock().is(canary!(NoFence)) {
+            let settled = self.settled();
+            volume.fence(settled.0, settled.1).await?;
+        }
         let crowded;
         {
             let mut core = volume.core.lock();

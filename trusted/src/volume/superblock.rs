@@ -13,7 +13,10 @@ use super::{
         put, put32, put64,
     },
 };
-use crate::disk::{BLOCK, Block};
+use crate::{
+    counter::Record,
+    disk::{BLOCK, Block},
+};
 
 const MAGIC: &[u8; 8] = b"PSTRNSUP";
 const VERSION: u32 = 1;
@@ -25,6 +28,48 @@ const RECENT_AT: usize = 640;
 const MAX_TABLE_LEVELS: u32 = 5;
 
 const FLAG_CLEAN: u32 = 1;
+
+const REGISTERED_AT: usize = 408;
+const COUNTER_FLAGS_AT: usize = 448;
+const ATTEMPTED_AT: usize = BLOCK - Record::BYTES;
+const BOUND: u64 = 1;
+const REGISTERED: u64 = 2;
+const ATTEMPTED: u64 = 4;
+
+/// What a volume that is bound to a monotonic counter knows of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Bound {
+    /// What the counter held when the superblock was written.
+    pub(crate) registered: Option<Record>,
+    /// What a move on its way then would make of it.
+    pub(crate) attempted: Option<Record>,
+}
+
+impl Bound {
+    fn encode(&self, b: &mut Block) {
+        let mut flags = BOUND;
+        for (record, at, flag) in [
+            (self.registered, REGISTERED_AT, REGISTERED),
+            (self.attempted, ATTEMPTED_AT, ATTEMPTED),
+        ] {
+            if let Some(record) = record {
+                put(b, at, &record.encode());
+                flags |= flag;
+            }
+        }
+        put64(b, COUNTER_FLAGS_AT, flags);
+    }
+
+    fn decode(b: &Block) -> Option<Self> {
+        let flags = get64(b, COUNTER_FLAGS_AT);
+        let record =
+            |at: usize, flag: u64| (flags & flag != 0).then(|| Record::decode(&get_array(b, at)));
+        (flags & BOUND != 0).then(|| Self {
+            registered: record(REGISTERED_AT, REGISTERED),
+            attempted: record(ATTEMPTED_AT, ATTEMPTED),
+        })
+    }
+}
 
 /// An epoch that the superblock remembers.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -83,6 +128,8 @@ pub(crate) struct Superblock {
     /// Number given to blocks born now.
     pub(crate) birth: u32,
     pub(crate) epochs: Vec<Epoch>,
+    /// If the volume is bound to a counter.
+    pub(crate) counter: Option<Bound>,
 }
 
 fn aad(bytes: &Block, slot: usize) -> [u8; 32] {
@@ -133,6 +180,9 @@ impl Superblock {
         put32(&mut b, 404, self.epochs.len() as u32);
         for (i, epoch) in self.epochs.iter().take(RECENT).enumerate() {
             epoch.encode(&mut b, RECENT_AT + i * Epoch::BYTES);
+        }
+        if let Some(bound) = &self.counter {
+            bound.encode(&mut b);
         }
         let aad = aad(&b, slot);
         let tag = key.single(b"postern/1 superblock", salt).seal(SINGLE, &aad, &mut b[BODY..]);
@@ -198,6 +248,7 @@ impl Superblock {
             epochs: (0..count.min(RECENT))
                 .map(|i| Epoch::decode(&b, RECENT_AT + i * Epoch::BYTES))
                 .collect(),
+            counter: Bound::decode(&b),
         };
         let ok = get32(&b, 72) as usize == slot
             && count <= RECENT

@@ -13,6 +13,7 @@ use super::{
     core::{Core, Eager, Pending, wake},
     crypto::{EpochKey, Kind, TAG, Tag, aad},
     error::guest_errno,
+    freshness::Fresh,
     jblock::Record,
     layout::{BLOCK_BYTES, Order, Ptr},
     ranges::EOF,
@@ -585,6 +586,7 @@ fn start(
     let id = core.launch(run);
     let recent = now.is_some_and(|now| now.saturating_sub(core.expect.last_ns) < EXPECT_NS);
     let eager = recent
+        && !core.fresh.as_ref().is_some_and(Fresh::counts_syncs)
         && run.count <= EAGER_BLOCKS
         && core.expect.since <= EAGER_UNSYNCED
         && core.journal.writing.len() < 2

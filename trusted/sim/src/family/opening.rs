@@ -3,17 +3,18 @@
 //! Holds: a host file that was made for a volume that then could not be is removed again.
 
 use core::sync::atomic::AtomicBool;
+use std::sync::Arc;
 
 use postern_trusted::{
     directory::{INDEX_NAME, file_key, host_name},
     errno::Errno,
-    volume::{OpenOptions, SlotKey, Volume, VolumeError},
+    volume::{CounterUse, OpenOptions, SlotKey, Volume, VolumeError},
 };
 
 use zeroize::Zeroizing;
 
 use super::{FILE_CACHE, Family, OpenVolume, Source, Wanted, keys::wipe_stack};
-use crate::{config, directory::Member, message, process, runtime};
+use crate::{config, directory::Member, freshness::RunCounter, message, process, runtime};
 
 impl Family {
     /// Name at the daemon of a volume.
@@ -44,6 +45,17 @@ impl Family {
             ));
             Errno::EIO
         })
+    }
+
+    /// The monotonic counter of a volume, if it has one.
+    fn counter_of(&self, source: &Source) -> Option<CounterUse> {
+        let config = match source {
+            Source::Volume(config) => config.counter,
+            Source::Index(number) => self.directories[*number].config.counter,
+            Source::File(_) => None,
+        }?;
+        let counter = Arc::new(RunCounter::new(config.index, self.path_of(source)));
+        Some(CounterUse { counter, moves: config.moves.into(), adopt: false })
     }
 
     pub(super) fn open(&self, index: usize, source: &Source) -> Result<OpenVolume, Errno> {
@@ -103,7 +115,8 @@ impl Family {
                 if let Some(capacity) = capacity {
                     Volume::format_empty(&disk, key, capacity).await?;
                 }
-                Volume::open(&disk, key, &OpenOptions::default()).await
+                let counter = self.counter_of(source);
+                Volume::open(&disk, key, &OpenOptions { counter, ..OpenOptions::default() }).await
             };
             process.block_on(opening).map_err(|error: VolumeError| {
                 message::say(&format!("{path}: {error}"));

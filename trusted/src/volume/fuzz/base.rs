@@ -152,7 +152,7 @@ impl Base {
 
     pub(super) fn volume_key(&self) -> VolumeKey {
         match header::decode(&self.header(), &key()) {
-            Ok(opened) => VolumeKey::new(opened.uuid, opened.key.clone()),
+            Ok(opened) => opened.key,
             Err(error) => panic!("the base volume's header does not open: {error}"),
         }
     }

@@ -119,7 +119,11 @@ fn read(host: &Host, volume: &Volume) {
 /// Opens, reads, writes, closes, opens again.
 fn use_volume(image: Image, blocks: u64, options: u8) {
     let host = Host::new(image, blocks, 7);
-    let options = OpenOptions { read_only: options & 1 != 0, accept_loss: options & 2 != 0 };
+    let options = OpenOptions {
+        read_only: options & 1 != 0,
+        accept_loss: options & 2 != 0,
+        ..OpenOptions::default()
+    };
     let Ok((volume, _)) = wait(Volume::open(&host, &base::key(), &options)) else { return };
     read(&host, &volume);
     if !options.read_only {
@@ -135,7 +139,7 @@ fn use_volume(image: Image, blocks: u64, options: u8) {
         let _ = wait(volume.close(&host));
     }
     read(&host, &volume);
-    let options = OpenOptions { read_only: true, accept_loss: true };
+    let options = OpenOptions { read_only: true, accept_loss: true, ..OpenOptions::default() };
     if let Ok((volume, _)) = wait(Volume::open(&host, &base::key(), &options)) {
         read(&host, &volume);
     }

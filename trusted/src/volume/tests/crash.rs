@@ -5,12 +5,14 @@ use std::{format, panic, println, sync::Mutex};
 
 use super::{
     CANARY, Canary, audit,
+    counter::{SimCounter, counted},
     disk::{Faults, Image, Rng, SimDisk},
     model::{Model, SECTOR},
     nonces,
     run::Runner,
 };
 use crate::{
+    counter::{Moves, Record},
     errno::Errno,
     platform::Memory,
     volume::{
@@ -110,6 +112,10 @@ struct Sim {
     model: Arc<Mutex<Model>>,
     /// What each crash left on the host.
     left: Vec<Image>,
+    /// With a monotonic counter: how often it moves, and how often it gives no answer.
+    moves: Option<(Moves, f64)>,
+    /// What the host has kept of earlier openings, and what the counter held then.
+    kept: Vec<(Image, Option<Record>)>,
 }
 
 impl Sim {
@@ -150,7 +156,72 @@ impl Sim {
         let image = formatted(seed, tiny());
         let disk = SimDisk::new(seed.wrapping_mul(77), tiny().host_blocks, image);
         let model = Arc::new(Mutex::new(Model::new(BLOCKS * PER_BLOCK)));
-        Self { rng, plan, runner: Runner::new(disk), model, left: Vec::new() }
+        let moves = match canary {
+            Canary::None if seed.is_multiple_of(2) => {
+                let moves = [Moves::Open, Moves::Checkpoint, Moves::Sync][seed as usize / 2 % 3];
+                Some((moves, [0.0, 5.0, 40.0][seed as usize / 6 % 3]))
+            }
+            Canary::NoAttempted => Some((Moves::Checkpoint, 40.0)),
+            Canary::NoFence => Some((Moves::Sync, 30.0)),
+            _ => None,
+        };
+        let (kept, left) = (Vec::new(), Vec::new());
+        let mut sim = Self { rng, plan, runner: Runner::new(disk), model, left, moves, kept };
+        if moves.is_some() {
+            sim.bind(seed);
+        }
+        sim
+    }
+
+    /// Binds the new volume to a counter.
+    fn bind(&mut self, seed: u64) {
+        self.runner.counter = Some(SimCounter::new(seed ^ 0xc0));
+        let (disk, options) = (self.disk(), self.options(true));
+        self.runner.block_on(async move {
+            let (volume, _) = open(disk.clone(), options).await.expect("it opens");
+            volume.close(&disk).await.expect("it closes");
+        });
+    }
+
+    fn options(&self, adopt: bool) -> OpenOptions {
+        match (&self.runner.counter, self.moves) {
+            (Some(counter), Some((moves, _))) => counted(counter, moves, adopt),
+            _ => OpenOptions::default(),
+        }
+    }
+
+    fn set_faults(&mut self, faults: bool) {
+        let plan = if faults { self.plan.faults } else { Faults::default() };
+        self.runner.disk.state().faults = plan;
+        if let (Some(counter), Some((_, percent))) = (&self.runner.counter, self.moves) {
+            counter.set_faults(if faults { percent } else { 0.0 });
+        }
+    }
+
+    fn held(&self) -> Option<Record> {
+        self.runner.counter.as_ref().and_then(SimCounter::held)
+    }
+
+    /// Whether a sync may fail.
+    fn syncs_may_fail(&self) -> bool {
+        let moves = self.moves.is_some_and(|(_, percent)| percent > 0.0);
+        self.plan.faults.flush > 0.0 || self.plan.faults.write > 0.0 || moves
+    }
+
+    /// States that the counter has left behind are refused.
+    fn try_old_states(&mut self) {
+        let held = self.held();
+        for (n, (image, then)) in core::mem::take(&mut self.kept).into_iter().enumerate() {
+            if then == held {
+                continue;
+            }
+            let disk = SimDisk::new(n as u64 * 7919, tiny().host_blocks, image);
+            let mut runner = Runner::new(disk.clone());
+            runner.counter = self.runner.counter.clone();
+            let opened = runner.block_on(open(disk, self.options(false)));
+            let why = opened.map(|_| ()).expect_err("an old state is taken for the newest");
+            assert!(matches!(why, VolumeError::RolledBack { .. }), "{why}");
+        }
     }
 
     fn disk(&self) -> SimDisk {
@@ -173,18 +244,23 @@ impl Sim {
 
     /// Opens, at times crashing inside; checks that the file is one it may be.
     fn reopen(&mut self) -> Arc<Volume> {
-        self.runner.disk.state().faults = Faults::default();
+        self.set_faults(false);
         loop {
             let limit = if self.rng.chance(30.0) { self.rng.below(160) } else { u64::MAX };
-            let opened = self.runner.finish(open(self.disk(), OpenOptions::default()), limit);
+            let opened = self.runner.finish(open(self.disk(), self.options(false)), limit);
             match opened {
                 Some(Ok((volume, _))) => {
                     let task = read_all(self.disk(), volume.clone());
                     let bytes = self.runner.block_on(task);
                     let bytes = bytes.expect("everything reads after a recovery");
                     self.model.lock().unwrap().check_crash(volume.size(), &bytes);
+                    if self.moves.is_some() {
+                        self.kept.push((self.runner.disk.image(), self.held()));
+                    }
                     return volume;
                 }
+                // A move of the session before has just been served.
+                Some(Err(VolumeError::CounterLost)) => {}
                 Some(Err(error)) => panic!("the volume does not open after a crash: {error:?}"),
                 None => self.crash(),
             }
@@ -245,7 +321,7 @@ impl Sim {
 
     fn spawn_sync(&mut self, volume: &Arc<Volume>) {
         let (disk, volume, model) = (self.disk(), volume.clone(), self.model.clone());
-        let faulty = self.plan.faults.flush > 0.0 || self.plan.faults.write > 0.0;
+        let faulty = self.syncs_may_fail();
         self.runner.spawn(async move {
             let (at, sizes) = model.lock().unwrap().sync_point();
             let synced = volume.sync(&disk).await;
@@ -314,7 +390,7 @@ impl Sim {
     }
 
     fn live(&mut self, volume: &Arc<Volume>) {
-        self.runner.disk.state().faults = self.plan.faults;
+        self.set_faults(true);
         self.runner.disk.state().newest = self.plan.newest;
         for _ in 0..5 + self.rng.below(250) {
             if self.rng.chance(3.0) {
@@ -354,7 +430,7 @@ impl Sim {
             let volume = self.reopen();
             self.live(&volume);
             if self.rng.chance(20.0) {
-                self.runner.disk.state().faults = Faults::default();
+                self.set_faults(false);
                 self.runner.drain();
                 self.close_cleanly(&volume);
             } else {
@@ -363,6 +439,7 @@ impl Sim {
         }
         let volume = self.reopen();
         self.close_cleanly(&volume);
+        self.try_old_states();
     }
 
     fn close_cleanly(&mut self, volume: &Arc<Volume>) {
@@ -403,11 +480,11 @@ pub(super) fn crash_images(seed: u64) -> Vec<Image> {
 /// Runs one seed with the plan that suits `plan`, with `canary` broken; the panic's message, if it
 /// found something.
 pub(super) fn check(seed: u64, plan: Canary, canary: Canary) -> Result<(), String> {
-    counted(seed, plan, canary).map(|_| ())
+    crashes_survived(seed, plan, canary).map(|_| ())
 }
 
 /// As [`check`], with the number of crashes.
-fn counted(seed: u64, plan: Canary, canary: Canary) -> Result<u64, String> {
+fn crashes_survived(seed: u64, plan: Canary, canary: Canary) -> Result<u64, String> {
     CANARY.set(canary);
     let result = panic::catch_unwind(|| {
         let mut sim = Sim::new(seed, plan);
@@ -432,7 +509,7 @@ fn number(name: &str) -> Option<u64> {
 fn run_seeds(seeds: core::ops::Range<u64>, step: usize) -> (u64, Vec<String>) {
     let (mut crashes, mut failures) = (0, Vec::new());
     for seed in seeds.step_by(step) {
-        match counted(seed, Canary::None, Canary::None) {
+        match crashes_survived(seed, Canary::None, Canary::None) {
             Ok(count) => crashes += count,
             Err(message) => failures.push(format!("seed {seed}: {message}")),
         }

@@ -205,7 +205,7 @@ fn with_superblock(image: &Image, change: impl Fn(&mut [u8; BLOCK])) -> Image {
         .collect();
     let header: &header::HeaderBytes = bytes[..].try_into().unwrap();
     let opened = header::decode(header, &key()).unwrap();
-    let under = crypto::VolumeKey::new(opened.uuid, opened.key.clone());
+    let under = opened.key;
     for (slot, copies) in SUPERBLOCKS.into_iter().enumerate() {
         for place in copies {
             let Some(block) = image.get(&place) else { continue };

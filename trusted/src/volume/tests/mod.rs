@@ -4,8 +4,10 @@
 //! [`crash::DEFAULT_SEEDS`]), `POSTERN_SIM_FIRST` the first one, `POSTERN_SIM_THREADS` the threads;
 //! a failure prints the seed, `POSTERN_SIM_SEED` replays it. `cargo xtask crash` sets them.
 
+mod attacks;
 mod audit;
 mod canaries;
+mod counter;
 mod crash;
 mod disk;
 mod golden;
@@ -46,6 +48,12 @@ pub(crate) enum Canary {
     NoCarryWait,
     /// The superblock overwrites the last one.
     SameSlot,
+    /// A sync does not wait for the monotonic counter.
+    NoRegister,
+    /// A superblock forgets a move of the counter that is on its way.
+    NoAttempted,
+    /// An opening does not shut out late moves of the one before.
+    NoFence,
 }
 
 std::thread_local! {
