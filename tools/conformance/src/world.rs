@@ -22,7 +22,7 @@ pub const DATA: u64 = 32 << 10;
 /// Bytes of the file at first.
 pub const SIZE: u64 = 256 << 10;
 /// Longer than anything takes, shorter than a case may take.
-pub const LONG: Duration = Duration::from_secs(4);
+pub const LONG: Duration = Duration::from_secs(20);
 /// An address that only the kernel may use.
 pub const KERNEL: u64 = 0xffff_8880_0000_0000;
 /// An address that no page table has.
