@@ -156,6 +156,16 @@ fn file_tools_copy_pack_and_compare() {
     );
 }
 
+/// dash starts programs by vfork and waits for its jobs by a signal's handler.
+#[test]
+fn a_shell_that_has_run_a_program_in_the_directory_still_hears_of_its_jobs() {
+    same(
+        &["sh"],
+        "env true; (seq 5 > a; env true) & (seq 6 > b) & wait; env sort a b | md5sum; \
+         (env sleep 0) & wait; echo waited",
+    );
+}
+
 #[test]
 fn processes_of_a_shell_append_to_one_file() {
     same(
