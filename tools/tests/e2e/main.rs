@@ -12,7 +12,6 @@ mod full;
 mod kill;
 mod launcher;
 mod matrix;
-mod members;
 mod memory;
 mod refusals;
 mod sight;
