@@ -551,7 +551,8 @@ impl Family {
         };
         let Some(dead) = dead else { return };
         self.forgive(dead);
-        if !dead.is_idle() {
+        // An heir that ended before its work did met something torn.
+        if dead.heir.load(Ordering::Acquire) != 0 || !dead.is_idle() {
             end_torn(dead.id());
         }
     }
