@@ -14,8 +14,7 @@ use postern_trusted::{
     disk::{BLOCK, Disk as _, HostError},
     errno::Errno,
     exec::run_to_end,
-    platform::{Buffer, Fault},
-    sync::Lock,
+    platform::Memory,
     volume::{FormatOptions, Misuse, OpenOptions, OpenReport, SlotKey, Volume, VolumeError},
 };
 use serde_json::json;
@@ -349,8 +348,8 @@ pub fn damaged_ranges(
 ) -> Result<Vec<core::ops::Range<u64>>, Errno> {
     let size = volume.size();
     let mut found: Vec<core::ops::Range<u64>> = Vec::new();
-    let part = Part(Lock::new(vec![0; STEP]));
-    let block = Part(Lock::new(vec![0; BLOCK]));
+    let part = Memory::new(vec![0; STEP]);
+    let block = Memory::new(vec![0; BLOCK]);
     let mut at = 0;
     while at < size {
         let end = (at + STEP as u64).min(size);
@@ -377,9 +376,6 @@ pub fn damaged_ranges(
     Ok(found)
 }
 
-/// Plain memory as the target of a read.
-struct Part(Lock<Vec<u8>>);
-
 /// Reads up to `length` bytes at `offset`.
 ///
 /// # Errors
@@ -390,27 +386,11 @@ pub fn read(
     offset: u64,
     length: usize,
 ) -> Result<Vec<u8>, Errno> {
-    let part = Part(Lock::new(vec![0; length]));
+    let part = Memory::new(vec![0; length]);
     let done = run_to_end(volume.read(disk, offset, &part))?;
-    let mut bytes = part.0.into_inner();
+    let mut bytes = part.into_inner();
     bytes.truncate(done);
     Ok(bytes)
-}
-
-impl Buffer for Part {
-    fn len(&self) -> usize {
-        self.0.lock().len()
-    }
-
-    fn copy_in(&self, at: usize, out: &mut [u8]) -> Result<(), Fault> {
-        out.copy_from_slice(self.0.lock().get(at..at + out.len()).ok_or(Fault)?);
-        Ok(())
-    }
-
-    fn copy_out(&self, at: usize, data: &[u8]) -> Result<(), Fault> {
-        self.0.lock().get_mut(at..at + data.len()).ok_or(Fault)?.copy_from_slice(data);
-        Ok(())
-    }
 }
 
 /// A line on the terminal that says how far it is; nothing where there is no terminal.

@@ -1,5 +1,9 @@
 //! What the trusted side asks of the place it runs in.
 
+use alloc::vec::Vec;
+
+use crate::sync::Lock;
+
 /// A guest address could not be read or written. Becomes `EFAULT`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fault;
@@ -20,8 +24,8 @@ pub trait GuestMemory: Send + Sync {
     fn write(&self, to: u64, data: &[u8]) -> Result<(), Fault>;
 }
 
-/// A logical buffer of a request: bytes 0..len, wherever they lie (guest iovecs, or plain memory
-/// in tools and tests).
+/// A logical buffer of a request: bytes 0..len, wherever they lie: guest iovecs, or plain
+/// [`Memory`].
 pub trait Buffer: Send + Sync {
     /// Length in bytes.
     fn len(&self) -> usize;
@@ -42,6 +46,39 @@ pub trait Buffer: Send + Sync {
     /// # Errors
     /// [`Fault`] if any byte cannot be written.
     fn copy_out(&self, at: usize, data: &[u8]) -> Result<(), Fault>;
+}
+
+/// A buffer in plain memory: what tools, tests and the directory index read into and write from.
+pub struct Memory(Lock<Vec<u8>>);
+
+impl Memory {
+    /// A buffer of these bytes.
+    #[must_use]
+    pub const fn new(bytes: Vec<u8>) -> Self {
+        Self(Lock::new(bytes))
+    }
+
+    /// What it holds.
+    #[must_use]
+    pub fn into_inner(self) -> Vec<u8> {
+        self.0.into_inner()
+    }
+}
+
+impl Buffer for Memory {
+    fn len(&self) -> usize {
+        self.0.lock().len()
+    }
+
+    fn copy_in(&self, at: usize, out: &mut [u8]) -> Result<(), Fault> {
+        out.copy_from_slice(self.0.lock().get(at..at + out.len()).ok_or(Fault)?);
+        Ok(())
+    }
+
+    fn copy_out(&self, at: usize, data: &[u8]) -> Result<(), Fault> {
+        self.0.lock().get_mut(at..at + data.len()).ok_or(Fault)?.copy_from_slice(data);
+        Ok(())
+    }
 }
 
 /// The platform has no randomness to give: nothing may be sealed.

@@ -162,11 +162,11 @@ fn a_locked_file_is_refused_until_its_holder_lets_go() {
 #[test]
 fn a_file_system_without_direct_io_is_refused_unless_buffered_io_is_allowed() {
     let Ok(shm) = tempfile::tempdir_in("/dev/shm") else {
-        eprintln!("SKIPPED: /dev/shm can not be written");
+        common::skip("/dev/shm can not be written");
         return;
     };
     if rustix::fs::statfs(shm.path()).unwrap().f_type != 0x0102_1994 {
-        eprintln!("SKIPPED: /dev/shm is no tmpfs");
+        common::skip("/dev/shm is no tmpfs");
         return;
     }
     empty(&shm.path().join("disk"));

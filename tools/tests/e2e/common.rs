@@ -93,8 +93,15 @@ impl World {
 
     /// `postern` with `arguments`, in the test's directory.
     pub fn postern<A: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = A>) -> Command {
-        let mut command = Command::new(self.parts.join("postern"));
-        command.args(arguments).current_dir(self.directory()).env("LC_ALL", "C");
+        let mut command = self.command(self.parts.join("postern"));
+        command.args(arguments);
+        command
+    }
+
+    /// `program`, in the test's directory.
+    pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
+        let mut command = Command::new(program);
+        command.current_dir(self.directory()).env("LC_ALL", "C");
         // What a killed run leaves goes with the test's directory.
         command.env("XDG_RUNTIME_DIR", self.directory());
         command

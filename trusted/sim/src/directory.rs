@@ -25,7 +25,7 @@ use postern_trusted::{
         Attributes, BadImage, FileId, IMAGE_BLOCK, ROOT, Table, choose, host_name, slot_offset,
     },
     errno::Errno,
-    platform::{Buffer, Fault},
+    platform::{Buffer as _, Memory},
     port::LaneFile,
     sync::Lock,
 };
@@ -148,25 +148,6 @@ impl Drop for Visit {
     }
 }
 
-/// Plain memory as what is written to a volume, or read from it.
-struct Bytes(Lock<Vec<u8>>);
-
-impl Buffer for Bytes {
-    fn len(&self) -> usize {
-        self.0.lock().len()
-    }
-
-    fn copy_in(&self, at: usize, out: &mut [u8]) -> Result<(), Fault> {
-        out.copy_from_slice(self.0.lock().get(at..at + out.len()).ok_or(Fault)?);
-        Ok(())
-    }
-
-    fn copy_out(&self, at: usize, data: &[u8]) -> Result<(), Fault> {
-        self.0.lock().get_mut(at..at + data.len()).ok_or(Fault)?.copy_from_slice(data);
-        Ok(())
-    }
-}
-
 impl Directory {
     /// Directory `number`, whose index volume has number `entry` in the family.
     #[must_use]
@@ -236,9 +217,9 @@ impl Directory {
         sequence: u64,
     ) -> Result<Result<(Table, u64), BadImage>, Errno> {
         let read = |length: usize| {
-            let bytes = Bytes(Lock::new(vec![0; length]));
+            let bytes = Memory::new(vec![0; length]);
             let done = index.read(slot_offset(sequence), &bytes)?;
-            let mut bytes = bytes.0.into_inner();
+            let mut bytes = bytes.into_inner();
             bytes.truncate(done);
             Ok::<_, Errno>(bytes)
         };
@@ -274,14 +255,14 @@ impl Directory {
     }
 
     /// What is about to be written: the image and where it goes. Marks the table as written.
-    fn next_image(&self, index: &Arc<OpenVolume>) -> Result<(Bytes, u64), Errno> {
+    fn next_image(&self, index: &Arc<OpenVolume>) -> Result<(Memory, u64), Errno> {
         let mut state = self.state.lock();
         let loaded = state.as_mut().filter(|loaded| Arc::ptr_eq(&loaded.index, index));
         let loaded = loaded.filter(|loaded| !loaded.failed).ok_or(Errno::EIO)?;
         loaded.sequence += 1;
         loaded.dirty = false;
         let image = loaded.table.encode(loaded.sequence);
-        Ok((Bytes(Lock::new(image)), slot_offset(loaded.sequence)))
+        Ok((Memory::new(image), slot_offset(loaded.sequence)))
     }
 
     async fn write(&self, index: &Arc<OpenVolume>, disk: &LaneFile) -> Result<(), Errno> {

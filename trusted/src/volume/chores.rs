@@ -175,17 +175,11 @@ impl Core {
 }
 
 impl Volume {
-    pub(crate) fn new(
-        key: VolumeKey,
-        derivation: Secret,
-        former_derivation: Option<Secret>,
-        core: Core,
-    ) -> Self {
+    pub(crate) fn new(key: VolumeKey, derivation: Secret, core: Core) -> Self {
         Self {
             geometry: core.geometry,
             key,
             derivation,
-            former_derivation,
             keys: Lock::new(BTreeMap::new()),
             core: Lock::new(core),
             expecting: AtomicBool::new(false),

@@ -39,8 +39,6 @@ const ENTRIES: usize = (BLOCK - KEYRING_BODY) / ENTRY_BYTES - 1;
 const ENTRY_KEY: u32 = 0;
 /// A volume key that only opens, until the rekey is finished.
 const ENTRY_RETIRING: u32 = 1;
-/// Not a volume key: what keys for other volumes were derived from before.
-const ENTRY_DERIVATION: u32 = 2;
 const SHA_AT: usize = BYTES - 64;
 const MAC_AT: usize = BYTES - 32;
 
@@ -53,8 +51,6 @@ pub(crate) struct Opened {
     pub(crate) key: VolumeKey,
     /// What keys for other volumes are derived from.
     pub(crate) derivation: Secret,
-    /// What they were derived from before the rekey that is on its way.
-    pub(crate) former_derivation: Option<Secret>,
     /// Unknown features that forbid writing.
     pub(crate) read_only: bool,
 }
@@ -225,10 +221,10 @@ fn unlock(bytes: &HeaderBytes, key: &SlotKey) -> Result<(Opened, Secret), Volume
     if !crypto::mac_holds(&header_key(&master, &uuid), &bytes[..MAC_AT], &bytes[MAC_AT..]) {
         return Err(VolumeError::DamagedHeader);
     }
-    let (key, former_derivation) = open_keyring(bytes, &master, &uuid)?;
+    let key = open_keyring(bytes, &master, &uuid)?;
     let read_only = get64(bytes, 32) & !RO_COMPAT_KNOWN != 0;
     let derivation = derivation(&master, &uuid);
-    let opened = Opened { uuid, generation, key, derivation, former_derivation, read_only };
+    let opened = Opened { uuid, generation, key, derivation, read_only };
     Ok((opened, master))
 }
 
@@ -270,7 +266,7 @@ fn open_keyring(
     bytes: &HeaderBytes,
     master: &Secret,
     uuid: &[u8; 16],
-) -> Result<(VolumeKey, Option<Secret>), VolumeError> {
+) -> Result<VolumeKey, VolumeError> {
     let (current, entries) = keyring_entries(bytes, master, uuid)?;
     let of = |state| entries.iter().find(move |entry| entry.state == state);
     let version = |entry: &Entry| (entry.number, entry.secret.clone());
@@ -278,8 +274,7 @@ fn open_keyring(
         .filter(|entry| u32::from(entry.number) == current)
         .ok_or(VolumeError::DamagedHeader)?;
     let retiring = of(ENTRY_RETIRING).map(version);
-    let former = of(ENTRY_DERIVATION).map(|entry| entry.secret.clone());
-    Ok((VolumeKey::of_keyring(*uuid, version(current), retiring), former))
+    Ok(VolumeKey::of_keyring(*uuid, version(current), retiring))
 }
 
 /// Fresh randomness for a rekey.
@@ -326,11 +321,7 @@ pub(crate) fn begin_rekey(
         place.fill(0);
         new.write(place, &fresh.master, &opened.uuid)?;
     }
-    let keyring = [
-        (number, ENTRY_KEY, &fresh.key),
-        (old.number, ENTRY_RETIRING, &old.secret),
-        (old.number, ENTRY_DERIVATION, &opened.derivation),
-    ];
+    let keyring = [(number, ENTRY_KEY, &fresh.key), (old.number, ENTRY_RETIRING, &old.secret)];
     seal_keyring(bytes, &fresh.master, &fresh.keyring_salt, &opened.uuid, &keyring);
     let features = get64(bytes, INCOMPAT_AT);
     put64(bytes, INCOMPAT_AT, features | INCOMPAT_REKEY);

@@ -124,8 +124,6 @@ pub struct Volume {
     key: VolumeKey,
     /// What keys for other volumes are derived from.
     derivation: Secret,
-    /// What they were derived from before the rekey that is on its way.
-    former_derivation: Option<Secret>,
     keys: Lock<BTreeMap<u32, Arc<EpochKey>>>,
     core: Lock<Core>,
     /// The guest syncs after each few writes: a hint for writers.

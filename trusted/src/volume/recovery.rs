@@ -355,7 +355,7 @@ impl Opening {
         mut report: OpenReport,
     ) -> Result<(Volume, OpenReport), VolumeError> {
         let Header { bytes, found, copy, twice } = header;
-        let header::Opened { key: volume_key, derivation, former_derivation, .. } = found;
+        let header::Opened { key: volume_key, derivation, .. } = found;
         let key_version = volume_key.version();
         let newest = self.superblock.epochs.iter().map(|epoch| epoch.id).max().unwrap_or(0);
         let id = newest.max(self.scan.epoch) + 1;
@@ -365,7 +365,7 @@ impl Opening {
         }
         let key = Arc::new(volume_key.epoch(id, &salt));
         let core = self.core(key.clone(), salt);
-        let volume = Volume::new(volume_key, derivation, former_derivation, core);
+        let volume = Volume::new(volume_key, derivation, core);
         let replay = volume.replay(disk, &self.superblock, &self.scan, &mut report).await?;
         {
             let mut core = volume.core.lock();

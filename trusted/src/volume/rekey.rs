@@ -18,6 +18,8 @@
 
 use alloc::{vec, vec::Vec};
 
+use zeroize::Zeroize as _;
+
 use super::{
     OpenOptions, SlotKey, Volume,
     core::{Found, Map},
@@ -33,8 +35,7 @@ use super::{
 use crate::{
     disk::{Disk, HostError},
     errno::Errno,
-    platform::{Buffer, Fault},
-    sync::Lock,
+    platform::Memory,
 };
 
 /// Passes over the map before a rekey is given up; the second finds nothing to do.
@@ -49,25 +50,6 @@ pub struct RekeyReport {
     pub rewritten: u64,
     /// Number of the volume key now.
     pub key_version: u16,
-}
-
-/// Plaintext on its way from the old key to the new one, wiped when dropped.
-struct Plain(Lock<zeroize::Zeroizing<Vec<u8>>>);
-
-impl Buffer for Plain {
-    fn len(&self) -> usize {
-        self.0.lock().len()
-    }
-
-    fn copy_in(&self, at: usize, out: &mut [u8]) -> Result<(), Fault> {
-        out.copy_from_slice(self.0.lock().get(at..at + out.len()).ok_or(Fault)?);
-        Ok(())
-    }
-
-    fn copy_out(&self, at: usize, data: &[u8]) -> Result<(), Fault> {
-        self.0.lock().get_mut(at..at + data.len()).ok_or(Fault)?.copy_from_slice(data);
-        Ok(())
-    }
 }
 
 impl Volume {
@@ -260,11 +242,23 @@ impl Volume {
         first: u64,
         count: u64,
     ) -> Result<(), VolumeError> {
-        let (offset, length) = (first * BLOCK_BYTES, count * BLOCK_BYTES);
         // The end of the last block lies beyond the file's and is zeros.
-        let plain = Plain(Lock::new(vec![0; length as usize].into()));
+        let plain = Memory::new(vec![0; (count * BLOCK_BYTES) as usize]);
+        let written = self.rewrite_through(disk, first, count, &plain).await;
+        plain.into_inner().zeroize();
+        written
+    }
+
+    async fn rewrite_through<D: Disk>(
+        &self,
+        disk: &D,
+        first: u64,
+        count: u64,
+        plain: &Memory,
+    ) -> Result<(), VolumeError> {
+        let (offset, length) = (first * BLOCK_BYTES, count * BLOCK_BYTES);
         let wanted = self.size().saturating_sub(offset).min(length);
-        let done = match self.read(disk, offset, &plain).await {
+        let done = match self.read(disk, offset, plain).await {
             Ok(done) => done as u64,
             Err(Errno::EIO) => 0,
             Err(errno) => return Err(host(errno)),
@@ -273,7 +267,7 @@ impl Volume {
             let offset = (offset + done) / BLOCK_BYTES * BLOCK_BYTES;
             return Err(VolumeError::Unreadable { offset });
         }
-        self.write_again(disk, first, count, &plain).await.map_err(host)
+        self.write_again(disk, first, count, plain).await.map_err(host)
     }
 }
 

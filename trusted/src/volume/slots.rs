@@ -263,14 +263,6 @@ impl Volume {
         SlotKey::new(crypto::derive(&self.derivation.0, salt, &[purpose]).0)
     }
 
-    /// As [`Self::derive_key`], of what keys were derived from before the rekey that is on its way;
-    /// `None` if none is.
-    #[must_use]
-    pub fn derive_former_key(&self, salt: &[u8], purpose: &[u8]) -> Option<SlotKey> {
-        let former = self.former_derivation.as_ref()?;
-        Some(SlotKey::new(crypto::derive(&former.0, salt, &[purpose]).0))
-    }
-
     /// The work of a passphrase, done once: 32 bytes that open the slot that `passphrase` opens,
     /// given back as [`SlotKey::stretched`], until that slot changes. As secret as the passphrase,
     /// for this volume. `None` for a key that takes no work.
@@ -424,5 +416,37 @@ mod tests {
             hex(16, b"password", b"somesalt"),
             "09316115d5cf24ed5a15a31a3ba326e5cf32edc24702987c02b6566f61913cf7"
         );
+    }
+
+    /// RFC 9106, section 5.3, which has a secret and associated data: the library under the
+    /// parameters that slots cannot have.
+    #[test]
+    fn argon2id_agrees_with_rfc_9106() {
+        let mut params = argon2::ParamsBuilder::new();
+        params.m_cost(32).t_cost(3).p_cost(4).output_len(32);
+        params.data(argon2::AssociatedData::new(&[4; 12]).unwrap());
+        let argon = argon2::Argon2::new_with_secret(
+            &[3; 8],
+            argon2::Algorithm::Argon2id,
+            argon2::Version::V0x13,
+            params.build().unwrap(),
+        );
+        let mut memory = alloc::vec![argon2::Block::new(); 32];
+        let mut tag = [0; 32];
+        argon
+            .unwrap()
+            .hash_password_into_with_memory(&[1; 32], &[2; 16], &mut tag, &mut memory)
+            .unwrap();
+        let hex = tag.iter().fold(alloc::string::String::new(), |hex, b| format!("{hex}{b:02x}"));
+        assert_eq!(hex, "0d640df58d78766c08c037a34a8b53c9d01ef0452d75b65eb52520e96b01e659");
+    }
+
+    #[test]
+    fn a_key_shows_nothing_of_itself() {
+        for key in
+            [SlotKey::new([0x41; 32]), SlotKey::passphrase(b"AAAA"), SlotKey::stretched([0x41; 32])]
+        {
+            assert_eq!(format!("{key:?}{key:#?}"), "SlotKey(..)SlotKey(..)");
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! The kernel's own AIO, called past libc.
 
-use std::sync::LazyLock;
+use std::{io::Write as _, sync::LazyLock};
 
 use crate::{Aio, guest::Area};
 
@@ -17,7 +17,9 @@ impl Kernel {
             let (kernel, place) = (Kernel(()), Area::new(1));
             let answer = kernel.io_setup(1, place.at(0));
             if answer != 0 {
-                eprintln!("SKIPPED: comparison with the kernel (io_setup answers {answer})");
+                // Past the test harness, which would keep it for itself.
+                let why = format!("no comparison with the kernel: io_setup answers {answer}");
+                let _ = writeln!(std::io::stderr(), "SKIPPED: {why}");
                 return false;
             }
             kernel.io_destroy(place.get(0)) == 0

@@ -18,19 +18,10 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "observe.h"
+
 static const char *root;
 
-static void see(const char *what, long value)
-{
-	int error = errno;
-	if (value == -1)
-		printf("%s: -1 %s\n", what, strerrorname_np(error));
-	else
-		printf("%s: %ld\n", what, value);
-	fflush(stdout);
-	errno = 0;
-}
-#define SEE(call) (errno = 0, see(#call, (long)(call)))
 /* A descriptor's number is no observation. */
 #define OPEN(call) (errno = 0, opened(#call, (call)))
 
@@ -289,7 +280,6 @@ static void streams(void)
 	see("the same again", strcmp(first, readdir(dir)->d_name));
 	see("descriptor", fcntl(dirfd(dir), F_GETFD));
 	SEE(closedir(dir));
-	struct dirent **names;
 	int fd = open(root, O_RDONLY);
 	dir = fdopendir(dup(fd));
 	/* All are removed while they are read. */

@@ -23,21 +23,11 @@
 #include <unistd.h>
 #include <linux/fs.h>
 
+#include "observe.h"
+
 static const char *path;
 static char *page;      /* 64 KiB, aligned */
 static void *no_access; /* a page without access */
-
-/* One observation: what was done, the value, and errno when the value is -1. */
-static void see(const char *what, long value)
-{
-	int error = errno;
-	if (value == -1)
-		printf("%s: -1 %s\n", what, strerrorname_np(error));
-	else
-		printf("%s: %ld\n", what, value);
-	errno = 0;
-}
-#define SEE(call) (errno = 0, see(#call, (long)(call)))
 
 static unsigned checksum(const char *data, size_t length)
 {

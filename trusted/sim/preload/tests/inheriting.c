@@ -15,20 +15,13 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "observe.h"
+
 #define FD "10"
 #define OTHER "11"
 
 extern char **environ;
 static char *self, *path;
-
-static void see(const char *what, long value)
-{
-	if (value == -1)
-		printf("%s: -1 %s\n", what, strerrorname_np(errno));
-	else
-		printf("%s: %ld\n", what, value);
-}
-#define SEE(call) (errno = 0, see(#call, (long)(call)))
 
 static int executed(char **arguments)
 {

@@ -19,19 +19,10 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "observe.h"
+
 static const char *path;
 static pid_t parent;
-
-static void see(const char *what, long value)
-{
-	int error = errno;
-	if (value == -1)
-		printf("%s: -1 %s\n", what, strerrorname_np(error));
-	else
-		printf("%s: %ld\n", what, value);
-	errno = 0;
-}
-#define SEE(call) (errno = 0, see(#call, (long)(call)))
 
 static int lock(int fd, int command, int type, int whence, off_t start, off_t length)
 {

@@ -22,22 +22,14 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "observe.h"
+
 #define BLOCK 4096
 #define BYTES 200000
 
 static const char *path;
 static char data[BYTES];
 
-static void see(const char *what, long value)
-{
-	int error = errno;
-	if (value == -1)
-		printf("%s: -1 %s\n", what, strerrorname_np(error));
-	else
-		printf("%s: %ld\n", what, value);
-	errno = 0;
-}
-#define SEE(call) (errno = 0, see(#call, (long)(call)))
 #define MAP(...) (errno = 0, see("mmap(" #__VA_ARGS__ ")", mmap(__VA_ARGS__) == MAP_FAILED ? -1 : 0))
 
 static sigjmp_buf back;

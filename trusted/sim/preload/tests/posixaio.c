@@ -18,23 +18,14 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "observe.h"
+
 #define BLOCK 4096
 #define MANY 64
 
 static const char *path;
 static char *page; /* MANY blocks, aligned */
 static void *no_access;
-
-static void see(const char *what, long value)
-{
-	int error = errno;
-	if (value == -1)
-		printf("%s: -1 %s\n", what, strerrorname_np(error));
-	else
-		printf("%s: %ld\n", what, value);
-	errno = 0;
-}
-#define SEE(call) (errno = 0, see(#call, (long)(call)))
 
 static struct aiocb request(int fd, void *data, size_t length, off_t offset)
 {

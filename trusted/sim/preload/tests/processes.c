@@ -18,20 +18,14 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "observe.h"
+
 #define BLOCK 4096
 #define JOBS 4
 #define BLOCKS 32 /* for each job */
 
 extern char **environ;
 static char *page;
-
-static void see(const char *what, long value)
-{
-	if (value == -1)
-		printf("%s: -1 %s\n", what, strerrorname_np(errno));
-	else
-		printf("%s: %ld\n", what, value);
-}
 
 static int wait_for(pid_t child)
 {

@@ -16,13 +16,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-static void see(const char *what, long value)
-{
-	if (value == -1)
-		printf("%s: -1 %s\n", what, strerrorname_np(errno));
-	else
-		printf("%s: %ld\n", what, value);
-}
+#include "observe.h"
 
 static void lines(const char *path)
 {

@@ -1,10 +1,7 @@
 //! Random work, crashes at any point (also inside recovery), and what must hold after each.
 
 use alloc::{boxed::Box, string::String, sync::Arc, vec, vec::Vec};
-use std::{
-    format, panic, println,
-    sync::{Mutex, PoisonError},
-};
+use std::{format, panic, println, sync::Mutex};
 
 use super::{
     CANARY, Canary, audit,
@@ -15,7 +12,7 @@ use super::{
 };
 use crate::{
     errno::Errno,
-    platform::{Buffer, Fault},
+    platform::Memory,
     volume::{
         OpenOptions, OpenReport, SlotKey, Volume, VolumeError,
         core::Health,
@@ -28,37 +25,6 @@ use crate::{
 pub(super) const DEFAULT_SEEDS: u64 = 150;
 const BLOCKS: u64 = 130;
 const PER_BLOCK: u64 = BLOCK_BYTES / SECTOR;
-
-/// Bytes in memory.
-pub(super) struct Bytes(pub(super) Mutex<Vec<u8>>);
-
-impl Bytes {
-    pub(super) fn new(bytes: Vec<u8>) -> Self {
-        Self(Mutex::new(bytes))
-    }
-
-    pub(super) fn take(self) -> Vec<u8> {
-        self.0.into_inner().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Buffer for Bytes {
-    fn len(&self) -> usize {
-        self.0.lock().unwrap().len()
-    }
-
-    fn copy_in(&self, at: usize, out: &mut [u8]) -> Result<(), Fault> {
-        let bytes = self.0.lock().unwrap();
-        out.copy_from_slice(bytes.get(at..at + out.len()).ok_or(Fault)?);
-        Ok(())
-    }
-
-    fn copy_out(&self, at: usize, data: &[u8]) -> Result<(), Fault> {
-        let mut bytes = self.0.lock().unwrap();
-        bytes.get_mut(at..at + data.len()).ok_or(Fault)?.copy_from_slice(data);
-        Ok(())
-    }
-}
 
 /// A volume so small that journal, space and places are reused all the time.
 pub(super) fn tiny() -> Geometry {
@@ -105,9 +71,9 @@ pub(super) async fn read_all(disk: SimDisk, volume: Arc<Volume>) -> Result<Vec<u
     let size = volume.size();
     while (out.len() as u64) < size {
         let buffer =
-            Bytes::new(vec![0xee; (32 * BLOCK_BYTES).min(size - out.len() as u64) as usize]);
+            Memory::new(vec![0xee; (32 * BLOCK_BYTES).min(size - out.len() as u64) as usize]);
         let done = volume.read(&disk, out.len() as u64, &buffer).await?;
-        out.extend_from_slice(&buffer.take()[..done]);
+        out.extend_from_slice(&buffer.into_inner()[..done]);
     }
     Ok(out)
 }
@@ -242,7 +208,7 @@ impl Sim {
         let (disk, volume, model) = (self.disk(), volume.clone(), self.model.clone());
         self.runner.spawn(async move {
             let (op, bytes) = model.lock().unwrap().write(first, count);
-            let written = volume.write(&disk, first * SECTOR, &Bytes::new(bytes)).await;
+            let written = volume.write(&disk, first * SECTOR, &Memory::new(bytes)).await;
             assert!(faulty || written.is_ok(), "a write fails on a good disk: {written:?}");
             let mut model = model.lock().unwrap();
             model.end(&op, written.unwrap_or(0) as u64 / SECTOR);
@@ -263,13 +229,13 @@ impl Sim {
         let (disk, volume, model) = (self.disk(), volume.clone(), self.model.clone());
         self.runner.spawn(async move {
             let began = model.lock().unwrap().now();
-            let buffer = Bytes::new(vec![0xdd; (count * SECTOR) as usize]);
+            let buffer = Memory::new(vec![0xdd; (count * SECTOR) as usize]);
             let read = volume.read(&disk, first * SECTOR, &buffer).await;
             assert!(faulty || read.is_ok(), "a read fails on a good disk: {read:?}");
             if let Ok(done) = read {
                 assert!(faulty || done as u64 == count * SECTOR, "a short read: {done}");
                 let whole = done - done % SECTOR as usize;
-                model.lock().unwrap().check_read(began, first, &buffer.take()[..whole]);
+                model.lock().unwrap().check_read(began, first, &buffer.into_inner()[..whole]);
             }
         });
     }
@@ -331,7 +297,7 @@ impl Sim {
                         (0..=count).for_each(|n| model.resizing((base + n) * SECTOR));
                         model.write(size, count)
                     };
-                    let done = volume.append(&disk, &Bytes::new(bytes)).await;
+                    let done = volume.append(&disk, &Memory::new(bytes)).await;
                     let mut model = model.lock().unwrap();
                     let done = done.unwrap_or(0) as u64 / SECTOR;
                     model.end(&op, done);

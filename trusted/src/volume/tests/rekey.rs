@@ -4,7 +4,7 @@ use alloc::{sync::Arc, vec, vec::Vec};
 
 use super::{
     audit,
-    crash::{Bytes, formatted, key, open, read_all, tiny},
+    crash::{formatted, key, open, read_all, tiny},
     disk::{Image, SimDisk},
     nonces,
     run::Runner,
@@ -12,6 +12,7 @@ use super::{
 use crate::{
     disk::BLOCK,
     errno::Errno,
+    platform::Memory,
     volume::{
         Misuse, OpenOptions, RekeyReport, SlotKey, Stretch, Volume, VolumeError,
         crypto::VolumeKey,
@@ -59,11 +60,11 @@ fn made() -> (Image, Vec<u8>) {
         image = on(100 + round, &image, move |disk| async move {
             let (volume, _) = open(disk.clone(), OpenOptions::default()).await.unwrap();
             for block in (round % 7..98).step_by(7).filter(|block| !(40..60).contains(block)) {
-                let bytes = Bytes::new(content(block + round));
+                let bytes = Memory::new(content(block + round));
                 volume.write(&disk, block * 4096, &bytes).await.unwrap();
             }
             volume.truncate(&disk, SIZE).await.unwrap();
-            volume.write(&disk, 99 * 4096, &Bytes::new(vec![7; 100])).await.unwrap();
+            volume.write(&disk, 99 * 4096, &Memory::new(vec![7; 100])).await.unwrap();
             volume.close(&disk).await.unwrap();
         })
         .0;
@@ -129,7 +130,7 @@ fn a_rekeyed_volume_reads_the_same_and_neither_the_old_key_nor_a_dropped_slot_op
         let bytes = header_of(&after, copy);
         assert_eq!(header::decode(&bytes, &other()).err(), Some(VolumeError::WrongKey));
         let keys = header::decode(&bytes, &key()).unwrap();
-        assert!(!keys.key.is_retiring() && keys.former_derivation.is_none());
+        assert!(!keys.key.is_retiring());
         assert_eq!(keys.key.version(), 2);
     }
     for (slot, place) in
@@ -158,6 +159,33 @@ fn a_rekeyed_volume_reads_the_same_and_neither_the_old_key_nor_a_dropped_slot_op
 }
 
 #[test]
+fn a_table_of_many_epochs_is_left_behind_and_grows_again() {
+    let (mut image, expected) = made();
+    // More than a leaf of the table holds, before and after.
+    for round in 0..300 {
+        if round == 150 {
+            image = on(5, &image, rekey).0;
+        }
+        image = on(2000 + round, &image, |disk| async move {
+            let (volume, _) = open(disk.clone(), OpenOptions::default()).await.unwrap();
+            let last = Memory::new(vec![7; 100]);
+            volume.write(&disk, 99 * 4096, &last).await.unwrap();
+            volume.close(&disk).await.unwrap();
+        })
+        .0;
+    }
+    let (image, report) = on(6, &image, rekey);
+    assert_eq!(report.unwrap().key_version, 3);
+    assert_eq!(read_by(&image, key()).as_deref(), Ok(&expected[..]));
+    on(7, &image, |disk| async move {
+        let (volume, _) = open(disk.clone(), OpenOptions::default()).await.unwrap();
+        volume.close(&disk).await.unwrap();
+        assert!(volume.table_places(&disk).await.unwrap().len() <= 2, "one path is enough");
+        audit::audit(disk, volume).await.unwrap();
+    });
+}
+
+#[test]
 fn a_rekey_cut_off_anywhere_leaves_a_volume_that_reads_the_same_and_goes_on_to_its_end() {
     let (before, expected) = made();
     let mut steps = 0;
@@ -177,7 +205,7 @@ fn a_rekey_cut_off_anywhere_leaves_a_volume_that_reads_the_same_and_goes_on_to_i
         let by = if n % 3 == 0 { other() } else { key() };
         let (used, wrote) = on(500 + n, &cut, |disk| async move {
             let (volume, _) = Volume::open(&disk, &by, &OpenOptions::default()).await?;
-            volume.write(&disk, 50 * 4096, &Bytes::new(vec![3; BLOCK])).await.unwrap();
+            volume.write(&disk, 50 * 4096, &Memory::new(vec![3; BLOCK])).await.unwrap();
             volume.sync(&disk).await.unwrap();
             Ok::<_, VolumeError>(())
         });
@@ -265,9 +293,9 @@ fn a_damaged_block_stops_a_rekey_by_name_and_once_written_it_goes_on() {
     assert_eq!(stopped, Err(VolumeError::Unreadable { offset: 33 * 4096 }));
     let (image, ()) = on(6, &image, |disk| async move {
         let (volume, _) = open(disk.clone(), OpenOptions::default()).await.unwrap();
-        let lost = volume.read(&disk, 33 * 4096, &Bytes::new(vec![0; BLOCK])).await;
+        let lost = volume.read(&disk, 33 * 4096, &Memory::new(vec![0; BLOCK])).await;
         assert_eq!(lost, Err(Errno::EIO));
-        volume.write(&disk, 33 * 4096, &Bytes::new(vec![1; BLOCK])).await.unwrap();
+        volume.write(&disk, 33 * 4096, &Memory::new(vec![1; BLOCK])).await.unwrap();
         volume.close(&disk).await.unwrap();
     });
     expected[33 * BLOCK..34 * BLOCK].fill(1);

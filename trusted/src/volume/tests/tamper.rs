@@ -4,7 +4,7 @@
 use alloc::{sync::Arc, vec, vec::Vec};
 
 use super::{
-    crash::{Bytes, formatted, open, read_all, tiny},
+    crash::{formatted, open, read_all, tiny},
     disk::{Image, Rng, SimDisk},
     nonces,
     run::Runner,
@@ -12,6 +12,7 @@ use super::{
 use crate::{
     disk::BLOCK,
     errno::Errno,
+    platform::Memory,
     volume::{
         OpenOptions, SlotKey, Volume, VolumeError,
         layout::{HEADERS, Ptr, SUPERBLOCKS},
@@ -40,7 +41,7 @@ fn made(closed: bool) -> Image {
     runner.block_on(async move {
         let (volume, _) = open(disk.clone(), options()).await.unwrap();
         for block in 0..USED {
-            volume.write(&disk, block * 4096, &Bytes::new(plain(block))).await.unwrap();
+            volume.write(&disk, block * 4096, &Memory::new(plain(block))).await.unwrap();
             if block % 10 == 9 {
                 volume.sync(&disk).await.unwrap();
             }
@@ -84,11 +85,11 @@ fn unreadable_or_older(runner: &mut Runner, volume: &Arc<Volume>, older: bool) -
     runner.block_on(async move {
         let mut bad = Vec::new();
         for block in 0..USED {
-            let buffer = Bytes::new(vec![0; BLOCK]);
+            let buffer = Memory::new(vec![0; BLOCK]);
             match volume.read(&disk, block * 4096, &buffer).await {
                 Ok(done) => {
                     assert_eq!(done, BLOCK);
-                    let bytes = buffer.take();
+                    let bytes = buffer.into_inner();
                     let right = bytes == plain(block) || older && bytes == [0; BLOCK];
                     assert!(right, "block {block} reads as wrong bytes");
                 }
@@ -206,13 +207,13 @@ fn a_damaged_block_is_eio_and_its_neighbours_read() {
     assert!(volume.counters().integrity_failures > 0);
     // A longer read ends before it, as read(2) does.
     let (disk, again) = (runner.disk.clone(), volume.clone());
-    let buffer = Bytes::new(vec![0; 8 * BLOCK]);
+    let buffer = Memory::new(vec![0; 8 * BLOCK]);
     let done = runner.block_on(async move { again.read(&disk, 35 * 4096, &buffer).await });
     assert_eq!(done, Ok(2 * BLOCK));
     // Writing it makes it good.
     let (disk, again) = (runner.disk.clone(), volume.clone());
     runner.block_on(async move {
-        again.write(&disk, 37 * 4096, &Bytes::new(plain(37))).await.unwrap();
+        again.write(&disk, 37 * 4096, &Memory::new(plain(37))).await.unwrap();
     });
     assert_eq!(unreadable(&mut runner, &volume), []);
 }
@@ -239,8 +240,8 @@ fn a_damaged_leaf_is_eio_for_its_blocks_and_does_not_wedge_the_volume() {
     assert_eq!(unreadable(&mut runner, &volume).len() as u64, USED);
     let (disk, again) = (runner.disk.clone(), volume.clone());
     runner.block_on(async move {
-        again.write(&disk, 7 * 4096, &Bytes::new(plain(7))).await.unwrap();
-        again.write(&disk, 128 * 4096, &Bytes::new(plain(1))).await.unwrap();
+        again.write(&disk, 7 * 4096, &Memory::new(plain(7))).await.unwrap();
+        again.write(&disk, 128 * 4096, &Memory::new(plain(1))).await.unwrap();
         // The checkpoint keeps what it cannot merge.
         again.make_room(&disk).await.unwrap();
         again.make_room(&disk).await.unwrap();
@@ -270,7 +271,7 @@ fn a_damaged_journal_is_refused_until_the_loss_is_accepted() {
             let lost = bytes.iter().all(|byte| *byte == 0);
             assert!(lost || bytes == plain(block), "block {block}");
         }
-        volume.write(&disk, 0, &Bytes::new(plain(0))).await.unwrap();
+        volume.write(&disk, 0, &Memory::new(plain(0))).await.unwrap();
         volume.sync(&disk).await.unwrap();
     });
     // Accepted once and for all.

@@ -5,7 +5,7 @@ use std::sync::Mutex;
 
 use super::{
     audit,
-    crash::{Bytes, formatted, key, open, tiny},
+    crash::{formatted, key, open, tiny},
     disk::SimDisk,
     nonces,
     run::Runner,
@@ -14,7 +14,7 @@ use crate::{
     disk::{BLOCK, Block, Disk, HostError, Transfer},
     errno::Errno,
     exec::run_to_end,
-    platform::{NoEntropy, Platform},
+    platform::{Memory, NoEntropy, Platform},
     volume::{Chore, FormatOptions, OpenOptions, Volume},
 };
 
@@ -125,13 +125,13 @@ fn reopen(disk: &MemDisk) -> Volume {
 }
 
 fn write(disk: &MemDisk, volume: &Volume, offset: u64, bytes: &[u8]) -> Result<usize, Errno> {
-    run_to_end(volume.write(disk, offset, &Bytes::new(bytes.to_vec())))
+    run_to_end(volume.write(disk, offset, &Memory::new(bytes.to_vec())))
 }
 
 fn read(disk: &MemDisk, volume: &Volume, offset: u64, len: usize) -> Result<Vec<u8>, Errno> {
-    let buffer = Bytes::new(vec![0x55; len]);
+    let buffer = Memory::new(vec![0x55; len]);
     let done = run_to_end(volume.read(disk, offset, &buffer))?;
-    let mut bytes = buffer.take();
+    let mut bytes = buffer.into_inner();
     bytes.truncate(done);
     Ok(bytes)
 }
@@ -168,7 +168,7 @@ fn what_a_shrink_cut_off_reads_as_zeros_after_growing() {
     write(&disk, &volume, 0, &[3; 1 << 16]).unwrap();
     run_to_end(volume.truncate(&disk, 10_001)).unwrap();
     assert_eq!(volume.size(), 10_001);
-    assert_eq!(run_to_end(volume.append(&disk, &Bytes::new(vec![4; 5]))), Ok(5));
+    assert_eq!(run_to_end(volume.append(&disk, &Memory::new(vec![4; 5]))), Ok(5));
     run_to_end(volume.truncate(&disk, 1 << 16)).unwrap();
     let mut expected = vec![0; 1 << 16];
     expected[..10_001].fill(3);
@@ -373,7 +373,7 @@ fn a_full_volume_keeps_taking_overwrites_without_any_chores() {
         for round in 0..40_u64 {
             for n in 0..tiny().capacity {
                 let block = n * 37 % tiny().capacity;
-                let bytes = Bytes::new(vec![(block + round) as u8; BLOCK]);
+                let bytes = Memory::new(vec![(block + round) as u8; BLOCK]);
                 volume.write(&disk, block * 4096, &bytes).await.unwrap();
             }
         }
@@ -443,7 +443,7 @@ fn verify_counts_what_is_there() {
 
 /// The embedder runs these on several threads.
 #[allow(dead_code)]
-fn every_future_is_send(disk: &MemDisk, volume: &Volume, buffer: &Bytes) {
+fn every_future_is_send(disk: &MemDisk, volume: &Volume, buffer: &Memory) {
     fn send<T: Send>(_: T) {}
     send(volume.read(disk, 0, buffer));
     send(volume.write(disk, 0, buffer));
