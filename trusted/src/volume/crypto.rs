@@ -46,6 +46,26 @@ pub(crate) struct Forged;
 
 /// HKDF-SHA256 (RFC 5869) with one block of output: 32 bytes.
 pub(crate) fn derive(secret: &[u8], salt: &[u8], info: &[&[u8]]) -> Secret {
+    let mut out = Secret([0; 32]);
+    derive_into(&mut out, secret, salt, info);
+    wipe_stack();
+    out
+}
+
+/// Bytes of stack that the functions above [`wipe_stack`] use.
+const STACK: usize = 4 << 10;
+
+/// Overwrites what the library has left on the stack: it wipes neither the states of HMAC, in which
+/// the input lies as it is, nor its copies of a key.
+#[inline(never)]
+fn wipe_stack() {
+    let mut room = [0_u8; STACK];
+    room.zeroize();
+    core::hint::black_box(&room);
+}
+
+#[inline(never)]
+fn derive_into(out: &mut Secret, secret: &[u8], salt: &[u8], info: &[&[u8]]) {
     let extract = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, salt), secret);
     let expand = hmac::Key::new(hmac::HMAC_SHA256, extract.as_ref());
     let mut context = hmac::Context::with_key(&expand);
@@ -53,9 +73,7 @@ pub(crate) fn derive(secret: &[u8], salt: &[u8], info: &[&[u8]]) -> Secret {
         context.update(part);
     }
     context.update(&[1]);
-    let mut out = Secret([0; 32]);
     out.0.copy_from_slice(context.sign().as_ref());
-    out
 }
 
 /// HMAC-SHA256 of `parts`.
@@ -81,14 +99,30 @@ pub(crate) fn sha256(data: &[u8]) -> [u8; 32] {
     out
 }
 
-/// An expanded AES-256-GCM key.
+/// An expanded AES-256-GCM key, overwritten when dropped.
 pub(crate) struct AeadKey(aead::LessSafeKey);
+
+#[inline(never)]
+fn expand(secret: &[u8; 32]) -> aead::LessSafeKey {
+    let key = aead::UnboundKey::new(&aead::AES_256_GCM, secret);
+    // The only error of `new` is a key of another length.
+    aead::LessSafeKey::new(key.expect("an AES-256 key has 32 bytes"))
+}
+
+impl Drop for AeadKey {
+    fn drop(&mut self) {
+        // The library offers no wiping: the schedule of a key that is no secret takes its place.
+        self.0 = expand(&[0; 32]);
+        // Keeps the compiler from leaving that out as a store that nobody reads.
+        core::hint::black_box(&self.0);
+    }
+}
 
 impl AeadKey {
     pub(crate) fn new(secret: &Secret) -> Self {
-        let key = aead::UnboundKey::new(&aead::AES_256_GCM, &secret.0);
-        // The only error of `new` is a key of another length.
-        Self(aead::LessSafeKey::new(key.expect("an AES-256 key has 32 bytes")))
+        let key = Self(expand(&secret.0));
+        wipe_stack();
+        key
     }
 
     /// Seals `data` in place, in private memory.
@@ -317,6 +351,69 @@ mod known_answers {
         let okm = derive(&hex("0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b"), &[], &[]);
         let expected = hex("8da4e775a563c18f715f802a063c5a31b8a11f5c5ee1879ec3454e5f3c738d2d");
         assert_eq!(okm.0.as_slice(), expected.as_slice());
+    }
+
+    #[test]
+    fn derive_agrees_with_rfc_5869_test_case_2_which_is_longer_than_a_block() {
+        let bytes = |from: u8, to: u8| (from..=to).collect::<Vec<u8>>();
+        let info = bytes(0xb0, 0xff);
+        let okm = derive(&bytes(0x00, 0x4f), &bytes(0x60, 0xaf), &[&info[..1], &info[1..]]);
+        let expected = hex("b11e398dc80327a1c8e7f78c596a49344f012eda2d4efad8a050cc4c19afa97c");
+        assert_eq!(okm.0.as_slice(), expected.as_slice());
+    }
+
+    #[test]
+    fn sealing_agrees_with_gcm_specification_test_cases_13_14_and_15() {
+        let seal = |key: &str, nonce: &str, plain: &str| {
+            let mut secret = Secret([0; 32]);
+            secret.0.copy_from_slice(&hex(key));
+            let mut data = hex(plain);
+            let tag = AeadKey::new(&secret).seal(hex(nonce).try_into().unwrap(), &[], &mut data);
+            (data, Vec::from(tag))
+        };
+        let (zeros, nonce) = ("00".repeat(32), "00".repeat(12));
+        assert_eq!(seal(&zeros, &nonce, ""), (Vec::new(), hex("530f8afbc74536b9a963b4f1c4cb738b")));
+        assert_eq!(
+            seal(&zeros, &nonce, &"00".repeat(16)),
+            (hex("cea7403d4d606b6e074ec5d3baf39d18"), hex("d0d1c8a799996bf0265b98b5d48ab919"))
+        );
+        assert_eq!(
+            seal(
+                "feffe9928665731c6d6a8f9467308308feffe9928665731c6d6a8f9467308308",
+                "cafebabefacedbaddecaf888",
+                "d9313225f88406e5a55909c5aff5269a86a7a9531534f7da2e4c303d8a318a721c3c0c95956809532fcf\
+                 0e2449a6b525b16aedf5aa0de657ba637b391aafd255",
+            ),
+            (
+                hex(
+                    "522dc1f099567d07f47f37a32a84427d643a8cdcbfe5c0c97598a2bd2555d1aa8cb08e48590dbb3d\
+                     a7b08b1056828838c5f61e6393ba7a0abcc9f662898015ad"
+                ),
+                hex("b094dac5d93471bdec1a502270e3cc6c")
+            )
+        );
+    }
+
+    #[test]
+    #[allow(unsafe_code)]
+    fn a_dropped_key_leaves_nothing_of_its_schedule() {
+        let secret = Secret(core::array::from_fn(|i| i as u8 ^ 0x5a));
+        let mut key = core::mem::ManuallyDrop::new(AeadKey::new(&secret));
+        let has_secret = |key: &core::mem::ManuallyDrop<AeadKey>| {
+            let at = core::ptr::from_ref(key).cast::<u8>();
+            // SAFETY: `len` bytes lie there and nothing changes them meanwhile; read one by one
+            //    and volatile, padding as it is.
+            let byte = |i: usize| unsafe { at.add(i).read_volatile() };
+            let bytes: Vec<u8> = (0..size_of::<AeadKey>()).map(byte).collect();
+            // The first two round keys of AES-256 are the key itself, in words of either order.
+            let reversed: Vec<u8> =
+                secret.0.chunks(4).flat_map(|word| word.iter().rev().copied()).collect();
+            bytes.windows(32).any(|w| w == secret.0 || w == &reversed[..])
+        };
+        assert!(has_secret(&key), "the control");
+        // SAFETY: dropped once, here; what stays are bytes.
+        unsafe { core::mem::ManuallyDrop::drop(&mut key) };
+        assert!(!has_secret(&key));
     }
 
     #[test]
