@@ -18,8 +18,11 @@ use rustix::fs::{MemfdFlags, memfd_create};
 
 use crate::{error::Failure, key::Key};
 
-/// Memory files, open until the program has been started.
-pub struct KeyMemory(Vec<File>);
+/// Memory files, open until the program has been started. The enclave wipes them when it has read
+/// them.
+pub struct KeyMemory {
+    _files: Vec<File>,
+}
 
 impl KeyMemory {
     /// Name of the memory file for the volume that the daemon calls `volume`.
@@ -60,15 +63,6 @@ impl KeyMemory {
                 });
             }
         }
-        Ok(Self(files))
-    }
-}
-
-impl Drop for KeyMemory {
-    fn drop(&mut self) {
-        // Gone from memory now, and not when the kernel gives the page out again.
-        for file in &mut self.0 {
-            let _ = std::io::Seek::rewind(file).and_then(|()| file.set_len(0));
-        }
+        Ok(Self { _files: files })
     }
 }

@@ -192,6 +192,12 @@ fn read_config() -> Option<&'static Family> {
     if let Some(memory) = arena::descriptor() {
         files::mark_internal(memory);
     }
+    if !arena::is_locked() && keys::swap_is_on() {
+        message::say(
+            "keys may be swapped out: memory could not be locked; raise the limit (ulimit -l), or \
+             encrypt the swap",
+        );
+    }
     let family = arena::root(|| Family::new(config, kick))?;
     let _ = CACHED.set(family);
     Some(family)

@@ -7,9 +7,9 @@
 #![allow(unsafe_code)]
 
 use postern_trusted::volume::SlotKey;
-use zeroize::Zeroizing;
+use zeroize::{Zeroize as _, Zeroizing};
 
-use crate::{config::RunConfig, inheritance, sys};
+use crate::{config::RunConfig, inheritance, message, sys};
 
 /// Keys by the name of their memory file.
 pub(super) struct Keys(Vec<(String, Zeroizing<[u8; 32]>)>);
@@ -32,12 +32,35 @@ impl Keys {
 fn read(name: &str) -> Option<Zeroizing<[u8; 32]>> {
     let file = inheritance::find_memory(name.as_bytes())?;
     let mut key = Zeroizing::new([0; 32]);
-    // SAFETY: the kernel writes at most the length of `key` to it.
+    let zeros = [0_u8; 32];
+    let descriptor = usize::try_from(file).unwrap_or(usize::MAX);
+    // SAFETY: the kernel writes at most the length of `key` to it, and reads that of `zeros`.
     let read = sys::check(unsafe {
         let at = key.as_mut_ptr() as usize;
-        let file = usize::try_from(file).unwrap_or(usize::MAX);
-        sys::syscall6(libc::SYS_pread64, file, at, key.len(), 0, 0, 0)
+        let read = sys::syscall6(libc::SYS_pread64, descriptor, at, key.len(), 0, 0, 0);
+        // Gone from memory now, and not when the kernel gives the page out again.
+        let at = zeros.as_ptr() as usize;
+        sys::syscall6(libc::SYS_pwrite64, descriptor, at, zeros.len(), 0, 0, 0);
+        read
     });
     let _ = sys::close(file);
     (read == Ok(key.len())).then_some(key)
+}
+
+/// Whether the machine swaps at all. proc_swaps(5): a line for each area, after a heading.
+pub(super) fn swap_is_on() -> bool {
+    message::read_file(b"/proc/swaps", 1 << 16)
+        .is_ok_and(|text| memchr::memchr_iter(b'\n', &text).count() > 1)
+}
+
+/// Bytes of stack that are wiped after a volume was opened: as much as opening one has used, so
+/// that a thread which could open has room to wipe.
+const STACK: usize = 48 << 10;
+
+/// Overwrites what calls before this one left on the stack: keys pass through there.
+#[inline(never)]
+pub(super) fn wipe_stack() {
+    let mut room = [0_u8; STACK];
+    room.zeroize();
+    core::hint::black_box(&room);
 }

@@ -12,7 +12,7 @@ use postern_trusted::{
 
 use zeroize::Zeroizing;
 
-use super::{FILE_CACHE, Family, OpenVolume, Source, Wanted};
+use super::{FILE_CACHE, Family, OpenVolume, Source, Wanted, keys::wipe_stack};
 use crate::{config, directory::Member, message, process, runtime};
 
 impl Family {
@@ -47,6 +47,13 @@ impl Family {
     }
 
     pub(super) fn open(&self, index: usize, source: &Source) -> Result<OpenVolume, Errno> {
+        let opened = self.open_by(index, source);
+        wipe_stack();
+        opened
+    }
+
+    #[inline(never)]
+    fn open_by(&self, index: usize, source: &Source) -> Result<OpenVolume, Errno> {
         let Source::File(file) = source else {
             let key = self.key_of(source)?;
             return self.open_with(index, source, &key, None, None);
@@ -140,6 +147,13 @@ impl Family {
     /// # Errors
     /// As [`Self::acquire`].
     pub fn size_of_closed(&self, wanted: Wanted) -> Result<u64, Errno> {
+        let size = self.look_at_size(wanted);
+        wipe_stack();
+        size
+    }
+
+    #[inline(never)]
+    fn look_at_size(&self, wanted: Wanted) -> Result<u64, Errno> {
         let process = process::current();
         let path = wanted.path.clone();
         let names = self.acquire(self.directories[wanted.directory].entry)?;
