@@ -9,6 +9,7 @@
 mod common;
 mod directory;
 mod full;
+mod keys;
 mod kill;
 mod launcher;
 mod matrix;
