@@ -1,7 +1,9 @@
 //! The daemon as a whole: options, the accept loop, the graceful stop.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::fs::File;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -9,6 +11,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+use crate::confinement;
 use crate::connection;
 use crate::files::Catalog;
 use crate::problem::{Problem, log};
@@ -27,7 +30,8 @@ const MAX_CONNECTIONS: usize = MAX_LANES + 64;
 #[derive(Clone, Debug, clap::Parser)]
 #[command(name = "posternd", version)]
 pub struct Options {
-    /// Path of the control socket; made with mode 0600.
+    /// Path of the control socket; made with mode 0600. Best in a directory of its own: the daemon
+    /// keeps the right to remove files there.
     #[arg(long, value_name = "PATH")]
     pub socket: PathBuf,
     /// Lets enclaves open HOST_FILE by NAME.
@@ -67,11 +71,12 @@ pub struct Daemon {
     /// Where stage latencies come from.
     pub source: Source,
     uid: u32,
-    stats_file: Option<PathBuf>,
+    stats_file: Option<(PathBuf, File)>,
 }
 
 impl Daemon {
-    /// Checks the options, loads the probes and binds the socket. Needs a tokio runtime around it.
+    /// Checks the options, loads the probes, binds the socket, and confines the calling thread and
+    /// what it starts from now on. Needs a tokio runtime around it, without other threads.
     ///
     /// # Errors
     /// A [`Problem`] for the operator.
@@ -85,12 +90,14 @@ impl Daemon {
         let listener = Listener::bind(&options.socket)?;
         let source = Source::load(!options.no_probes, options.probe_object.as_deref());
         raise_descriptor_limit();
+        let stats_file = options.stats_file.as_deref().map(stats_file).transpose()?;
+        confinement::confine(options);
         let daemon = Self {
             sessions: Sessions::new(Duration::from_micros(options.spin_us.into())),
             catalog: Arc::new(catalog),
             source,
             uid: rustix::process::geteuid().as_raw(),
-            stats_file: options.stats_file.clone(),
+            stats_file,
         };
         Ok((Arc::new(daemon), listener))
     }
@@ -152,21 +159,29 @@ impl Daemon {
     }
 
     fn write_stats(&self) -> Result<(), Problem> {
-        let Some(path) = &self.stats_file else { return Ok(()) };
+        let Some((path, file)) = &self.stats_file else { return Ok(()) };
         let written = serde_json::to_vec_pretty(&report(&self.sessions, &self.source))
             .map_err(std::io::Error::from)
             .and_then(|mut text| {
                 text.push(b'\n');
-                std::fs::write(path, text)
+                (&*file).write_all(&text)
             });
-        written.map_err(|e| {
-            Problem::config(
-                format_args!("statistics can not be written ({e})"),
-                path.display(),
-                "name a file that this user may write with --stats-file",
-            )
-        })
+        written.map_err(|e| no_stats(path, &e))
     }
+}
+
+/// Opened at the start: at the end the daemon may make no files.
+fn stats_file(path: &Path) -> Result<(PathBuf, File), Problem> {
+    let file = File::create(path).map_err(|e| no_stats(path, &e))?;
+    Ok((path.to_owned(), file))
+}
+
+fn no_stats(path: &Path, error: &std::io::Error) -> Problem {
+    Problem::config(
+        format_args!("statistics can not be written ({error})"),
+        path.display(),
+        "name a file that this user may write with --stats-file",
+    )
 }
 
 /// A lane takes about eight descriptors; the usual soft limit is 1024.

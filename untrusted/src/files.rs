@@ -218,7 +218,12 @@ impl HostFile {
         flags: u32,
         allow_buffered: bool,
     ) -> Result<Self, OpenError> {
-        let host = |e: Errno| (e, "see that this user may read and write the file");
+        let host = |e: Errno| {
+            (
+                e,
+                "see that this user may read and write it; if it was replaced, start posternd again",
+            )
+        };
         let kind = FileType::from_raw_mode(rustix::fs::fstat(place).map_err(host)?.st_mode);
         if !matches!(kind, FileType::RegularFile | FileType::BlockDevice) {
             return Err((Errno::INVAL, "name a regular file or a block device"));

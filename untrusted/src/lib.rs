@@ -5,8 +5,9 @@
 //!
 //! [`socket`] and [`connection`] carry the calls of `postern.edl`; [`session`] and [`files`] own
 //! what a call opens; [`region`], [`lane`] and [`engine`] are the data path; [`stats`] and
-//! [`report`] tell what happened.
+//! [`report`] tell what happened; [`confinement`] is the cage around all of it.
 
+pub mod confinement;
 pub mod connection;
 pub mod daemon;
 pub mod directory;
