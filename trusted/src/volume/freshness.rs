@@ -304,14 +304,16 @@ enum Turn {
 impl Volume {
     /// Before the first superblock of an opening: registers the state that was found, so that no
     /// late move of an earlier session can happen any more. `settled` is a journal block of the
-    /// chain up to which everything was durable and resolved.
-    pub(crate) async fn fence(&self, settled: u64, tag: Tag) -> Result<(), Stuck> {
+    /// chain up to which everything was durable and resolved; `tip`: it is the chain's last.
+    pub(crate) async fn fence(&self, settled: u64, tag: Tag, tip: bool) -> Result<(), Stuck> {
         let planned = {
             let core = self.core.lock();
             let Some(fresh) = core.fresh.as_ref() else { return Ok(()) };
             let new = fresh.next(self.key.uuid(), settled, &tag);
-            // Nothing was ever there, or it is exactly this state: then no move is on its way.
-            let settled = fresh.registered.is_none_or(|held| held.digest == new.digest);
+            // Nothing was ever there, or it is exactly this state and nothing lies behind it that a
+            // move on its way could name.
+            let same = fresh.registered.is_none_or(|held| held.digest == new.digest);
+            let settled = same && tip;
             (!settled).then(|| Move {
                 counter: fresh.used.counter.clone(),
                 old: fresh.registered,

@@ -446,7 +446,8 @@ impl Opening {
         disk.flush().await.map_err(VolumeError::Flush)?;
         if self.fence && !volume.core.lock().is(canary!(NoFence)) {
             let settled = self.settled();
-            volume.fence(settled.0, settled.1).await?;
+            let tip = settled.0 == self.scan.tip(&self.superblock);
+            volume.fence(settled.0, settled.1, tip).await?;
         }
         let crowded;
         {

@@ -49,5 +49,5 @@ canaries! {
     a_superblock_that_overtakes_carried_writes_is_caught => NoCarryWait from 309,
     a_superblock_over_the_last_one_is_caught => SameSlot from 254,
     a_superblock_that_forgets_a_move_on_its_way_is_caught => NoAttempted from 1,
-    an_opening_that_a_late_move_can_overtake_is_caught => NoFence from 1,
+    an_opening_that_a_late_move_can_overtake_is_caught => NoFence from 160,
 }
