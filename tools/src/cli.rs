@@ -5,6 +5,7 @@ use std::{ffi::OsString, path::PathBuf};
 use clap::{Args, Parser, Subcommand, error::ErrorKind};
 
 use crate::{
+    counter::{AccessArgs, CounterArgs, MovesArg},
     error::{Exit, Failure},
     size,
 };
@@ -17,7 +18,8 @@ Exit codes (of `run`, when the program ran: the program's own, or 128 + signal):
   66  no such volume                  74  the host failed to read or write
   67  no key, or not this volume's    77  the host refuses access
   68  no direct I/O on the host      126  the program cannot be run inside
-  69  the daemon is not there        127  no such program";
+  69  the daemon is not there        127  no such program
+  75  the counter does not answer     76  not the volume's newest state";
 
 const RUN_EXAMPLES: &str = "\
 Examples:
@@ -32,6 +34,10 @@ Examples:
   The same volume again, with a key of one's own and the latency of every stage saved:
     postern run --volume /sealed/data=/srv/data.vol --key-file /etc/postern/data.key \\
       --stats stages.json -- mydatabase --datafile /sealed/data";
+
+const COUNTER_EXAMPLES: &str = "\
+Example, after putting back a copy of a volume:
+  postern counter reset /srv/data.vol --key-file K --counter etcd:https://c:2379/postern/data";
 
 /// Native AIO on sealed volumes for unmodified programs inside an enclave.
 ///
@@ -69,8 +75,157 @@ pub enum Command {
     Resize(ResizeArgs),
     /// Keep, list, delete or copy states of a volume that nobody has open
     Snapshot(SnapshotArgs),
+    /// Who can open a volume: list, add, change and remove keys
+    #[command(subcommand)]
+    Key(KeyCommand),
+    /// Seal a whole volume anew under a new volume key, so that keys it dropped open nothing of it
+    #[command(
+        after_help = "Offline. Cut off at any point (kill -9, power), the volume works as before; run it again\n\
+                      and it goes on. Ciphertext that the host kept stays readable with the old key. A\n\
+                      volume with snapshots is refused: delete them first."
+    )]
+    Rekey(RekeyArgs),
     /// Latency per stage of a running daemon
     Stats(StatsArgs),
+    /// Monotonic counters, which tell an old state of a volume from the newest
+    #[command(after_help = COUNTER_EXAMPLES)]
+    Counter {
+        /// What to do.
+        #[command(subcommand)]
+        command: CounterCommand,
+    },
+}
+
+/// `postern counter`.
+#[derive(Debug, Subcommand)]
+pub enum CounterCommand {
+    /// Show what a counter holds
+    Show(CounterShowArgs),
+    /// Take a volume as it is for the newest, whatever the counter holds: after restoring a copy,
+    /// or to bind a volume that was made without a counter
+    Reset(CounterResetArgs),
+}
+
+/// `postern counter show`.
+#[derive(Args, Debug)]
+pub struct CounterShowArgs {
+    /// file:PATH, or etcd:URL[,URL...]/KEY
+    pub counter: OsString,
+    /// How etcd is reached.
+    #[command(flatten)]
+    pub access: AccessArgs,
+    /// Answer as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `postern counter reset`.
+#[derive(Args, Debug)]
+pub struct CounterResetArgs {
+    /// The host file of the volume, or the host directory of a protected directory
+    pub host_file: PathBuf,
+    /// The counter: file:PATH, or etcd:URL[,URL...]/KEY
+    #[arg(long, value_name = "COUNTER", required_unless_present = "none", conflicts_with = "none")]
+    pub counter: Option<OsString>,
+    /// Bind the volume to no counter any more
+    #[arg(long)]
+    pub none: bool,
+    /// How etcd is reached.
+    #[command(flatten)]
+    pub access: AccessArgs,
+    /// Key of the volume; without it HOST_FILE.key
+    #[arg(long, value_name = "FILE")]
+    pub key_file: Option<PathBuf>,
+    /// A passphrase in its place
+    #[command(flatten)]
+    pub passphrase: PassphraseArgs,
+    /// Go on through the page cache where the host file system does no direct I/O
+    #[arg(long)]
+    pub allow_buffered: bool,
+}
+
+/// Where a passphrase comes from, in place of a key file.
+#[derive(Args, Debug, Default)]
+pub struct PassphraseArgs {
+    /// Ask for a passphrase on the terminal, in place of a key file
+    #[arg(long, conflicts_with_all = ["key_file", "passphrase_file"])]
+    pub passphrase: bool,
+    /// Passphrase: what FILE holds, without the newline at its end; `-` reads standard input,
+    /// /dev/fd/N an open descriptor
+    #[arg(long, value_name = "FILE", conflicts_with = "key_file")]
+    pub passphrase_file: Option<PathBuf>,
+}
+
+/// `postern key`.
+#[derive(Debug, Subcommand)]
+pub enum KeyCommand {
+    /// Show the slots in use. Takes no key: this much anybody can see who can read the host file
+    List(KeyListArgs),
+    /// Put another key into a free slot
+    Add(KeyAddArgs),
+    /// Put a new key in place of the one that is given
+    Change(KeyAddArgs),
+    /// Empty a slot. Who kept a copy of the header and the slot's key opens that copy still: only
+    /// `postern rekey` makes a key worthless
+    Remove(KeyRemoveArgs),
+}
+
+/// `postern key list`.
+#[derive(Args, Debug)]
+pub struct KeyListArgs {
+    /// The host file of the volume, or the host directory of a protected directory
+    pub host_file: PathBuf,
+    /// Go on through the page cache where the host file system does no direct I/O
+    #[arg(long)]
+    pub allow_buffered: bool,
+    /// Answer as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `postern key add` and `postern key change`.
+#[derive(Args, Debug)]
+pub struct KeyAddArgs {
+    /// The volume and a key that opens it
+    #[command(flatten)]
+    pub volume: VolumeArgs,
+    /// The new key: a file with 32 bytes or 64 hexadecimal digits
+    #[arg(long, value_name = "FILE", required_unless_present_any = ["new_passphrase", "new_passphrase_file"])]
+    pub new_key_file: Option<PathBuf>,
+    /// The new key is a passphrase, asked for twice on the terminal
+    #[arg(long, conflicts_with_all = ["new_key_file", "new_passphrase_file"])]
+    pub new_passphrase: bool,
+    /// The new key is the passphrase in FILE, as with --passphrase-file
+    #[arg(long, value_name = "FILE", conflicts_with = "new_key_file")]
+    pub new_passphrase_file: Option<PathBuf>,
+}
+
+/// `postern key remove`.
+#[derive(Args, Debug)]
+pub struct KeyRemoveArgs {
+    /// The volume and a key that opens it
+    #[command(flatten)]
+    pub volume: VolumeArgs,
+    /// The slot to empty, as `postern key list` numbers them; without it the slot of the given key
+    #[arg(long, value_name = "NUMBER")]
+    pub slot: Option<usize>,
+    /// Empty the slot even if it is the last one: nobody can ever open the volume again
+    #[arg(long)]
+    pub destroy_volume: bool,
+}
+
+/// `postern rekey`.
+#[derive(Args, Debug)]
+pub struct RekeyArgs {
+    /// The volume and a key that opens it, before and after
+    #[command(flatten)]
+    pub volume: VolumeArgs,
+    /// Keep the slot of this key too; may be repeated. Slots whose key is not given are emptied
+    #[arg(long, value_name = "FILE")]
+    pub keep_key_file: Vec<PathBuf>,
+    /// Keep the slot of the passphrase in FILE too; may be repeated
+    #[arg(long, value_name = "FILE")]
+    pub keep_passphrase_file: Vec<PathBuf>,
 }
 
 /// `postern run`.
@@ -88,6 +243,9 @@ pub struct RunArgs {
     /// each volume is used, HOST_FILE.key
     #[arg(long, value_name = "FILE")]
     pub key_file: Option<PathBuf>,
+    /// A passphrase in its place
+    #[command(flatten)]
+    pub passphrase: PassphraseArgs,
     /// Make volumes that do not exist, SIZE bytes each (K, M, G, T: powers of 1024); directories
     /// are made empty
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
@@ -95,6 +253,12 @@ pub struct RunArgs {
     /// Use the daemon that listens here and start none; HOST_FILE is then the daemon's name for it
     #[arg(long, value_name = "PATH", conflicts_with_all = ["create", "allow_buffered", "no_probes"], requires = "key_file")]
     pub socket: Option<PathBuf>,
+    /// Counters of the volumes.
+    #[command(flatten)]
+    pub counter: CounterArgs,
+    /// How often the counter moves: the more often, the less a rollback can take back unnoticed
+    #[arg(long, value_name = "WHEN", value_enum, default_value_t)]
+    pub counter_moves: MovesArg,
     /// Save the daemon's statistics (JSON) when the program has ended
     #[arg(long, value_name = "FILE")]
     pub stats: Option<PathBuf>,
@@ -123,6 +287,12 @@ pub struct FormatArgs {
     /// Key: 32 bytes, or 64 hexadecimal digits. Without it a development key HOST_FILE.key is made
     #[arg(long, value_name = "FILE")]
     pub key_file: Option<PathBuf>,
+    /// A passphrase in its place
+    #[command(flatten)]
+    pub passphrase: PassphraseArgs,
+    /// Counter of the volume.
+    #[command(flatten)]
+    pub counter: CounterArgs,
     /// Go on through the page cache where the host file system does no direct I/O
     #[arg(long)]
     pub allow_buffered: bool,
@@ -139,6 +309,12 @@ pub struct VolumeArgs {
     /// Key of the volume; without it HOST_FILE.key
     #[arg(long, value_name = "FILE")]
     pub key_file: Option<PathBuf>,
+    /// A passphrase in its place
+    #[command(flatten)]
+    pub passphrase: PassphraseArgs,
+    /// Counter of the volume.
+    #[command(flatten)]
+    pub counter: CounterArgs,
     /// Go on through the page cache where the host file system does no direct I/O
     #[arg(long)]
     pub allow_buffered: bool,
@@ -250,9 +426,30 @@ fn first_line(error: &clap::Error) -> String {
 /// Which help to read: clap names the command in its usage line.
 fn help_for(error: &clap::Error) -> String {
     let text = error.to_string();
-    let command = ["run", "format", "info", "verify", "resize", "snapshot", "stats"]
-        .into_iter()
-        .find(|name| text.contains(&format!("Usage: postern {name}")));
+    let command = [
+        "run",
+        "format",
+        "info",
+        "verify",
+        "resize",
+        "snapshot create",
+        "snapshot list",
+        "snapshot delete",
+        "snapshot export",
+        "snapshot",
+        "key list",
+        "key add",
+        "key change",
+        "key remove",
+        "key",
+        "rekey",
+        "stats",
+        "counter show",
+        "counter reset",
+        "counter",
+    ]
+    .into_iter()
+    .find(|name| text.contains(&format!("Usage: postern {name}")));
     command.map_or_else(
         || "see `postern --help`".to_owned(),
         |name| format!("see `postern {name} --help`"),
@@ -300,6 +497,15 @@ mod tests {
             "snapshot create v",
             "snapshot export v s o --plain --output-key-file k",
             "stats",
+            "info v --key-file k --passphrase",
+            "run --volume /a=b --passphrase-file p --socket s -- true",
+            "key",
+            "key add v --key-file k",
+            "key add v --new-passphrase --new-key-file k",
+            "rekey",
+            "counter",
+            "counter reset v",
+            "counter reset v --none --counter file:c",
         ] {
             let failure = of(line).unwrap_err();
             assert_eq!(failure.exit, Exit::Usage, "{line}");

@@ -2,7 +2,7 @@
 //!
 //! Holds: nothing here writes to a directory that exists.
 
-use std::path::{Path, PathBuf};
+use std::{path::Path, sync::Arc};
 
 use postern_trusted::{
     directory::{
@@ -14,17 +14,25 @@ use serde_json::json;
 
 use crate::{
     cli::{RunArgs, VolumeArgs},
+    counter::Source,
     disk::{Access, FileDisk},
     error::{Exit, Failure},
-    key, size, volume,
+    key::{self, KeySource},
+    size, volume,
 };
 
 /// Makes the directory if it is not there and `--create` was given, looks at it otherwise; answers
-/// its key file.
+/// its key file, or with a passphrase what that was stretched to.
 ///
 /// # Errors
 /// If it cannot be made, is no protected directory, or its key does not open it.
-pub fn prepare(directory: &Path, args: &RunArgs, access: Access) -> Result<PathBuf, Failure> {
+pub fn prepare(
+    directory: &Path,
+    args: &RunArgs,
+    words: Option<&SlotKey>,
+    counter: Option<&Arc<Source>>,
+    access: Access,
+) -> Result<KeySource, Failure> {
     let index = directory.join(INDEX_NAME);
     if Volume::small_host_blocks(args.file_capacity) == 0 {
         return Err(Failure::new(
@@ -43,9 +51,13 @@ pub fn prepare(directory: &Path, args: &RunArgs, access: Access) -> Result<PathB
         )),
         Ok(_) if index.exists() => {
             volume::check_file(&index, access)?;
+            if let Some(words) = words {
+                volume::check(&index, words, counter, access)?;
+                return KeySource::stretched(&index, words, access);
+            }
             let key_file = key::choose(args.key_file.as_deref(), directory)?;
-            volume::check(&index, &*key::read(&key_file)?, access)?;
-            Ok(key_file)
+            volume::check(&index, &SlotKey::new(*key::read(&key_file)?), counter, access)?;
+            Ok(KeySource::File(key_file))
         }
         found => {
             let vacant = found.is_err()
@@ -63,9 +75,16 @@ pub fn prepare(directory: &Path, args: &RunArgs, access: Access) -> Result<PathB
                 std::fs::create_dir(directory)
                     .map_err(|e| Failure::io("cannot make", directory.display(), &e))?;
             }
-            key::choose_and_make(args.key_file.as_deref(), directory, |key| {
-                volume::make(&index, INDEX_BYTES, key, access)
-            })
+            let make = |key: &SlotKey| volume::make(&index, INDEX_BYTES, key, counter, access);
+            match words {
+                Some(words) => {
+                    make(words).and_then(|()| KeySource::stretched(&index, words, access))
+                }
+                None => key::choose_and_make(args.key_file.as_deref(), directory, |key| {
+                    make(&SlotKey::new(*key))
+                })
+                .map(KeySource::File),
+            }
             .inspect_err(|_| {
                 if made {
                     let _ = std::fs::remove_dir(directory);
@@ -87,9 +106,14 @@ struct Looked {
 fn look(args: &VolumeArgs) -> Result<Looked, Failure> {
     let access = Access { write: false, allow_buffered: args.allow_buffered };
     let index = args.host_file.join(INDEX_NAME);
-    let key_file = key::choose(args.key_file.as_deref(), &args.host_file)?;
-    let key = SlotKey::new(*key::read(&key_file)?);
-    let (disk, volume, _) = volume::open_to_read(&index, &key, access)?;
+    let key = key::present(&args.passphrase, args.key_file.as_deref(), &args.host_file)?;
+    let counter = Source::one(&args.counter)?;
+    let (disk, volume, report) = volume::open_to_read(&index, &key, counter.as_ref(), access)?;
+    if let (Some(loss), Some(source)) = (report.loss, &counter)
+        && let Some(failure) = source.explain(&index, &loss)
+    {
+        return Err(failure);
+    }
     let damaged = |what: &dyn core::fmt::Display| {
         Failure::new(Exit::Damaged, what, index.display(), "restore the directory from a copy")
     };
@@ -142,7 +166,7 @@ pub fn verify(args: &VolumeArgs) -> Result<bool, Failure> {
         files += 1;
         let host_file = args.host_file.join(host_name(id));
         let key = file_key(&looked.index, id);
-        match volume::open_to_read(&host_file, &key, looked.access) {
+        match volume::open_to_read(&host_file, &key, None, looked.access) {
             Err(failure) if failure.exit == Exit::InUse => return Err(failure),
             Err(failure) => damage.push((path, failure.to_string())),
             Ok((disk, volume, report)) => {

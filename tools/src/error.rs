@@ -29,6 +29,10 @@ pub enum Exit {
     InUse = 73,
     /// The host failed to read or write.
     Io = 74,
+    /// The monotonic counter gives no answer.
+    NoCounter = 75,
+    /// The volume is not in the newest state that its counter knows.
+    RolledBack = 76,
     /// The host refuses access.
     Permission = 77,
     /// The program exists and cannot be run inside the enclave.

@@ -11,13 +11,38 @@ use std::{
 };
 
 use postern_sim::config::parse_key;
+use postern_trusted::volume::SlotKey;
 use rustix::rand::{GetRandomFlags, getrandom};
 use zeroize::Zeroizing;
 
-use crate::error::{Exit, Failure};
+use crate::{
+    cli::PassphraseArgs,
+    disk::Access,
+    error::{Exit, Failure},
+    passphrase::Age,
+    volume,
+};
 
 /// A volume key.
 pub type Key = Zeroizing<[u8; 32]>;
+
+/// Where the enclave gets the key of a volume from.
+pub enum KeySource {
+    /// A key file.
+    File(PathBuf),
+    /// What a passphrase was stretched to: handed over in memory.
+    Stretched(Key),
+}
+
+impl KeySource {
+    /// Does the work of a passphrase that opens the volume in `path`.
+    ///
+    /// # Errors
+    /// As [`volume::stretch`].
+    pub fn stretched(path: &Path, words: &SlotKey, access: Access) -> Result<Self, Failure> {
+        volume::stretch(path, words, access).map(Self::Stretched)
+    }
+}
 
 /// Where the development key of `volume` lies: `volume.key` beside it.
 pub fn beside(volume: &Path) -> PathBuf {
@@ -116,6 +141,21 @@ pub fn choose(given: Option<&Path>, volume: &Path) -> Result<PathBuf, Failure> {
     }
     eprintln!("postern: using the development key {}", path.display());
     Ok(path)
+}
+
+/// The key that a command presents to `volume`: its passphrase, or a key file as [`choose`] has it.
+///
+/// # Errors
+/// [`Exit::Key`] if there is none, or it is no key.
+pub fn present(
+    passphrase: &PassphraseArgs,
+    key_file: Option<&Path>,
+    volume: &Path,
+) -> Result<SlotKey, Failure> {
+    match passphrase.get(Age::Known)? {
+        Some(words) => Ok(words),
+        None => Ok(SlotKey::new(*read(&choose(key_file, volume)?)?)),
+    }
 }
 
 /// As [`choose`], for a volume that `make` makes with the key: a development key that is missing

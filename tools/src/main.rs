@@ -5,10 +5,14 @@
 
 mod cli;
 mod control;
+mod counter;
 mod directory_volume;
 mod disk;
 mod error;
 mod key;
+mod key_slots;
+mod passphrase;
+mod rekey;
 mod resize;
 mod run;
 mod size;
@@ -18,12 +22,17 @@ mod volume;
 
 use std::process::ExitCode;
 
+use rustix::process::{DumpableBehavior, set_dumpable_behavior};
+
 use crate::{
     cli::Command,
     error::{Exit, Failure},
 };
 
 fn main() -> ExitCode {
+    // Keys and passphrases pass through this process: no core dump, no debugger of the same user.
+    // Where the system refuses there is nothing to be done.
+    let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
     match dispatch() {
         Ok(code) => ExitCode::from(code),
         Err(failure) => {
@@ -45,6 +54,9 @@ fn dispatch() -> Result<u8, Failure> {
         }
         Command::Resize(args) => resize::resize(&args).map(|()| 0),
         Command::Snapshot(args) => snapshot::run(&args.command).map(|()| 0),
+        Command::Key(command) => key_slots::run(&command).map(|()| 0),
+        Command::Rekey(args) => rekey::run(&args).map(|()| 0),
         Command::Stats(args) => stats::show(&args).map(|()| 0),
+        Command::Counter { command } => counter::command(&command).map(|()| 0),
     }
 }

@@ -8,16 +8,17 @@ use std::path::Path;
 use postern_trusted::{
     disk::{BLOCK, Disk as _},
     exec::run_to_end,
-    volume::{OpenOptions, Resized, SlotKey, Volume, VolumeError},
+    volume::{Freshness, OpenOptions, Resized, SlotKey, Volume, VolumeError},
 };
 use serde_json::json;
 
 use crate::{
     cli::ResizeArgs,
+    counter::Source,
     disk::{Access, FileDisk},
     error::{Exit, Failure},
     key, size,
-    volume::{Progress, refused},
+    volume::{Progress, refused_with},
 };
 
 /// Runs `postern resize`.
@@ -36,22 +37,25 @@ pub fn resize(args: &ResizeArgs) -> Result<(), Failure> {
         ));
     }
     let access = Access { write: true, allow_buffered: args.volume.allow_buffered };
-    let key_file = key::choose(args.volume.key_file.as_deref(), path)?;
-    let key = SlotKey::new(*key::read(&key_file)?);
+    let key = key::present(&args.volume.passphrase, args.volume.key_file.as_deref(), path)?;
+    let source = Source::one(&args.volume.counter)?;
+    let counter = source.as_ref().map(|source| source.used(false));
+    let options = OpenOptions { counter, ..OpenOptions::default() };
+    let refused = |error: VolumeError| refused_with(path, &error, source.as_deref());
     let mut disk = FileDisk::open(path, access)?;
-    let needed = blocks_for(&disk, &key, args.size).map_err(|error| refused(path, &error))?;
+    let needed = blocks_for(&disk, &key, &options, args.size).map_err(refused)?;
     if disk.host_blocks() < needed {
         set_blocks(&mut disk, needed, path)?;
     }
     let mut progress = None;
-    let resized = run_to_end(Volume::resize(&disk, &key, args.size, |done, all| {
+    let resized = run_to_end(Volume::resize(&disk, &key, &options, args.size, |done, all| {
         progress.get_or_insert_with(|| Progress::start(all)).show(done);
     }));
     if let Some(progress) = progress {
         progress.end();
     }
     // Also after a refusal the file may stay longer than needed: it does no harm.
-    let resized = resized.map_err(|error| refused(path, &error))?;
+    let resized = resized.map_err(refused)?;
     if disk.host_blocks() > resized.host_blocks {
         set_blocks(&mut disk, resized.host_blocks, path)?;
     }
@@ -59,9 +63,22 @@ pub fn resize(args: &ResizeArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-fn blocks_for(disk: &FileDisk, key: &SlotKey, size: u64) -> Result<u64, VolumeError> {
-    let options = OpenOptions { read_only: true, ..OpenOptions::default() };
-    let (volume, _) = run_to_end(Volume::open(disk, key, &options))?;
+/// Refuses before anything is changed if the volume would not open for writing.
+fn blocks_for(
+    disk: &FileDisk,
+    key: &SlotKey,
+    options: &OpenOptions,
+    size: u64,
+) -> Result<u64, VolumeError> {
+    let options = OpenOptions { read_only: true, ..options.clone() };
+    let (volume, report) = run_to_end(Volume::open(disk, key, &options))?;
+    match (report.loss, report.freshness) {
+        (Some(loss), _) => return Err(loss),
+        (None, Freshness::Unchecked { sequence }) => {
+            return Err(VolumeError::CounterNeeded { sequence });
+        }
+        (None, _) => {}
+    }
     volume.host_blocks_for(size)
 }
 

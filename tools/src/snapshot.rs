@@ -15,16 +15,17 @@ use postern_trusted::{
     errno::Errno,
     exec::run_to_end,
     platform::Memory,
-    volume::{OpenOptions, SlotKey, Volume},
+    volume::{Freshness, OpenOptions, SlotKey, Volume},
 };
 use serde_json::json;
 
 use crate::{
     cli::{ExportArgs, SnapshotCommand, SnapshotName, VolumeArgs},
+    counter::Source,
     disk::{Access, FileDisk},
     error::{Exit, Failure},
     key, size,
-    volume::{self, Progress, refused},
+    volume::{self, Progress, refused, refused_with},
 };
 
 /// Bytes copied at once.
@@ -50,11 +51,14 @@ fn change<T>(
 ) -> Result<T, Failure> {
     let path = &args.host_file;
     let disk = FileDisk::open(path, Access { write: true, allow_buffered: args.allow_buffered })?;
-    let key_file = key::choose(args.key_file.as_deref(), path)?;
-    let key = SlotKey::new(*key::read(&key_file)?);
-    let opened = run_to_end(Volume::open(&disk, &key, &OpenOptions::default()));
-    let (volume, _) = opened.map_err(|error| refused(path, &error))?;
+    let key = key::present(&args.passphrase, args.key_file.as_deref(), path)?;
+    let source = Source::one(&args.counter)?;
+    let counter = source.as_ref().map(|source| source.used(false));
+    let options = OpenOptions { counter, ..OpenOptions::default() };
+    let opened = run_to_end(Volume::open(&disk, &key, &options));
+    let (volume, _) = opened.map_err(|error| refused_with(path, &error, source.as_deref()))?;
     let done = work(&disk, &volume);
+    // Moves the counter, too.
     let closed = run_to_end(volume.close(&disk)).map_err(|errno| failed("closing", path, errno));
     done.and_then(|done| closed.map(|()| done))
 }
@@ -123,7 +127,11 @@ fn delete(args: &SnapshotName) -> Result<(), Failure> {
 fn export(args: &ExportArgs) -> Result<(), Failure> {
     let source = &args.snapshot.volume;
     let existed = volume::is_vacant(&args.output)?;
-    let (disk, volume, _) = volume::look(source)?;
+    let (disk, volume, report) = volume::look(source)?;
+    if let (Freshness::Refused, Some(loss)) = (report.freshness, report.loss) {
+        let counter = Source::one(&source.counter)?;
+        return Err(refused_with(&source.host_file, &loss, counter.as_deref()));
+    }
     let snapshot = run_to_end(volume.at_snapshot(&disk, &args.snapshot.name));
     let snapshot = snapshot.map_err(|error| refused(&source.host_file, &error))?;
     if args.plain {
@@ -193,8 +201,9 @@ fn export_sealed(disk: &FileDisk, snapshot: &Volume, args: &ExportArgs) -> Resul
     let access = Access { write: true, allow_buffered: args.snapshot.volume.allow_buffered };
     let output = &args.output;
     key::choose_and_make(args.output_key_file.as_deref(), output, |key| {
-        volume::make(output, snapshot.capacity(), key, access)?;
-        fill(disk, snapshot, args, key, access).inspect_err(|_| {
+        let key = SlotKey::new(*key);
+        volume::make(output, snapshot.capacity(), &key, None, access)?;
+        fill(disk, snapshot, args, &key, access).inspect_err(|_| {
             // Not whole: nobody shall take it for a copy.
             let _ = std::fs::remove_file(output);
         })
@@ -206,12 +215,12 @@ fn fill(
     disk: &FileDisk,
     snapshot: &Volume,
     args: &ExportArgs,
-    key: &[u8; 32],
+    key: &SlotKey,
     access: Access,
 ) -> Result<(), Failure> {
     let output = &args.output;
     let to = FileDisk::open(output, access)?;
-    let opened = run_to_end(Volume::open(&to, &SlotKey::new(*key), &OpenOptions::default()));
+    let opened = run_to_end(Volume::open(&to, key, &OpenOptions::default()));
     let (copied, _) = opened.map_err(|error| refused(output, &error))?;
     let writing = |errno| failed("writing the copy", output, errno);
     copy(disk, snapshot, &args.snapshot.volume.host_file, |at, bytes| {

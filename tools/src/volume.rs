@@ -7,6 +7,7 @@ use std::{
     fs::OpenOptions as FileOptions,
     io::IsTerminal as _,
     path::Path,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -16,18 +17,21 @@ use postern_trusted::{
     exec::run_to_end,
     platform::Memory,
     volume::{
-        Damage, FormatOptions, Misuse, OpenOptions, OpenReport, SlotKey, SnapshotInfo, Volume,
-        VolumeError,
+        Damage, FormatOptions, Freshness, Misuse, OpenOptions, OpenReport, SlotKey, SnapshotInfo,
+        Volume, VolumeError,
     },
 };
 use serde_json::json;
 
 use crate::{
     cli::{FormatArgs, VolumeArgs},
+    counter::{self, Source},
     directory_volume,
     disk::{Access, FileDisk},
     error::{Exit, Failure},
-    key, size,
+    key,
+    passphrase::Age,
+    size,
 };
 
 /// Shortest time between two lines of progress.
@@ -37,7 +41,13 @@ const PROGRESS_EVERY: Duration = Duration::from_millis(200);
 ///
 /// # Errors
 /// If the file has content, the host has no room or does no direct I/O. What was made is removed.
-pub fn make(path: &Path, bytes: u64, key: &[u8; 32], access: Access) -> Result<(), Failure> {
+pub fn make(
+    path: &Path,
+    bytes: u64,
+    key: &SlotKey,
+    counter: Option<&Arc<Source>>,
+    access: Access,
+) -> Result<(), Failure> {
     let place = &path.display();
     let existed = is_vacant(path)?;
     let blocks = Volume::host_blocks(bytes);
@@ -51,9 +61,10 @@ pub fn make(path: &Path, bytes: u64, key: &[u8; 32], access: Access) -> Result<(
         .map_err(|error| Failure::io("cannot make the volume", place, &error))
         .and_then(|()| FileDisk::open(path, access))
         .and_then(|disk| {
-            run_to_end(Volume::format(&disk, &SlotKey::new(*key), &FormatOptions { size: bytes }))
+            run_to_end(Volume::format(&disk, key, &FormatOptions { size: bytes }))
                 .map_err(|error| refused(path, &error))
-        });
+        })
+        .and_then(|()| counter.map_or(Ok(()), |counter| counter.bind_new(path, key, access)));
     if made.is_err() {
         // Ours to remove: it was not there, or had nothing in it.
         let _ = if existed {
@@ -98,10 +109,33 @@ pub fn check_file(path: &Path, access: Access) -> Result<(), Failure> {
 ///
 /// # Errors
 /// [`Exit::Key`], [`Exit::Damaged`] and the host's own.
-pub fn check(path: &Path, key: &[u8; 32], access: Access) -> Result<(), Failure> {
+pub fn check(
+    path: &Path,
+    key: &SlotKey,
+    counter: Option<&Arc<Source>>,
+    access: Access,
+) -> Result<(), Failure> {
     let disk = FileDisk::open(path, access)?;
-    let (_, report) = open(&disk, path, key)?;
-    report.loss.map_or(Ok(()), |loss| Err(refused(path, &loss)))
+    let (_, report) = open_with(&disk, path, key, counter)?;
+    match (report.loss, report.freshness) {
+        (Some(loss), _) => Err(refused_with(path, &loss, counter.map(|source| &**source))),
+        (None, Freshness::Unchecked { sequence }) => {
+            Err(counter::needed(path, &VolumeError::CounterNeeded { sequence }))
+        }
+        (None, _) => Ok(()),
+    }
+}
+
+/// What the enclave is given for a passphrase: the work of Argon2id, done here, once.
+///
+/// # Errors
+/// [`Exit::Key`] if it opens no slot.
+pub fn stretch(path: &Path, passphrase: &SlotKey, access: Access) -> Result<key::Key, Failure> {
+    let disk = FileDisk::open(path, access)?;
+    let stretched = run_to_end(Volume::stretch(&disk, passphrase));
+    stretched
+        .and_then(|key| key.ok_or(VolumeError::WrongKey))
+        .map_err(|error| refused(path, &error))
 }
 
 /// The volume in `path`, opened for reading only.
@@ -111,19 +145,22 @@ pub fn check(path: &Path, key: &[u8; 32], access: Access) -> Result<(), Failure>
 pub fn open_to_read(
     path: &Path,
     key: &SlotKey,
+    counter: Option<&Arc<Source>>,
     access: Access,
 ) -> Result<(FileDisk, Volume, OpenReport), Failure> {
     let disk = FileDisk::open(path, access)?;
-    let (volume, report) = open_with(&disk, path, key)?;
+    let (volume, report) = open_with(&disk, path, key, counter)?;
     Ok((disk, volume, report))
 }
 
-fn open(disk: &FileDisk, path: &Path, key: &[u8; 32]) -> Result<(Volume, OpenReport), Failure> {
-    open_with(disk, path, &SlotKey::new(*key))
-}
-
-fn open_with(disk: &FileDisk, path: &Path, key: &SlotKey) -> Result<(Volume, OpenReport), Failure> {
-    let options = OpenOptions { read_only: true, ..OpenOptions::default() };
+fn open_with(
+    disk: &FileDisk,
+    path: &Path,
+    key: &SlotKey,
+    counter: Option<&Arc<Source>>,
+) -> Result<(Volume, OpenReport), Failure> {
+    let used = counter.map(|source| source.used(false));
+    let options = OpenOptions { read_only: true, counter: used, ..OpenOptions::default() };
     run_to_end(Volume::open(disk, key, &options)).map_err(|error| match error {
         VolumeError::Host { place, .. } if place >= disk.host_blocks() => Failure::new(
             Exit::Damaged,
@@ -131,19 +168,29 @@ fn open_with(disk: &FileDisk, path: &Path, key: &SlotKey) -> Result<(Volume, Ope
             path.display(),
             "it is no volume, or was cut off: restore it from a copy",
         ),
-        error => refused(path, &error),
+        error => refused_with(path, &error, counter.map(|source| &**source)),
     })
+}
+
+/// What a volume's refusal means to the operator, when it was opened with this counter.
+pub fn refused_with(path: &Path, error: &VolumeError, source: Option<&Source>) -> Failure {
+    if let VolumeError::CounterNeeded { .. } = error {
+        return counter::needed(path, error);
+    }
+    let explained = source.and_then(|source| source.explain(path, error));
+    explained.unwrap_or_else(|| refused(path, error))
 }
 
 /// What a volume's refusal means to the operator.
 pub fn refused(path: &Path, error: &VolumeError) -> Failure {
     let (exit, advice) = match error {
-        VolumeError::NotAVolume => {
-            (Exit::Damaged, "check the path; if it was a volume, restore it from a copy")
+        VolumeError::Misuse(Misuse::NoSlot) => {
+            (Exit::Usage, "`postern key list` shows the slots; there are eight")
         }
-        VolumeError::UnsupportedVersion { .. } | VolumeError::UnsupportedFeatures { .. } => {
-            (Exit::Damaged, "use the release of Postern that made it")
-        }
+        VolumeError::Misuse(Misuse::LastSlot) => (
+            Exit::Usage,
+            "add another key first; --destroy-volume makes the volume unreadable for ever",
+        ),
         VolumeError::Misuse(Misuse::SnapshotName | Misuse::SnapshotExists) => {
             (Exit::Usage, "choose another name")
         }
@@ -153,14 +200,27 @@ pub fn refused(path: &Path, error: &VolumeError) -> Failure {
         VolumeError::Misuse(Misuse::TooManySnapshots | Misuse::HasSnapshots) => {
             (Exit::Usage, "delete snapshots first (`postern snapshot delete`)")
         }
+        VolumeError::Misuse(Misuse::Rekeying) => {
+            (Exit::Usage, "finish it first: `postern rekey` goes on")
+        }
         VolumeError::Misuse(_) => (Exit::Usage, "choose another size"),
+        VolumeError::NotAVolume => {
+            (Exit::Damaged, "check the path; if it was a volume, restore it from a copy")
+        }
+        VolumeError::UnsupportedVersion { .. } | VolumeError::UnsupportedFeatures { .. } => {
+            (Exit::Damaged, "use the release of Postern that made it")
+        }
         VolumeError::DataInTheWay { .. } => {
             (Exit::Usage, "truncate the guest's file or punch what lies beyond, or give more room")
         }
         VolumeError::Damaged { .. } | VolumeError::NotWritable => {
             (Exit::Damaged, "see what is damaged with `postern verify`")
         }
-        VolumeError::WrongKey => (Exit::Key, "give the key that the volume was made with"),
+        VolumeError::WrongKey => (Exit::Key, "give a key that has a slot in it"),
+        VolumeError::Unreadable { .. } => (
+            Exit::Damaged,
+            "write that block, or punch a hole there, and run it again; `postern verify` names all",
+        ),
         VolumeError::Host { error: HostError::Errno(libc::ENOSPC), .. } => {
             (Exit::NoSpace, "make room on the host")
         }
@@ -181,14 +241,25 @@ pub fn format(args: &FormatArgs) -> Result<(), Failure> {
     let access = Access { write: true, allow_buffered: args.allow_buffered };
     // Before a key is made for it.
     is_vacant(&args.host_file)?;
-    let key_file = key::choose_and_make(args.key_file.as_deref(), &args.host_file, |key| {
-        make(&args.host_file, args.size, key, access)
-    })?;
+    let counter = Source::one(&args.counter)?;
+    let key_file = match args.passphrase.get(Age::New)? {
+        Some(words) => {
+            make(&args.host_file, args.size, &words, counter.as_ref(), access)?;
+            None
+        }
+        None => {
+            let given = args.key_file.as_deref();
+            Some(key::choose_and_make(given, &args.host_file, |key| {
+                let key = SlotKey::new(*key);
+                make(&args.host_file, args.size, &key, counter.as_ref(), access)
+            })?)
+        }
+    };
     let host_bytes = Volume::host_blocks(args.size) * BLOCK as u64;
     if args.json {
         let made = json!({
             "host_file": args.host_file.display().to_string(),
-            "key_file": key_file.display().to_string(),
+            "key_file": key_file.map(|path| path.display().to_string()),
             "size": args.size,
             "host_bytes": host_bytes,
         });
@@ -231,10 +302,14 @@ pub fn info(args: &VolumeArgs) -> Result<(), Failure> {
             "generation": info.generation,
             "sessions": info.session,
             "clean": report.clean,
+            "key_version": info.key_version,
+            "rekeying": info.rekeying,
             "replayed_journal_blocks": report.journal_blocks,
             "replayed_records": report.records_applied,
             "skipped_records": report.records_skipped,
             "loss": report.loss.map(|loss| loss.to_string()),
+            "counter": info.counter,
+            "freshness": freshness(&report),
         });
         println!("{info}");
         return Ok(());
@@ -253,6 +328,9 @@ pub fn info(args: &VolumeArgs) -> Result<(), Failure> {
         println!("snapshots hold {} of it", size::show(bytes(info.held_blocks)));
     }
     println!("opened    {} times for writing; superblock {}", info.session, info.generation);
+    if info.rekeying {
+        println!("rekey     on its way: `postern rekey` goes on");
+    }
     if let Some(loss) = &report.loss {
         println!("state     damaged: {loss}");
     } else if report.clean {
@@ -264,7 +342,20 @@ pub fn info(args: &VolumeArgs) -> Result<(), Failure> {
             report.journal_blocks, report.records_applied, report.records_skipped
         );
     }
+    if let Some(sequence) = info.counter {
+        println!("counter   bound, at {sequence}; {}", freshness(&report));
+    }
     Ok(())
+}
+
+/// What a monotonic counter says about the state found.
+fn freshness(report: &OpenReport) -> &'static str {
+    match report.freshness {
+        Freshness::Unbound => "unbound",
+        Freshness::Unchecked { .. } => "unchecked",
+        Freshness::Confirmed { .. } => "newest",
+        _ => "refused",
+    }
 }
 
 /// Opens the volume of `info` and `verify`, for reading only.
@@ -274,8 +365,9 @@ pub fn info(args: &VolumeArgs) -> Result<(), Failure> {
 pub fn look(args: &VolumeArgs) -> Result<(FileDisk, Volume, OpenReport), Failure> {
     let access = Access { write: false, allow_buffered: args.allow_buffered };
     let disk = FileDisk::open(&args.host_file, access)?;
-    let key_file = key::choose(args.key_file.as_deref(), &args.host_file)?;
-    let (volume, report) = open(&disk, &args.host_file, &*key::read(&key_file)?)?;
+    let key = key::present(&args.passphrase, args.key_file.as_deref(), &args.host_file)?;
+    let counter = Source::one(&args.counter)?;
+    let (volume, report) = open_with(&disk, &args.host_file, &key, counter.as_ref())?;
     Ok((disk, volume, report))
 }
 

@@ -1,4 +1,4 @@
-//! `format`, `snapshot`, `resize`, `info`, `verify` of the built command, on a volume that nobody has
+//! `format`, `snapshot`, `resize`, `rekey`, `info`, `verify` of the built command, on a volume that nobody has
 //! open. Through the page cache, so that any file system will do.
 
 use std::{path::Path, process::Command};
@@ -57,4 +57,32 @@ fn a_volume_is_resized_and_kept_and_copied_and_stays_whole() {
     assert_eq!((&whole["size"], &whole["leaked_blocks"]), (&Value::from(4 << 20), &Value::from(0)));
     assert_eq!(postern(at, "resize v --size 4097").0, 64);
     assert_eq!(postern(at, "resize v --size 100T").0, 64);
+}
+
+#[test]
+fn a_volume_that_is_bound_to_a_counter_is_changed_with_it_only() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let at = directory.path();
+    std::fs::write(at.join("words"), "correct horse").expect("it can be written");
+    answer(at, "format v --size 8M --counter file:c --passphrase-file words");
+    let key = "--passphrase-file words";
+    for change in
+        ["resize v --size 16M", "snapshot create v one", "snapshot delete v one", "rekey v"]
+    {
+        let old = std::fs::read(at.join("v")).expect("it is there");
+        let (code, _, why) = postern(at, &format!("{change} {key}"));
+        assert_eq!((code, why.contains("--counter")), (64, true), "{change}: {why}");
+        assert!(std::fs::read(at.join("v")).expect("it is there") == old, "{change} has written");
+        let with = format!("{change} {key} --counter file:c");
+        let (code, _, why) = postern(at, &with);
+        assert_eq!(code, 0, "{with}: {why}");
+        assert_eq!(answer(at, &format!("info v {key} --counter file:c"))["freshness"], "newest");
+        std::fs::write(at.join("old"), old).expect("it can be written");
+        let before = answer(at, &format!("info old {key} --counter file:c"));
+        assert_eq!(before["freshness"], "refused", "the state before {change}");
+    }
+    answer(at, &format!("snapshot create v two {key} --counter file:c"));
+    let (code, _, why) = postern(at, &format!("rekey v {key} --counter file:c"));
+    assert_eq!((code, why.contains("snapshot delete")), (64, true), "{why}");
+    answer(at, &format!("verify v {key} --counter file:c"));
 }

@@ -32,6 +32,8 @@ pub struct Executor(Arc<Inner>);
 
 struct Inner {
     ready: Lock<VecDeque<Arc<dyn Run>>>,
+    /// Length of `ready`, for looks without the lock. Written under it.
+    queued: AtomicUsize,
     /// Threads that promise to run the queue before they sleep.
     active: AtomicUsize,
     /// Tasks spawned and not finished.
@@ -76,8 +78,17 @@ impl Inner {
         }
     }
 
+    fn pop(&self) -> Option<Arc<dyn Run>> {
+        let mut ready = self.ready.lock();
+        let task = ready.pop_front();
+        self.queued.store(ready.len(), Ordering::Release);
+        task
+    }
+
     fn put(&self, task: Arc<dyn Run>) {
-        self.ready.lock().push_back(task);
+        let mut ready = self.ready.lock();
+        ready.push_back(task);
+        self.queued.store(ready.len(), Ordering::Release);
     }
 }
 
@@ -200,6 +211,7 @@ impl Executor {
     pub fn new(notify: impl Fn() + Send + Sync + 'static) -> Self {
         Self(Arc::new(Inner {
             ready: Lock::new(VecDeque::with_capacity(256)),
+            queued: AtomicUsize::new(0),
             active: AtomicUsize::new(0),
             live: AtomicUsize::new(0),
             notify: Box::new(notify),
@@ -233,7 +245,7 @@ impl Executor {
     pub fn run(&self, limit: usize) -> usize {
         let mut polls = 0;
         while polls < limit {
-            let Some(task) = self.0.ready.lock().pop_front() else { break };
+            let Some(task) = self.0.pop() else { break };
             task.run();
             polls += 1;
         }
@@ -246,10 +258,20 @@ impl Executor {
         self.0.live.load(Ordering::Relaxed)
     }
 
-    /// Whether a task is ready to run.
+    /// Whether a thread is between [`Self::activate`] and the drop of what it answered.
+    #[must_use]
+    pub fn is_active(&self) -> bool {
+        self.0.active.load(Ordering::SeqCst) > 0
+    }
+
+    /// Whether a task is ready to run. Takes no lock: spinning threads look here all the time, and one
+    /// that is killed must not be found holding anything.
     #[must_use]
     pub fn has_ready(&self) -> bool {
-        !self.0.ready.lock().is_empty()
+        // Pairs with the fence in `push`: whoever announced that it will sleep sees the task here,
+        // or is seen by whoever queues it.
+        core::sync::atomic::fence(Ordering::SeqCst);
+        self.0.queued.load(Ordering::Acquire) > 0
     }
 }
 

@@ -10,10 +10,11 @@
 #![deny(unsafe_code)]
 
 extern crate alloc;
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
 extern crate std;
 
 pub mod aio;
+pub mod counter;
 pub mod directory;
 pub mod disk;
 pub mod errno;

@@ -24,6 +24,34 @@ pub trait GuestMemory: Send + Sync {
     fn write(&self, to: u64, data: &[u8]) -> Result<(), Fault>;
 }
 
+/// How many bytes from the start on the guest has memory for in `ranges` (addresses and lengths),
+/// looked at page by page: memory that can be read, or with `writable` also be written (each
+/// page's first byte is stored again).
+pub fn reach(
+    memory: &(impl GuestMemory + ?Sized),
+    ranges: impl Iterator<Item = (u64, u64)>,
+    writable: bool,
+) -> u64 {
+    const PAGE: u64 = 4096;
+    let is_there = |at| {
+        let mut byte = [0];
+        memory.read(at, &mut byte)?;
+        if writable { memory.write(at, &byte) } else { Ok(()) }
+    };
+    let mut start = 0_u64;
+    for (base, length) in ranges {
+        let (mut at, end) = (base, base.saturating_add(length));
+        while at < end {
+            if is_there(at).is_err() {
+                return start.saturating_add(at - base);
+            }
+            at = (at | (PAGE - 1)).saturating_add(1);
+        }
+        start = start.saturating_add(length);
+    }
+    start
+}
+
 /// A logical buffer of a request: bytes 0..len, wherever they lie: guest iovecs, or plain
 /// [`Memory`].
 pub trait Buffer: Send + Sync {

@@ -22,7 +22,7 @@ pub const DATA: u64 = 32 << 10;
 /// Bytes of the file at first.
 pub const SIZE: u64 = 256 << 10;
 /// Longer than anything takes, shorter than a case may take.
-pub const LONG: Duration = Duration::from_secs(4);
+pub const LONG: Duration = Duration::from_secs(20);
 /// An address that only the kernel may use.
 pub const KERNEL: u64 = 0xffff_8880_0000_0000;
 /// An address that no page table has.
@@ -424,12 +424,21 @@ pub fn until_asleep(thread: i32) -> bool {
 
 /// The same for a thread of another process.
 pub fn until_asleep_in(process: i32, thread: i32) -> bool {
+    until_asleep_where(process, thread, &|number| number != libc::SYS_futex && number >= 0)
+}
+
+/// Waits until a thread of this process sleeps in this system call; false if it ends.
+pub fn until_asleep_in_call(thread: i32, call: i64) -> bool {
+    until_asleep_where(sys::process(), thread, &|number| number == call)
+}
+
+fn until_asleep_where(process: i32, thread: i32, meant: &dyn Fn(i64) -> bool) -> bool {
     let path = format!("/proc/{process}/task/{thread}/syscall");
     let mut before = String::new();
     loop {
         let Ok(now) = std::fs::read_to_string(&path) else { return false };
         let number = now.split(' ').next().and_then(|word| word.parse::<i64>().ok());
-        if number.is_some_and(|number| number != libc::SYS_futex && number >= 0) && now == before {
+        if number.is_some_and(meant) && now == before {
             return true;
         }
         before = now;

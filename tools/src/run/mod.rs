@@ -9,6 +9,7 @@
 mod daemon;
 mod directory;
 mod filter;
+mod key_memory;
 mod parts;
 mod plan;
 mod program;
@@ -20,24 +21,32 @@ use std::{
     os::unix::process::{CommandExt as _, ExitStatusExt as _},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus},
+    sync::Arc,
 };
 
-use postern_sim::config::{DirectoryConfig, RUN_VARIABLE, RunConfig, VolumeConfig};
+use postern_sim::config::{
+    CounterConfig, DirectoryConfig, MovesConfig, RUN_VARIABLE, RunConfig, VolumeConfig,
+};
+use postern_trusted::{counter::Moves, volume::SlotKey};
 use rustix::process::{Pid, Signal, kill_process};
 
 use self::{
     daemon::{Daemon, NotStarted, Orders},
     directory::RunDirectory,
+    key_memory::KeyMemory,
     plan::{Plan, PlannedVolume},
     signals::{Arrived, Signals},
     warden::Warden,
 };
 use crate::{
     cli::RunArgs,
+    counter::{Server, Source},
     directory_volume,
     disk::Access,
     error::{Exit, Failure},
-    key, stats, volume,
+    key::{self, KeySource},
+    passphrase::Age,
+    stats, volume,
 };
 
 /// Runs the program; answers the exit code of `postern`.
@@ -46,12 +55,13 @@ use crate::{
 /// Whatever kept the program from running, or (after its end) the daemon from stopping well.
 pub fn run(args: &RunArgs) -> Result<u8, Failure> {
     let plan = Plan::make(args)?;
+    let counters = Source::parse_all(&args.counter)?;
     let volumes = match &args.socket {
         Some(socket) => {
             stats::connect(socket)?;
             remote_volumes(args, &plan)?
         }
-        None => local_volumes(args, &plan)?,
+        None => local_volumes(args, &plan, &counters)?,
     };
     let signals = Signals::hold()
         .map_err(|error| Failure::io("cannot hold signals", "this process", &error))?;
@@ -79,7 +89,16 @@ pub fn run(args: &RunArgs) -> Result<u8, Failure> {
             (socket, Some(daemon))
         }
     };
-    let config = run_config(&socket, &volumes, args.file_capacity)?;
+    let counter_socket = directory.join("counters.sock");
+    let counted = (!counters.is_empty()).then(|| Counted {
+        socket: &counter_socket,
+        moves: Moves::from(args.counter_moves).into(),
+    });
+    if counted.is_some() {
+        Server::start(&counter_socket, counters)
+            .map_err(|error| Failure::io("cannot serve the counters of", "this run", &error))?;
+    }
+    let config = run_config(&socket, &volumes, args.file_capacity, counted.as_ref())?;
     let run_file = directory.write("run.json", &config)?;
     let mut guest = start(args, &plan, &volumes, &run_file, &signals)?;
     let status = attend(&mut guest, daemon.as_mut(), &signals)?;
@@ -115,40 +134,69 @@ struct ReadyVolume {
     name: String,
     /// Absolute; empty with a daemon of someone else's.
     host_file: PathBuf,
-    /// Absolute.
-    key_file: PathBuf,
+    /// A file's path is absolute.
+    key: KeySource,
     /// A directory of volumes.
     directory: bool,
 }
 
 /// Makes what is to be made and looks at what exists: its key, its header, its newest state.
-fn local_volumes(args: &RunArgs, plan: &Plan) -> Result<Vec<ReadyVolume>, Failure> {
+fn local_volumes(
+    args: &RunArgs,
+    plan: &Plan,
+    counters: &[Arc<Source>],
+) -> Result<Vec<ReadyVolume>, Failure> {
     let mut ready = Vec::with_capacity(plan.volumes.len());
+    let is_new = |volume: &PlannedVolume| std::fs::symlink_metadata(&volume.host_file).is_err();
+    let makes = args.create.is_some() && plan.volumes.iter().any(is_new);
+    let words = args.passphrase.get(if makes { Age::New } else { Age::Known })?;
     for (number, planned) in plan.volumes.iter().enumerate() {
         let PlannedVolume { guest_path, host_file, directory } = planned;
         let access = Access { write: true, allow_buffered: args.allow_buffered };
+        let counter = counters.get(number);
         let exists = std::fs::symlink_metadata(host_file).is_ok();
-        let key_file = match (exists, args.create) {
-            (_, _) if *directory => directory_volume::prepare(host_file, args, access)?,
-            (false, Some(size)) => {
-                key::choose_and_make(args.key_file.as_deref(), host_file, |key| {
-                    volume::make(host_file, size, key, access)
-                })?
+        let key = match (exists, args.create) {
+            (_, _) if *directory => {
+                directory_volume::prepare(host_file, args, words.as_ref(), counter, access)?
             }
+            (false, Some(size)) => match &words {
+                Some(words) => {
+                    volume::make(host_file, size, words, counter, access)?;
+                    KeySource::stretched(host_file, words, access)?
+                }
+                None => KeySource::File(key::choose_and_make(
+                    args.key_file.as_deref(),
+                    host_file,
+                    |key| volume::make(host_file, size, &SlotKey::new(*key), counter, access),
+                )?),
+            },
             (false, None) => return Err(no_volume(host_file)),
             (true, _) => {
                 // Before the key: a missing key of a file that is no volume is not the point.
                 volume::check_file(host_file, access)?;
-                let key_file = key::choose(args.key_file.as_deref(), host_file)?;
-                volume::check(host_file, &*key::read(&key_file)?, access)?;
-                key_file
+                match &words {
+                    Some(words) => {
+                        volume::check(host_file, words, counter, access)?;
+                        KeySource::stretched(host_file, words, access)?
+                    }
+                    None => {
+                        let key_file = key::choose(args.key_file.as_deref(), host_file)?;
+                        let key = SlotKey::new(*key::read(&key_file)?);
+                        volume::check(host_file, &key, counter, access)?;
+                        KeySource::File(key_file)
+                    }
+                }
             }
+        };
+        let key = match key {
+            KeySource::File(path) => KeySource::File(absolute(&path)?),
+            stretched => stretched,
         };
         ready.push(ReadyVolume {
             guest_path: guest_path.clone(),
             name: format!("v{number}"),
             host_file: absolute(host_file)?,
-            key_file: absolute(&key_file)?,
+            key,
             directory: *directory,
         });
     }
@@ -174,7 +222,7 @@ fn remote_volumes(args: &RunArgs, plan: &Plan) -> Result<Vec<ReadyVolume>, Failu
             guest_path: planned.guest_path.clone(),
             name: planned.host_file.to_string_lossy().into_owned(),
             host_file: PathBuf::new(),
-            key_file: key_file.clone(),
+            key: KeySource::File(key_file.clone()),
             directory: planned.directory,
         })
         .collect())
@@ -184,38 +232,64 @@ fn absolute(path: &Path) -> Result<PathBuf, Failure> {
     path.canonicalize().map_err(|error| Failure::io("cannot find", path.display(), &error))
 }
 
+/// The counters of a run.
+struct Counted<'a> {
+    socket: &'a Path,
+    moves: MovesConfig,
+}
+
 fn run_config(
     socket: &Path,
     volumes: &[ReadyVolume],
     file_capacity: u64,
+    counted: Option<&Counted<'_>>,
 ) -> Result<Vec<u8>, Failure> {
+    let counter_of = |number: usize| {
+        let index = u32::try_from(number).ok()?;
+        counted.map(|counted| CounterConfig { index, moves: counted.moves })
+    };
     let text = |path: &Path| {
         path.to_str().map(str::to_owned).ok_or_else(|| {
             Failure::new(Exit::Usage, "a path is not UTF-8", path.display(), "use another path")
         })
     };
+    let key_file = |volume: &ReadyVolume| match &volume.key {
+        KeySource::File(path) => text(path),
+        KeySource::Stretched(_) => Ok(String::new()),
+    };
+    let key_memory = |volume: &ReadyVolume| match &volume.key {
+        KeySource::File(_) => None,
+        KeySource::Stretched(_) => Some(KeyMemory::name(&volume.name)),
+    };
     let config = RunConfig {
         socket: text(socket)?,
+        counter_socket: counted.map_or(Ok(String::new()), |counted| text(counted.socket))?,
         volumes: volumes
             .iter()
-            .filter(|volume| !volume.directory)
-            .map(|volume| {
+            .enumerate()
+            .filter(|(_, volume)| !volume.directory)
+            .map(|(number, volume)| {
                 Ok(VolumeConfig {
                     guest_path: volume.guest_path.clone(),
                     name: volume.name.clone(),
-                    key_file: text(&volume.key_file)?,
+                    key_file: key_file(volume)?,
+                    key_memory: key_memory(volume),
+                    counter: counter_of(number),
                 })
             })
             .collect::<Result<_, Failure>>()?,
         directories: volumes
             .iter()
-            .filter(|volume| volume.directory)
-            .map(|volume| {
+            .enumerate()
+            .filter(|(_, volume)| volume.directory)
+            .map(|(number, volume)| {
                 Ok(DirectoryConfig {
                     guest_path: volume.guest_path.clone(),
                     name: volume.name.clone(),
-                    key_file: text(&volume.key_file)?,
+                    key_file: key_file(volume)?,
+                    key_memory: key_memory(volume),
                     file_capacity,
+                    counter: counter_of(number),
                 })
             })
             .collect::<Result<_, Failure>>()?,
@@ -243,6 +317,12 @@ fn start(
         .env("LD_PRELOAD", preload)
         .env(RUN_VARIABLE, run_file);
     signals.restore_in(&mut command);
+    let stretched = volumes.iter().filter_map(|volume| match &volume.key {
+        KeySource::Stretched(key) => Some((volume.name.as_str(), key)),
+        KeySource::File(_) => None,
+    });
+    // Until the program has been started.
+    let _memory = KeyMemory::hand_to(&mut command, stretched)?;
     let channel = filter::install_in(&mut command)
         .map_err(|error| Failure::io("cannot make a channel to", "the program", &error))?;
     let mut guest = command.spawn().map_err(|error| {
@@ -329,11 +409,11 @@ mod tests {
             guest_path: guest_path.into(),
             name: name.into(),
             host_file: "/h/data.vol".into(),
-            key_file: "/h/data.vol.key".into(),
+            key: KeySource::File("/h/data.vol.key".into()),
             directory,
         };
         let volumes = [volume("/sealed/data", "v0", false), volume("/data", "v1", true)];
-        let bytes = run_config(Path::new("/r/daemon.sock"), &volumes, 4096).unwrap();
+        let bytes = run_config(Path::new("/r/daemon.sock"), &volumes, 4096, None).unwrap();
         let json: serde_json::Value = serde_json::from_slice(&bytes).unwrap();
         assert_eq!(json["socket"], "/r/daemon.sock");
         assert_eq!(json["volumes"][0]["guest_path"], "/sealed/data");

@@ -7,15 +7,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use postern_sim::config::MOST_VOLUMES;
+
 use crate::{
     cli::RunArgs,
     error::{Exit, Failure},
     key,
     run::{parts, program},
 };
-
-/// Most volumes of one run.
-const MOST_VOLUMES: usize = 256;
 
 /// One protected file.
 #[derive(Debug, PartialEq, Eq)]
@@ -47,6 +46,15 @@ impl Plan {
     /// The first thing that will not do, with its exit code.
     pub fn make(args: &RunArgs) -> Result<Self, Failure> {
         let volumes = volumes(&args.volume)?;
+        let counters = args.counter.counter.len();
+        if counters > 0 && counters != volumes.len() {
+            return Err(Failure::new(
+                Exit::Usage,
+                "not as many counters as volumes",
+                format_args!("{counters} for {}", volumes.len()),
+                "give one --counter for each --volume, in the same order, or none",
+            ));
+        }
         let name = args.program.first().map(OsString::as_os_str).unwrap_or_default();
         let program = program::find(name, std::env::var_os("PATH"))?;
         if let Some(file) = &args.key_file {

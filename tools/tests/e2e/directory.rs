@@ -128,3 +128,24 @@ fn an_index_of_garbage_is_refused_and_a_shell_shares_its_open_file_with_its_chil
     fs::write(&index, whole).unwrap();
     assert_eq!(shell(&world, &directory, "cat /data/one").expect(0).stdout, "one\n");
 }
+
+#[test]
+fn a_file_that_the_host_brings_back_or_adds_has_no_name() {
+    let Some(world) = World::new() else { return };
+    let directory = world.path("d");
+    shell(&world, &directory, "echo one > /data/one; echo two > /data/two").expect(0);
+    let kept: Vec<(PathBuf, Vec<u8>)> =
+        volumes(&directory).into_iter().map(|f| (f.clone(), fs::read(f).unwrap())).collect();
+    shell(&world, &directory, "rm /data/one").expect(0);
+    let left = volumes(&directory);
+    assert_eq!(left.len(), 1);
+    let (gone, bytes) = kept.iter().find(|(file, _)| !left.contains(file)).unwrap();
+    fs::write(gone, bytes).unwrap();
+    fs::write(directory.join("0".repeat(32)), bytes).unwrap();
+    let ended =
+        shell(&world, &directory, "ls /data; cat /data/two; ! cat /data/one 2>/dev/null").expect(0);
+    assert_eq!(ended.stdout, "two\ntwo\n");
+    // A new file of that name is a new one.
+    shell(&world, &directory, "echo new > /data/one; cat /data/one").expect(0);
+    end(&mut world.postern(["verify", "d"])).expect(0);
+}

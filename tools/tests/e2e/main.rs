@@ -7,12 +7,16 @@
 #![allow(clippy::unwrap_used)]
 
 mod common;
+mod counter;
 mod directory;
 mod full;
+mod keys;
 mod kill;
 mod launcher;
 mod matrix;
 mod memory;
+mod programs;
+mod reader;
 mod refusals;
 mod sight;
 mod tamper;

@@ -17,8 +17,11 @@ const ENCLAVE_TARGET: &str = "x86_64-fortanix-unknown-sgx";
 pub fn all(tree: &Tree) -> Result<()> {
     step("format", || {
         run(tree.cargo().args(["fmt", "--all", "--", "--check"]))?;
-        // The probes are a workspace of their own.
-        run(tree.cargo().args(["fmt", "--manifest-path", "ebpf/Cargo.toml", "--", "--check"]))
+        // The probes and the fuzz targets are workspaces of their own.
+        for other in ["ebpf/Cargo.toml", "trusted/fuzz/Cargo.toml"] {
+            run(tree.cargo().args(["fmt", "--manifest-path", other, "--", "--check"]))?;
+        }
+        Ok(())
     })?;
     step("clippy", || {
         run(tree

@@ -4,8 +4,10 @@ mod bench;
 mod bpf;
 mod build;
 mod check;
+mod crash;
 mod demo;
 mod fio;
+mod fuzz;
 mod proofs;
 mod setup;
 mod shell;
@@ -35,9 +37,13 @@ enum Task {
     /// Run the end-to-end tests alone, on the parts that were built last
     E2e,
     /// Native AIO inside against the kernel's, case by case; run `build` first
-    Conformance,
+    Conformance(test::Conformance),
     /// Measure against raw I/O, in interleaved pairs
     Bench(bench::Options),
+    /// Crash the simulated volume at tens of thousands of points; break each rule on purpose
+    Crash(crash::Options),
+    /// Fuzz every parser of what the host stores (nightly, cargo-fuzz)
+    Fuzz(fuzz::Options),
     /// Build the release parts side by side in target/release
     Build,
     /// Check format, lints and documentation
@@ -52,8 +58,10 @@ fn main() -> ExitCode {
         Task::Demo => demo::all(&tree),
         Task::Test => test::all(&tree),
         Task::E2e => test::end_to_end(&tree),
-        Task::Conformance => test::conformance(&tree),
+        Task::Conformance(options) => test::conformance(&tree, &options),
         Task::Bench(options) => bench::all(&tree, &options),
+        Task::Crash(options) => crash::all(&tree, &options),
+        Task::Fuzz(options) => fuzz::all(&tree, &options),
         Task::Build => build::all(&tree),
         Task::Check => check::all(&tree),
         Task::Setup => setup::all(&tree),

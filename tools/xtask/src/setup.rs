@@ -20,7 +20,7 @@ struct Package {
     present: fn() -> bool,
 }
 
-const PACKAGES: [Package; 4] = [
+const PACKAGES: [Package; 6] = [
     Package { name: "fio", purpose: "tests, demo, bench", present: || on_path("fio") },
     Package { name: "strace", purpose: "one test", present: || on_path("strace") },
     Package {
@@ -29,7 +29,25 @@ const PACKAGES: [Package; 4] = [
         present: || Path::new("/usr/include/libaio.h").is_file(),
     },
     Package { name: "libaio1", purpose: "running posternd and fio", present: has_libaio },
+    Package {
+        name: "python3-cryptography",
+        purpose: "the second implementation of the format, in tests",
+        present: || any_python_has("cryptography"),
+    },
+    Package {
+        name: "python3-argon2",
+        purpose: "the same, for passphrases",
+        present: || any_python_has("argon2"),
+    },
 ];
+
+fn any_python_has(package: &str) -> bool {
+    let import = format!("import {package}");
+    ["python3", "/usr/bin/python3"].into_iter().any(|python| {
+        let done = Command::new(python).args(["-c", &import]).output();
+        done.is_ok_and(|done| done.status.success())
+    })
+}
 
 /// Where distributions keep shared libraries.
 const LIBRARY_PATHS: [&str; 5] =

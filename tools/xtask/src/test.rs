@@ -1,9 +1,10 @@
 //! `cargo xtask test`: everything, from a bare checkout.
 
 use anyhow::Result;
+use clap::Args;
 
 use crate::{
-    build, check, setup,
+    build, check, fuzz, setup,
     shell::{Tree, run, step},
 };
 
@@ -21,7 +22,9 @@ pub fn all(tree: &Tree) -> Result<()> {
     step("tests", || {
         run(tree.cargo().args(["test", "--workspace", "--quiet"]).env_remove(PARTS_VARIABLE))
     })?;
-    end_to_end(tree)
+    fuzz::short(tree)?;
+    end_to_end(tree)?;
+    step("conformance tests", || conformance_tests(tree, &[]))
 }
 
 /// The end-to-end tests alone, against the parts that were built last.
@@ -32,26 +35,49 @@ pub fn end_to_end(tree: &Tree) -> Result<()> {
     step("end-to-end tests", || {
         // What an interrupted run may have left.
         tree.fresh_directory("release/e2e")?;
-        against_parts(tree, "postern", "e2e")
+        against_parts(tree, "postern", "e2e", &[])
     })
 }
 
-/// The conformance tests, against the parts that were built last. Not among `test` while some
-/// cases differ: docs/COMPATIBILITY.md says which.
+/// How much of the conformance tests to run.
+#[derive(Args, Clone, Debug)]
+pub struct Conformance {
+    /// Random sequences of calls, beside all fixed cases
+    #[arg(long, default_value_t = 1000)]
+    seeds: u64,
+    /// The first of their seeds
+    #[arg(long, default_value_t = 1)]
+    first_seed: u64,
+}
+
+/// The conformance tests alone, against the parts that were built last, with many random
+/// sequences.
 ///
 /// # Errors
 /// If one fails.
-pub fn conformance(tree: &Tree) -> Result<()> {
+pub fn conformance(tree: &Tree, options: &Conformance) -> Result<()> {
+    let Conformance { seeds, first_seed } = options;
     step("conformance tests", || {
-        tree.fresh_directory("release/e2e")?;
-        against_parts(tree, "postern-conformance", "conformance")
+        conformance_tests(
+            tree,
+            &[
+                ("POSTERN_CONFORMANCE_SEEDS", &seeds.to_string()),
+                ("POSTERN_CONFORMANCE_SEED", &first_seed.to_string()),
+            ],
+        )
     })
 }
 
-fn against_parts(tree: &Tree, package: &str, test: &str) -> Result<()> {
+fn conformance_tests(tree: &Tree, variables: &[(&str, &str)]) -> Result<()> {
+    tree.fresh_directory("release/e2e")?;
+    against_parts(tree, "postern-conformance", "conformance", variables)
+}
+
+fn against_parts(tree: &Tree, package: &str, test: &str, variables: &[(&str, &str)]) -> Result<()> {
     run(tree
         .cargo()
         .args(["test", "--package", package, "--test", test, "--"])
         .args(["--nocapture", "--test-threads", "2"])
+        .envs(variables.iter().copied())
         .env(PARTS_VARIABLE, tree.release()))
 }

@@ -11,7 +11,8 @@
 //!
 //! Holds: objects here hold no process-private pointers except into the library's image, which
 //! fork copies at the same address and a program after exec has there too, or it does not join.
-//! The region is left out of core dumps and gone with the last process.
+//! The region is left out of core dumps, kept out of swap where the limit on locked memory allows
+//! it, and gone with the last process.
 #![allow(unsafe_code)]
 
 use core::{
@@ -19,7 +20,7 @@ use core::{
     cell::UnsafeCell,
     ffi::CStr,
     ptr,
-    sync::atomic::{AtomicI32, AtomicPtr, AtomicU8, AtomicUsize, Ordering},
+    sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU8, AtomicUsize, Ordering},
 };
 
 use dlmalloc::Dlmalloc;
@@ -120,6 +121,15 @@ fn ready() -> bool {
 /// The memory file's descriptor; -1 is none. Private to the process.
 static DESCRIPTOR: AtomicI32 = AtomicI32::new(-1);
 
+/// The arena is never swapped out, as long as this process lives.
+static LOCKED: AtomicBool = AtomicBool::new(false);
+
+/// Whether the arena, and with it every key, is kept out of swap.
+#[must_use]
+pub fn is_locked() -> bool {
+    LOCKED.load(Ordering::Relaxed)
+}
+
 /// The descriptor that carries the arena across exec, if there is one.
 #[must_use]
 pub fn descriptor() -> Option<i32> {
@@ -207,6 +217,13 @@ fn map(file: Option<i32>) -> bool {
     unsafe {
         sys::syscall6(libc::SYS_madvise, BASE, BYTES, libc::MADV_DONTDUMP as usize, 0, 0, 0);
     }
+    // SAFETY: pages of our own mapping stay in memory once they are there; it takes the whole
+    // length out of RLIMIT_MEMLOCK, or fails and changes nothing.
+    let locked = unsafe {
+        let on_fault = libc::MLOCK_ONFAULT as usize;
+        sys::syscall6(libc::SYS_mlock2, BASE, BYTES, on_fault, 0, 0, 0)
+    };
+    LOCKED.store(locked == 0, Ordering::Relaxed);
     true
 }
 

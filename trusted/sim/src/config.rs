@@ -1,9 +1,12 @@
 //! What `postern run` tells the simulated enclave: the file named by `POSTERN_RUN`.
 
+use postern_trusted::counter::Moves;
 use serde::{Deserialize, Serialize};
 
 /// Environment variable that names the run file.
 pub const RUN_VARIABLE: &str = "POSTERN_RUN";
+/// Most protected files and directories of a run.
+pub const MOST_VOLUMES: usize = 256;
 
 /// Content of the run file (JSON).
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -15,6 +18,50 @@ pub struct RunConfig {
     /// The protected directories.
     #[serde(default)]
     pub directories: Vec<DirectoryConfig>,
+    /// The launcher's socket for monotonic counters, if a volume has one.
+    #[serde(default)]
+    pub counter_socket: String,
+}
+
+/// The monotonic counter of a volume.
+#[derive(Clone, Copy, Debug, Deserialize, Serialize)]
+pub struct CounterConfig {
+    /// Its number at the launcher.
+    pub index: u32,
+    /// How often it moves.
+    pub moves: MovesConfig,
+}
+
+/// How often a counter moves.
+#[derive(Clone, Copy, Debug, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MovesConfig {
+    /// At each opening and clean close.
+    Open,
+    /// At each checkpoint too.
+    Checkpoint,
+    /// Before each sync returns too.
+    Sync,
+}
+
+impl From<MovesConfig> for Moves {
+    fn from(moves: MovesConfig) -> Self {
+        match moves {
+            MovesConfig::Open => Self::Open,
+            MovesConfig::Checkpoint => Self::Checkpoint,
+            MovesConfig::Sync => Self::Sync,
+        }
+    }
+}
+
+impl From<Moves> for MovesConfig {
+    fn from(moves: Moves) -> Self {
+        match moves {
+            Moves::Open => Self::Open,
+            Moves::Checkpoint => Self::Checkpoint,
+            Moves::Sync => Self::Sync,
+        }
+    }
 }
 
 /// One protected directory.
@@ -24,10 +71,17 @@ pub struct DirectoryConfig {
     pub guest_path: String,
     /// Name of the directory at the daemon.
     pub name: String,
-    /// File that holds the key.
+    /// File that holds the key; empty if [`Self::key_memory`] has it.
     pub key_file: String,
+    /// Name of a memory file, inherited by the first program of the run, that holds what a
+    /// passphrase was stretched to.
+    #[serde(default)]
+    pub key_memory: Option<String>,
     /// Most bytes that a file made in it can have; a multiple of 4096.
     pub file_capacity: u64,
+    /// The monotonic counter of its index.
+    #[serde(default)]
+    pub counter: Option<CounterConfig>,
 }
 
 /// One protected file.
@@ -37,8 +91,15 @@ pub struct VolumeConfig {
     pub guest_path: String,
     /// Name of the host file at the daemon.
     pub name: String,
-    /// File that holds the key.
+    /// File that holds the key; empty if [`Self::key_memory`] has it.
     pub key_file: String,
+    /// Name of a memory file, inherited by the first program of the run, that holds what a
+    /// passphrase was stretched to.
+    #[serde(default)]
+    pub key_memory: Option<String>,
+    /// Its monotonic counter.
+    #[serde(default)]
+    pub counter: Option<CounterConfig>,
 }
 
 /// Why a key file cannot be used.

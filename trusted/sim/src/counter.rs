@@ -3,7 +3,8 @@
 //! Each is held open by a descriptor of our own as long as a request needs it, whatever the guest
 //! closes; requests in flight with the same eventfd share that descriptor.
 //!
-//! Holds: signalling never blocks, whatever the guest's counter holds.
+//! Holds: signalling never blocks on the guest's counter, whatever that holds, and brings it up to
+//! 2^64-1 at most, as the kernel does.
 #![allow(unsafe_code)]
 
 use std::sync::{Arc, Weak};
@@ -12,7 +13,7 @@ use postern_trusted::{aio::EventCounter, errno::Errno, sync::Lock};
 
 use crate::{
     files::{self, placeholder},
-    sys, wait,
+    kernel_aio, sys, wait,
 };
 
 /// An eventfd of the guest, held open by a descriptor of our own.
@@ -24,9 +25,11 @@ pub struct Counter {
 
 impl EventCounter for Counter {
     fn signal(&self) {
-        // One that is full stays as it is: the guest sees it readable all the same.
-        if !self.blocking || wait::is_writable(self.copy) {
-            wait::ring(self.copy);
+        if self.blocking && !wait::is_writable(self.copy)
+            || sys::write(self.copy, &1_u64.to_ne_bytes()).is_err()
+        {
+            // write(2) fills it up to 2^64-2; the last step is the kernel's alone.
+            kernel_aio::signal(self.copy);
         }
     }
 }

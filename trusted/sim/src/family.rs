@@ -11,18 +11,21 @@
 //! process that dies while it opens, closes or works on a volume ends the family (the next open
 //! recovers), instead of leaving others waiting for ever.
 
+mod keys;
 mod opening;
+mod removal;
 
 use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::Arc;
 
 use postern_trusted::{directory::FileId, errno::Errno, sync::Lock, volume::Volume};
 
+use self::keys::Keys;
 use crate::{
     arena,
     config::{self, RunConfig, VolumeConfig},
     directory::{Directory, Member},
-    files::{self, locks::Locks},
+    files::{self, attributes::Changes, locks::Locks},
     identity,
     inheritance::Inheritance,
     message,
@@ -48,10 +51,14 @@ pub struct Family {
     closing: AtomicUsize,
     /// Locks on protected files.
     pub locks: Locks,
+    /// What passphrases were stretched to.
+    keys: Keys,
     /// What passes from program to program at exec.
     pub inheritance: Inheritance,
     /// `aio-nr`: what the AIO contexts of all processes of the family were made for.
     pub aio_nr: AtomicU64,
+    /// When each volume of the run file was last changed.
+    pub changes: Changes,
     processes: Lock<Vec<&'static Process>>,
 }
 
@@ -114,6 +121,8 @@ struct Slot {
     state: State,
     /// Open files and requests in flight.
     users: usize,
+    /// The guest removed it and nobody has created it anew.
+    removed: bool,
 }
 
 /// A volume that the family has open.
@@ -188,6 +197,12 @@ fn read_config() -> Option<&'static Family> {
     if let Some(memory) = arena::descriptor() {
         files::mark_internal(memory);
     }
+    if !arena::is_locked() && keys::swap_is_on() {
+        message::say(
+            "keys may be swapped out: memory could not be locked; raise the limit (ulimit -l), or \
+             encrypt the swap",
+        );
+    }
     let family = arena::root(|| Family::new(config, kick))?;
     let _ = CACHED.set(family);
     Some(family)
@@ -217,6 +232,7 @@ impl Family {
         let volumes = volumes.chain((0..directories.len()).map(Source::Index));
         let volumes = volumes.map(|source| Some(Arc::new(Entry::new(source)))).collect();
         Self {
+            keys: Keys::take(&config),
             config,
             kick,
             session: Lock::new(None),
@@ -227,6 +243,7 @@ impl Family {
             locks: Locks::new(),
             inheritance: Inheritance::new(),
             aio_nr: AtomicU64::new(0),
+            changes: Changes::new(first_index),
             processes: Lock::new(Vec::with_capacity(64)),
         }
     }
@@ -369,11 +386,16 @@ impl Family {
         }
     }
 
-    /// One more user of an open volume (a request in flight).
-    pub fn retain(&self, volume: &OpenVolume) {
-        if let Some(entry) = self.entry(volume.index) {
-            entry.slot.lock().users += 1;
-        }
+    /// One more user of a volume, for a job in the background; `false` if it is not open, or about
+    /// to be closed because nobody uses it. Ends with [`Self::release`].
+    #[must_use]
+    pub fn retain(&self, volume: &OpenVolume) -> bool {
+        let Some(entry) = self.entry(volume.index) else { return false };
+        let mut slot = entry.slot.lock();
+        let in_use = slot.users > 0
+            && matches!(&slot.state, State::Open(open) if core::ptr::eq(&raw const **open, volume));
+        slot.users += usize::from(in_use);
+        in_use
     }
 
     /// One user less; `true` if it was the last: the caller closes with [`Self::close`].
@@ -475,6 +497,35 @@ impl Family {
         true
     }
 
+    /// Whether process `id` of the family still works: itself, or its heir.
+    #[must_use]
+    pub fn works(&self, id: u32) -> bool {
+        let has_heir =
+            || self.processes.lock().iter().any(|process| process.id() == id && has_heir(process));
+        identity::is_alive(id) || has_heir()
+    }
+
+    /// For an heir: nobody opens or closes for `process` any more.
+    pub fn let_open(&self, process: &Process) {
+        let length = self.volumes.lock().len();
+        for entry in (0..length).filter_map(|index| self.entry(index)) {
+            let mut slot = entry.slot.lock();
+            if matches!(slot.state, State::Busy(by) if by == process.id()) {
+                slot.state = State::Closed;
+            }
+        }
+    }
+
+    /// For an heir: `process` holds nothing any more and is not of the family. If it has `ended`
+    /// its locks end.
+    pub fn strike(&self, process: &Process, ended: bool) {
+        if ended {
+            self.locks.end_process(process.id());
+        }
+        self.forgive(process);
+        self.processes.lock().retain(|other| !core::ptr::eq(*other, process));
+    }
+
     /// Strikes a process out: it has drained and will not come back.
     pub fn leave(&self, id: u32) {
         self.processes.lock().retain(|process| {
@@ -486,21 +537,22 @@ impl Family {
         });
     }
 
-    /// Ends the calling process if another one of the family died with work unfinished: what it
-    /// held of the volume will never complete.
+    /// Ends the calling process if another one of the family died with work unfinished that no heir
+    /// finishes: what it held of the volume will never complete.
     pub fn check_the_dead(&self) {
         self.locks.reap();
         let me = identity::process_id();
         let dead = {
             let mut processes = self.processes.lock();
-            let found = processes
-                .iter()
-                .position(|process| process.id() != me && !identity::is_alive(process.id()));
+            let found = processes.iter().position(|process| {
+                process.id() != me && !has_heir(process) && !identity::is_alive(process.id())
+            });
             found.map(|at| processes.swap_remove(at))
         };
         let Some(dead) = dead else { return };
         self.forgive(dead);
-        if dead.executor.live() > 0 {
+        // An heir that ended before its work did met something torn.
+        if dead.heir.load(Ordering::Acquire) != 0 || !dead.is_idle() {
             end_torn(dead.id());
         }
     }
@@ -514,13 +566,20 @@ impl Family {
 
 impl Entry {
     fn new(source: Source) -> Self {
-        Self { source, slot: Lock::new(Slot { state: State::Closed, users: 0 }) }
+        Self { source, slot: Lock::new(Slot { state: State::Closed, users: 0, removed: false }) }
     }
+}
+
+/// Whether somebody finishes what `process` began, should it be killed.
+fn has_heir(process: &Process) -> bool {
+    let heir = process.heir.load(Ordering::Acquire);
+    heir != 0 && identity::is_alive(heir)
 }
 
 /// Another process opens or closes the volume: waits a moment.
 pub(crate) fn wait_for(other: u32) {
-    if other != identity::process_id() && !identity::is_alive(other) {
+    let works = || family().is_some_and(|family| family.works(other));
+    if other != identity::process_id() && !works() {
         end_torn(other);
     }
     process::pause();

@@ -13,6 +13,7 @@
 #![allow(unsafe_code)]
 
 pub mod attributes;
+pub mod direct;
 pub mod io;
 pub mod locks;
 pub mod path;
@@ -27,11 +28,11 @@ use postern_trusted::errno::Errno;
 
 use crate::{
     directory::{self, Listing},
-    family, identity,
+    family, heir, identity,
     runtime::{self, OpenVolume},
     sys,
 };
-pub use io::DIRECT_ALIGNMENT;
+pub use direct::DIRECT_ALIGNMENT;
 pub use placeholder::text;
 pub use table::Kind;
 use table::Table;
@@ -194,19 +195,16 @@ pub fn is_internal(fd: i32) -> bool {
 /// A vfork child, or a process made with CLONE_VM: it runs in its parent's memory with
 /// descriptors of its own, so it must leave the parent's table alone.
 fn is_guest_of_its_parents_memory() -> bool {
-    identity::process_id() != sys::getpid()
+    identity::process_id() != sys::getpid() && !heir::is_one()
 }
 
-/// open(2) of volume `index`. Creation bits are as on a file that exists.
+/// open(2) of volume `index`: a file that exists, unless it was removed in this run.
 ///
 /// # Errors
-/// `EEXIST`, `ENOTDIR` for flags that do not fit a file that exists; `EACCES` in a vfork child;
-/// `EMFILE`, `ENFILE`, `ENOMEM`; what opening the volume says.
+/// `EEXIST`, `ENOTDIR` for flags that do not fit a file that exists, `ENOENT` for a removed one;
+/// `EACCES` in a vfork child; `EMFILE`, `ENFILE`, `ENOMEM`; what opening the volume says.
 pub fn open(index: usize, flags: i32) -> Result<i32, Errno> {
-    let is_path = flags & libc::O_PATH != 0;
-    if !is_path && flags & (libc::O_CREAT | libc::O_EXCL) == libc::O_CREAT | libc::O_EXCL {
-        return Err(Errno::EEXIST);
-    }
+    family::family().ok_or(Errno::ENOENT)?.admit(index, flags)?;
     if flags & libc::O_DIRECTORY != 0 {
         return Err(Errno::ENOTDIR);
     }
@@ -214,6 +212,19 @@ pub fn open(index: usize, flags: i32) -> Result<i32, Errno> {
         return Err(Errno::EACCES);
     }
     install(runtime::open_volume(index)?, None, flags)
+}
+
+/// unlink(2) of volume `index`.
+///
+/// # Errors
+/// `EBUSY` while a process of the family has it open, or looks at it; `EACCES` in a vfork child;
+/// `ENOENT`, `EIO`.
+pub fn remove(index: usize) -> Result<(), Errno> {
+    if is_guest_of_its_parents_memory() {
+        return Err(Errno::EACCES);
+    }
+    attributes::let_go();
+    family::family().ok_or(Errno::ENOENT)?.remove(index)
 }
 
 /// Gives an open volume a descriptor; with a `listing` it is a directory's. Its user passes to the
@@ -448,6 +459,11 @@ fn collect(wanted: impl Fn(i32) -> bool) -> Vec<Arc<OpenFile>> {
 pub fn close_internal(fd: i32) {
     TABLE.unmark_internal(fd);
     let _ = sys::close(fd);
+}
+
+/// For an heir: opens what threads of its process held when they were killed.
+pub fn orphaned() {
+    TABLE.fork_child();
 }
 
 /// The references that a child's copy of the table stands for, while a fork is under way. Dropping

@@ -249,15 +249,13 @@ impl GuestBuffer {
     }
 
     /// The segments in order.
-    pub fn segments(&self) -> impl Iterator<Item = Segment> + '_ {
+    pub fn segments(&self) -> impl Iterator<Item = Segment> + Clone + '_ {
         self.one.iter().chain(&self.many).copied()
     }
 
-    /// Whether every segment begins at and is as long as a multiple of `alignment` bytes (a power
-    /// of two): what `O_DIRECT` asks.
-    #[must_use]
-    pub fn is_aligned(&self, alignment: u64) -> bool {
-        self.segments().all(|s| (s.base | s.length as u64) & (alignment - 1) == 0)
+    /// Guest addresses and lengths in bytes of the segments, in order.
+    pub fn ranges(&self) -> impl Iterator<Item = (u64, u64)> + Clone {
+        self.segments().map(|segment| (segment.base, segment.length as u64))
     }
 
     /// Cuts off what is beyond `length` bytes.

@@ -22,7 +22,7 @@ use postern_trusted::{
 use crate::{
     counter::Counters,
     family,
-    files::{self, OpenFile},
+    files::{self, OpenFile, direct::Transfer},
     guest::Guest,
     identity, kernel_aio,
     limits::{self, TooBig},
@@ -356,7 +356,7 @@ impl From<TooBig> for Stop {
 
 impl OpenFile {
     /// What ext4 decides about a request before it touches data, in its order: RWF_NOWAIT, the
-    /// limits of size (which may shorten a write), the end of the file, `O_DIRECT`'s alignment.
+    /// limits of size (which may shorten a write), `O_DIRECT`'s alignment.
     fn admit(&self, request: &mut Request) -> Result<(), Stop> {
         let stop = |errno| Err(Stop::With(Err(errno)));
         let direct = self.direct();
@@ -383,19 +383,20 @@ impl OpenFile {
         if !direct || length == 0 {
             return Ok(());
         }
-        if !request.buffer.is_aligned(files::DIRECT_ALIGNMENT)
-            || !offset.is_multiple_of(files::DIRECT_ALIGNMENT)
-        {
-            // ext4 looks for the end of the file before it looks at the alignment.
-            let beyond = !write && offset >= self.volume().size();
-            return Err(Stop::With(if beyond { Ok(0) } else { Err(Errno::EINVAL) }));
-        }
         // Only an overwrite can be started without waiting.
         if write && request.flags.nowait() {
             let end = offset.saturating_add(request.buffer.len() as u64);
             if end > self.volume().size() || self.has_hole(offset, end) {
                 return stop(Errno::EAGAIN);
             }
+        }
+        let transfer = Transfer { write, offset, ranges: request.buffer.ranges() };
+        if !transfer.is_aligned() {
+            let process = process::current();
+            let checked = process
+                .disk(self.volume())
+                .and_then(|disk| process.block_on(self.check_direct(&disk, transfer)));
+            checked.or_else(stop)?;
         }
         Ok(())
     }
@@ -451,7 +452,8 @@ impl OpenFile {
     ) -> Result<usize, Errno> {
         let volume = &self.volume().volume;
         if !write {
-            return volume.read(disk, offset, buffer).await;
+            let moved = volume.read(disk, offset, buffer).await?;
+            return self.end_read(offset, buffer, moved);
         }
         let length = if flags.append() {
             volume.append(disk, buffer).await?

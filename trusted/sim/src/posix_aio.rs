@@ -152,11 +152,12 @@ impl Request {
         }
         let buffer = self.buffer.as_ref().map_err(|errno| *errno)?;
         if reads {
-            if !file.admits_read(offset, buffer)? {
+            if !file.admits_read(offset, buffer).await? {
                 return Ok(0);
             }
             let disk = process.disk_for_guest(file.volume(), wait::now_ns())?;
-            return file.volume().volume.read(&disk, offset, buffer).await;
+            let moved = file.volume().volume.read(&disk, offset, buffer).await?;
+            return file.end_read(offset, buffer, moved);
         }
         file.write_by_itself(offset, buffer).await
     }

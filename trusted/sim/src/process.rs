@@ -10,8 +10,8 @@
 
 use core::{
     future::Future,
-    pin::pin,
-    sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU64, Ordering},
+    pin::{Pin, pin},
+    sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicU64, Ordering},
     task::{Context, Poll, Waker},
 };
 use std::{sync::Arc, task::Wake};
@@ -24,15 +24,17 @@ use postern_trusted::{
     platform::{NoEntropy, Platform},
     port::{LaneFile, Sleeper},
     sync::{self, Lock},
+    volume::Chore,
 };
 
 use crate::{
     family::{self, Family, OpenVolume},
     files,
+    freshness::CounterLink,
     host::Work,
     identity, inheritance, inside,
     link::Link,
-    message, service,
+    message, runtime, service,
     spin::Spinner,
     sys,
     wait::{self, Place, Signals, Sleepers, WaitEnd},
@@ -50,6 +52,7 @@ pub struct Process {
     /// Where the service thread sleeps: other bells, so that what wakes a driver leaves it alone.
     pub service: Arc<Sleepers>,
     link: OnceBox<Link>,
+    counters: OnceBox<CounterLink>,
     spinner: Spinner,
     /// One process attaches once; held across the attach.
     attaching: Lock<()>,
@@ -57,6 +60,12 @@ pub struct Process {
     disks: Lock<Vec<Option<(u32, LaneFile)>>>,
     /// Rings when a hidden context of the kernel has events; -1 before there is one.
     aio_bell: AtomicI32,
+    /// The process that finishes this one's work if it is killed, or 0.
+    pub heir: AtomicU32,
+    /// Becomes readable when the process has ended: what its heir waits for. -1 before there is one.
+    pub end: AtomicI32,
+    /// What threads wait for in [`Self::block_on`].
+    waiting: Lock<Vec<Waiting>>,
     /// What `aio-nr` holds for this process's contexts.
     pub aio_charged: AtomicU64,
     /// Times that somebody drove.
@@ -202,10 +211,14 @@ impl Process {
             sleepers,
             service,
             link: OnceBox::new(),
+            counters: OnceBox::new(),
             spinner: Spinner::new(),
             attaching: Lock::new(()),
             disks: Lock::new(Vec::new()),
             aio_bell: AtomicI32::new(-1),
+            heir: AtomicU32::new(0),
+            end: AtomicI32::new(-1),
+            waiting: Lock::new(Vec::with_capacity(16)),
             aio_charged: AtomicU64::new(0),
             drives: AtomicU64::new(0),
             requests: AtomicU64::new(0),
@@ -221,10 +234,12 @@ impl Process {
     fn descriptors(&self) -> Vec<i32> {
         let mut all = self.sleepers.descriptors();
         all.extend(self.service.descriptors());
-        all.extend(Some(self.aio_bell.load(Ordering::Relaxed)).filter(|bell| *bell >= 0));
+        let late = [self.aio_bell.load(Ordering::Relaxed), self.end.load(Ordering::Relaxed)];
+        all.extend(late.into_iter().filter(|descriptor| *descriptor >= 0));
         if let Some(link) = self.link.get() {
             all.extend(link.descriptors());
         }
+        all.extend(self.counters.get().map(CounterLink::descriptor));
         all
     }
 
@@ -255,6 +270,26 @@ impl Process {
         inheritance::connected();
         service::start();
         self.link.get().ok_or(Errno::EIO)
+    }
+
+    /// The connection to the launcher's counters; made at the first call.
+    ///
+    /// # Errors
+    /// What connect(2) says.
+    pub fn counter_link(&self) -> Result<&CounterLink, Errno> {
+        if let Some(link) = self.counters.get() {
+            return Ok(link);
+        }
+        let _one = self.attaching.lock();
+        if let Some(link) = self.counters.get() {
+            return Ok(link);
+        }
+        let family = family::family().ok_or(Errno::EIO)?;
+        let link = CounterLink::connect(&family.config.counter_socket, keep)?;
+        self.sleepers.watch(link.descriptor());
+        self.service.watch(link.descriptor());
+        let _ = self.counters.set(Box::new(link));
+        self.counters.get().ok_or(Errno::EIO)
     }
 
     /// The eventfd that hidden contexts of the kernel ring, heard by whoever sleeps inside a call
@@ -366,7 +401,8 @@ impl Process {
         self.drives.fetch_add(1, Ordering::Relaxed);
         let _active = self.executor.activate();
         let lane = self.link.get().map(|link| &link.lane);
-        let taken = lane.map_or(0, |lane| lane.poll(FEW));
+        let counted = self.counters.get().map_or(0, CounterLink::poll);
+        let taken = counted + lane.map_or(0, |lane| lane.poll(FEW));
         taken + self.start_up_to(2 * FEW) > 0
     }
 
@@ -394,6 +430,7 @@ impl Process {
         if take_over {
             self.drive();
         } else if started && self.sleepers.sleeping() == 0 {
+            let _active = self.executor.activate();
             self.executor.run(1);
         }
     }
@@ -404,13 +441,27 @@ impl Process {
         let mut started = false;
         for volume in family.open_volumes() {
             let Some(chore) = volume.volume.due(now) else { continue };
-            let Ok(disk) = self.disk(&volume) else { continue };
+            // A volume that is about to be closed needs no chores; during one it must not be.
+            if !family.retain(&volume) {
+                volume.volume.decline(chore);
+                continue;
+            }
+            let Ok(disk) = self.disk(&volume) else {
+                volume.volume.decline(chore);
+                runtime::close_volume(&volume);
+                continue;
+            };
             started = true;
             self.executor.spawn(async move {
-                if let Err(errno) = volume.volume.run_chore(&disk, chore).await {
+                let done = volume.volume.run_chore(&disk, chore).await;
+                // A counter that does not move has said so itself.
+                if chore != Chore::Register
+                    && let Err(errno) = done
+                {
                     let path = family.guest_path(volume.index);
                     volume.report(&path, "background write failed", errno);
                 }
+                runtime::close_volume(&volume);
             });
         }
         started
@@ -425,19 +476,70 @@ impl Process {
         });
         let waker = Waker::from(flag.clone());
         let mut context = Context::from_waker(&waker);
-        let mut future = pin!(future);
+        let mut job = Job { future: pin!(future), output: None };
+        let at: *mut (dyn GoOn + '_) = &raw mut job;
+        // SAFETY: only the lifetime changes; what is noted is struck before `job` goes.
+        let at: *mut (dyn GoOn + 'static) = unsafe { core::mem::transmute(at) };
+        self.waiting.lock().push(Waiting(at));
         loop {
             let _active = self.executor.activate();
-            if flag.woken.swap(false, Ordering::AcqRel)
-                && let Poll::Ready(output) = future.as_mut().poll(&mut context)
-            {
-                return output;
+            // SAFETY: `job` lives on this stack; an heir uses it only when this thread is dead.
+            if flag.woken.swap(false, Ordering::AcqRel) && unsafe { (*at).go_on(&mut context) } {
+                break;
             }
             if self.drive() || flag.woken.load(Ordering::Acquire) {
                 continue;
             }
             drop(_active);
             self.sleep(&|| flag.woken.load(Ordering::Acquire), None, Signals::Held);
+        }
+        self.waiting.lock().retain(|other| !core::ptr::addr_eq(other.0, at));
+        // The loop ends with an output.
+        job.output.unwrap_or_else(|| abort())
+    }
+
+    /// Whether a thread was killed while it worked on something that others see.
+    #[must_use]
+    pub fn is_torn(&self) -> bool {
+        self.executor.is_active()
+    }
+
+    /// Whether nothing was under way when the process ended.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        let nobody_waits = self.waiting.try_lock().is_some_and(|waiting| waiting.is_empty());
+        nobody_waits && !self.is_torn() && self.executor.live() == 0
+    }
+
+    /// Whether the daemon is gone for this process.
+    #[must_use]
+    pub fn is_cut_off(&self) -> bool {
+        self.link.get().is_some_and(|link| link.lane.fault().is_some())
+    }
+
+    /// For an heir, the only one to use this process now: brings to its end what threads waited
+    /// for and what is in flight. Without the daemon only what ends by itself soon.
+    pub fn finish(&self) {
+        const ROUNDS_WITHOUT_DAEMON: u32 = 1000;
+        let mut lost = 0;
+        loop {
+            let mut left = core::mem::take(&mut *self.waiting.lock());
+            let active = self.executor.activate();
+            let mut context = Context::from_waker(Waker::noop());
+            // SAFETY: the stack of a thread that died asleep: its memory is still there, what lies
+            // on it is whole, and nobody else uses it.
+            left.retain(|job| unsafe { !(*job.0).go_on(&mut context) });
+            drop(active);
+            let done = left.is_empty() && self.executor.live() == 0;
+            *self.waiting.lock() = left;
+            if let Some(link) = self.link.get() {
+                link.check_daemon();
+            }
+            lost += u32::from(self.is_cut_off());
+            if done || lost > ROUNDS_WITHOUT_DAEMON {
+                return;
+            }
+            pause();
         }
     }
 
@@ -493,6 +595,35 @@ impl Process {
         end
     }
 }
+
+/// A future that a thread waits for, and what came of it.
+struct Job<'a, F: Future> {
+    future: Pin<&'a mut F>,
+    output: Option<F::Output>,
+}
+
+/// A [`Job`] of whatever future.
+trait GoOn {
+    /// Polls it; answers whether it is done.
+    fn go_on(&mut self, context: &mut Context<'_>) -> bool;
+}
+
+impl<F: Future> GoOn for Job<'_, F> {
+    fn go_on(&mut self, context: &mut Context<'_>) -> bool {
+        if self.output.is_none()
+            && let Poll::Ready(output) = self.future.as_mut().poll(context)
+        {
+            self.output = Some(output);
+        }
+        self.output.is_some()
+    }
+}
+
+/// A job on the stack of a thread of the process that notes it.
+struct Waiting(*mut (dyn GoOn + 'static));
+
+// SAFETY: used by its own thread, and by an heir when that is dead.
+unsafe impl Send for Waiting {}
 
 /// Wakes a thread that waits for one future.
 struct Flag {

@@ -13,7 +13,7 @@ use postern_trusted::port::Sleeper;
 
 use crate::{
     family::{self, Family},
-    host, identity, posix_aio,
+    heir, host, identity, posix_aio,
     process::{self, Process},
     sys,
     wait::{self, Signals, now_ns},
@@ -66,7 +66,8 @@ pub fn unpark() {
 }
 
 fn stay_parked() {
-    if PARKING.compare_exchange(ASKED, PARKED, Ordering::AcqRel, Ordering::Acquire).is_ok() {
+    // Asked again while parked, it stays.
+    while PARKING.compare_exchange(ASKED, PARKED, Ordering::AcqRel, Ordering::Acquire).is_ok() {
         while PARKING.load(Ordering::Acquire) == PARKED {
             let moment = libc::timespec { tv_sec: 0, tv_nsec: 1_000_000 };
             let at = (&raw const moment) as usize;
@@ -115,6 +116,7 @@ fn run() {
     let mut drives = 0;
     loop {
         stay_parked();
+        heir::appoint(process);
         let now = now_ns();
         // Silent since the last look, and nobody sleeps inside a call: then nobody else drives.
         let silent = process.drives() == drives && process.sleepers.sleeping() == 0;

@@ -232,10 +232,12 @@ impl Drop for Place<'_> {
 #[must_use]
 pub fn let_in(mask: u64) -> bool {
     let now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    let (now, mask) = ((&raw const now) as usize, (&raw const mask) as usize);
+    let (now, mask_at) = ((&raw const now) as usize, (&raw const mask) as usize);
+    // The mask is in force for the guest's handlers too, which may be deferred.
     // SAFETY: both objects live through the call; no descriptors; the kernel's sigset is 8 bytes.
-    let answer = unsafe { sys::syscall6(libc::SYS_ppoll, 0, 0, now, mask, 8, 0) };
-    sys::check(answer) == Err(Errno::EINTR)
+    let answer =
+        unsafe { inside::interruptible(libc::SYS_ppoll, [0, 0, now, mask_at, 8, 0], Some(mask)) };
+    answer == Err(Errno::EINTR)
 }
 
 /// SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGTRAP, SIGSYS and the two of the C library, as a kernel

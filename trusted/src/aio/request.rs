@@ -5,7 +5,7 @@ use alloc::{boxed::Box, sync::Arc, vec::Vec};
 use super::AioHost;
 use crate::{
     errno::Errno,
-    platform::{Buffer, Fault},
+    platform::{self, Buffer, Fault},
 };
 
 /// Most bytes that one request moves: `MAX_RW_COUNT`.
@@ -172,35 +172,16 @@ impl GuestVector {
         Ok(Self { host, segments: Segments::Many(segments.into_boxed_slice()) })
     }
 
-    /// Whether every segment begins at and is as long as a multiple of `alignment` bytes (a power
-    /// of two): what `O_DIRECT` asks.
-    #[must_use]
-    pub fn is_aligned(&self, alignment: u64) -> bool {
-        self.segments().iter().all(|s| (s.base | s.len) & (alignment - 1) == 0)
+    /// Guest addresses and lengths in bytes of the segments, in order.
+    pub fn ranges(&self) -> impl Iterator<Item = (u64, u64)> + Clone {
+        self.segments().iter().map(|segment| (segment.base, segment.len))
     }
 
-    /// How many bytes from the start on the guest has memory for, looked at page by page: memory
-    /// that can be read, or with `writable` also be written (each page's first byte is stored
-    /// again).
+    /// How many bytes from the start on the guest has memory for ([`platform::reach`]).
     #[must_use]
     pub fn reach(&self, writable: bool) -> usize {
-        const PAGE: u64 = 4096;
-        let is_there = |at| {
-            let mut byte = [0];
-            self.host.read(at, &mut byte)?;
-            if writable { self.host.write(at, &byte) } else { Ok(()) }
-        };
-        for segment in self.segments() {
-            let (mut at, end) = (segment.base, segment.base + segment.len);
-            while at < end {
-                if is_there(at).is_err() {
-                    let reach = segment.start + (at - segment.base);
-                    return usize::try_from(reach).unwrap_or(usize::MAX);
-                }
-                at = (at | (PAGE - 1)) + 1;
-            }
-        }
-        self.len()
+        let reach = platform::reach(&*self.host, self.ranges(), writable);
+        usize::try_from(reach).unwrap_or(usize::MAX)
     }
 
     /// Cuts off what is beyond `len` bytes.

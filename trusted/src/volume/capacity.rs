@@ -16,6 +16,7 @@ use super::{
     error::{Misuse, VolumeError},
     format::warm_slots,
     layout::{BLOCK_BYTES, FANOUT, FANOUT_BITS, Geometry, Ptr, REGION, child, levels},
+    merge::Met,
     recovery::failed,
     spacemap,
     superblock::Superblock,
@@ -51,7 +52,8 @@ impl Volume {
     /// at its end, or cut off. `progress(done, all)` is called in bytes of the file now and then
     /// while blocks are moved.
     ///
-    /// To grow, the host file must already have [`Self::host_blocks_for`] blocks.
+    /// To grow, the host file must already have [`Self::host_blocks_for`] blocks. `options`: the
+    /// volume's counter, if it is bound to one, which then moves to the new state.
     ///
     /// # Errors
     /// [`Misuse::HasSnapshots`] for a shrink, [`VolumeError::DataInTheWay`] when data lies beyond the new size,
@@ -60,12 +62,13 @@ impl Volume {
     pub async fn resize<D: Disk>(
         disk: &D,
         key: &SlotKey,
+        options: &OpenOptions,
         size: u64,
         progress: impl FnMut(u64, u64) + Send,
     ) -> Result<Resized, VolumeError> {
-        let (volume, _) = Self::open(disk, key, &OpenOptions::default()).await?;
+        let (volume, _) = Self::open(disk, key, options).await?;
         let geometry = volume.geometry.resized(size)?;
-        volume.resize_to(disk, key, geometry, progress).await
+        volume.resize_to(disk, key, options, geometry, progress).await
     }
 
     /// As [`Self::resize`], for any geometry that differs in capacity and length only.
@@ -73,6 +76,7 @@ impl Volume {
         self,
         disk: &D,
         key: &SlotKey,
+        options: &OpenOptions,
         geometry: Geometry,
         progress: impl FnMut(u64, u64) + Send,
     ) -> Result<Resized, VolumeError> {
@@ -91,12 +95,11 @@ impl Volume {
         if geometry.host_blocks < old.host_blocks {
             self.check_clear(disk, geometry.host_blocks).await?;
         }
-        let (volume_key, opening, report) =
-            Self::prepare(disk, key, &OpenOptions::default()).await?;
+        let (header, opening, report) = Self::prepare(disk, key, options).await?;
         if !report.clean {
             return Err(VolumeError::NotWritable);
         }
-        let (volume, before) = opening.reshaped(disk, volume_key, geometry)?;
+        let (volume, before) = opening.reshaped(disk, header, geometry).await?;
         if volume.read_only() {
             return Err(VolumeError::NotWritable);
         }
@@ -138,7 +141,8 @@ impl Volume {
         let last = (self.geometry.capacity - 1) / FANOUT;
         let mut leaf = from / FANOUT;
         while leaf <= last
-            && let Some(found) = self.existing_leaf(disk, &map, leaf, last).await
+            && let Met::Leaf(found) | Met::Unreadable(found, _) =
+                self.existing_leaf(disk, &map, leaf, last).await
         {
             let damaged = |_| VolumeError::Damaged { offset: found * FANOUT * BLOCK_BYTES };
             let (_, _, content) = self.leaf(disk, &map, found).await.map_err(damaged)?;
@@ -164,7 +168,11 @@ impl Volume {
         while leaf <= last {
             // Making room may have changed the map since the leaf before.
             let map = self.core.lock().map;
-            let Some(found) = self.existing_leaf(disk, &map, leaf, last).await else { break };
+            let (Met::Leaf(found) | Met::Unreadable(found, _)) =
+                self.existing_leaf(disk, &map, leaf, last).await
+            else {
+                break;
+            };
             let offset = found * FANOUT * BLOCK_BYTES;
             progress(offset, self.geometry.capacity * BLOCK_BYTES);
             let damaged = |_| VolumeError::Damaged { offset };
@@ -178,7 +186,7 @@ impl Volume {
             for slot in 0..FANOUT {
                 let data = child(&content, slot as usize);
                 if !data.is_null() && (data.place() >= limit || nodes) {
-                    self.write_again(disk, found * FANOUT + slot).await?;
+                    self.relocate(disk, found * FANOUT + slot).await?;
                     moved += 1;
                     // With one block the checkpoint writes the leaf and all above it.
                     nodes = false;
@@ -190,7 +198,7 @@ impl Volume {
     }
 
     /// Gives a block another place.
-    async fn write_again<D: Disk>(&self, disk: &D, block: u64) -> Result<(), VolumeError> {
+    async fn relocate<D: Disk>(&self, disk: &D, block: u64) -> Result<(), VolumeError> {
         let ticket = self.enter(block, block, true).await;
         let written = match self.read_again(disk, block, None).await {
             Ok(Some(plain)) => self
@@ -261,6 +269,7 @@ impl Volume {
             }
         };
         self.commit(disk, &superblock).await.map_err(errno)?;
+        self.register().await?;
         Ok(size)
     }
 

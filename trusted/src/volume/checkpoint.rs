@@ -20,7 +20,7 @@ use futures_util::future;
 use super::{
     Volume,
     core::{Eager, Health, Map, Pending, wake},
-    crypto::{Salt, Tag},
+    crypto::{Salt, Tag, sha256},
     delta::{Delta, Zero},
     epochs::TableUpdate,
     jblock::Record,
@@ -30,7 +30,10 @@ use super::{
     spacemap::SpaceUpdate,
     superblock::{Epoch, RECENT, Superblock},
 };
-use crate::{disk::Disk, errno::Errno};
+use crate::{
+    disk::{Block, Disk},
+    errno::Errno,
+};
 
 /// What the cut took out of the core.
 struct Cut {
@@ -313,7 +316,7 @@ impl Volume {
         }
         let mut salt: Salt = [0; 24];
         disk.random(&mut salt).map_err(|_| Errno::EIO)?;
-        let key_version = core.epochs.last().map_or(1, |epoch| epoch.key_version);
+        let key_version = self.key.version();
         Ok(Some(Epoch { id: core.key.id + 1, salt, key_version, tabled: false }))
     }
 
@@ -348,8 +351,11 @@ impl Volume {
             held,
             epochs: cut.epochs[keep..]
                 .iter()
+                .filter(|epoch| !core.renewing || epoch.key_version == self.key.version())
                 .map(|epoch| Epoch { tabled: true, ..epoch.clone() })
                 .collect(),
+            // `commit` knows.
+            counter: None,
         }
     }
 
@@ -366,10 +372,23 @@ impl Volume {
         };
         let mut salt: Salt = [0; 24];
         disk.random(&mut salt).map_err(|_| Errno::EIO)?;
+        let superblock = Superblock { counter: self.hold_counter(), ..superblock.clone() };
         let sealed = Box::new(superblock.seal(&self.key, &salt, slot));
+        let committed = self.write_superblock(disk, &sealed, slot).await;
+        let done = committed.is_ok().then(|| (&superblock, sha256(&*sealed)));
+        self.release_counter(done);
+        committed.map(|()| slot)
+    }
+
+    async fn write_superblock<D: Disk>(
+        &self,
+        disk: &D,
+        sealed: &Block,
+        slot: usize,
+    ) -> Result<(), Errno> {
         let [a, b] = SUPERBLOCKS[slot];
         let (a, b) =
-            future::join(self.put_block(disk, a, &sealed), self.put_block(disk, b, &sealed)).await;
+            future::join(self.put_block(disk, a, sealed), self.put_block(disk, b, sealed)).await;
         if let Err(errno) = a.and(b) {
             // It may be there or not. Both states can be recovered from as long as no other
             // superblock is written: the journal goes on from the old replay start.
@@ -381,8 +400,7 @@ impl Volume {
             core.stamp += 1;
             core.stamp
         };
-        self.flush(disk, stamp, 0).await?;
-        Ok(slot)
+        self.flush(disk, stamp, 0).await
     }
 
     /// Step 6.

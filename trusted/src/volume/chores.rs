@@ -9,11 +9,12 @@ use super::{
     core::{Checkpoints, Core, Expect, Flushes, Health, Journal, Map, Timers, Waiters, wake},
     crypto::{EpochKey, Salt, Secret, VolumeKey},
     delta::Delta,
+    freshness::Fresh,
     layout::{BLOCK_BYTES, RING_RESERVE},
     ranges::{EOF, RangeLocks},
     space::Space,
     spacemap,
-    superblock::Superblock,
+    superblock::{Bound, Superblock},
 };
 use crate::{disk::Disk, errno::Errno, sync::Lock};
 
@@ -63,6 +64,13 @@ pub struct Info {
     pub session: u64,
     /// Epoch of this opening.
     pub epoch: u32,
+    /// Number of the volume key: 1 at first, one more after each rekey.
+    pub key_version: u16,
+    /// A rekey was begun and is not finished: two volume keys are in use.
+    pub rekeying: bool,
+    /// Sequence number of the monotonic counter that the volume is bound to, as far as it knows;
+    /// `None` if it is bound to none.
+    pub counter: Option<u64>,
 }
 
 impl Core {
@@ -89,6 +97,7 @@ impl Core {
             table_levels: superblock.table_levels,
             held: superblock.held,
             retable: Vec::new(),
+            renewing: false,
             active: Delta::default(),
             frozen: None,
             map,
@@ -121,14 +130,24 @@ impl Core {
             timers: Timers::default(),
             expect: Expect::default(),
             counters: Counters::default(),
+            fresh: None,
+            bound: superblock.counter,
             #[cfg(test)]
             canary: super::tests::canary(),
         }
     }
 
+    fn counter_sequence(&self) -> Option<u64> {
+        let sequence = |bound: Bound| bound.registered.map_or(0, |record| record.sequence);
+        self.fresh.as_ref().map(Fresh::sequence).or_else(|| self.bound.map(sequence))
+    }
+
     fn due(&mut self, now: u64) -> Option<Chore> {
         if self.health != Health::Good {
             return None;
+        }
+        if self.wants_register(now) {
+            return Some(Chore::Register);
         }
         let waiting = self.journal.pending.len() + self.journal.carry.len();
         // A mark is worth a block only if it says something about records.
@@ -209,14 +228,27 @@ impl Volume {
             Chore::Publish => self.mark(disk).await,
             Chore::Flush => self.sync_to(disk, stamp, queued).await,
             Chore::Checkpoint => self.checkpoint(disk, false, true).await,
+            Chore::Register => self.register().await.map_err(|_| Errno::EIO),
         };
-        let timers = &mut self.core.lock().timers;
+        self.decline(chore);
+        result
+    }
+
+    /// Gives back a chore that [`Self::due`] gave, not run: it is due again after its time.
+    pub fn decline(&self, chore: Chore) {
+        let mut core = self.core.lock();
+        let core = &mut *core;
+        let timers = &mut core.timers;
         match chore {
+            Chore::Register => {
+                if let Some(fresh) = core.fresh.as_mut() {
+                    fresh.claimed = false;
+                }
+            }
             Chore::Publish => (timers.publish_claimed, timers.pending_since) = (false, None),
             Chore::Flush => (timers.flush_claimed, timers.dirty_since) = (false, None),
             Chore::Checkpoint => (timers.checkpoint_claimed, timers.idle_since) = (false, None),
         }
-        result
     }
 
     /// Waits for all writes, writes everything down, and marks the volume as cleanly closed.
@@ -239,6 +271,9 @@ impl Volume {
                 (core.stamp, core.journal.queued)
             };
             result = result.and(self.sync_to(disk, stamp, queued).await);
+        }
+        if result.is_ok() {
+            result = self.register().await.map_err(|_| Errno::EIO);
         }
         let wakers = {
             let mut core = self.core.lock();
@@ -297,6 +332,9 @@ impl Volume {
             generation: core.generation,
             session: core.session,
             epoch: core.key.id,
+            key_version: self.key.version(),
+            rekeying: self.key.is_retiring(),
+            counter: core.counter_sequence(),
         }
     }
 }

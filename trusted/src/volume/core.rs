@@ -15,12 +15,13 @@ use super::{
     cache::NodeCache,
     crypto::{EpochKey, Salt, Tag},
     delta::{self, Delta},
+    freshness::Fresh,
     jblock::Record,
     layout::{Geometry, Order, Ptr, RING_RESERVE, nodes_worst},
     ranges::RangeLocks,
     snapshots::Held,
     space::{Run, Space},
-    superblock::Epoch,
+    superblock::{Bound, Epoch},
 };
 use crate::errno::Errno;
 
@@ -274,6 +275,8 @@ pub(crate) struct Core {
     pub(crate) held: Held,
     /// Epochs that the next checkpoint writes to the table again, to move its nodes.
     pub(crate) retable: Vec<Epoch>,
+    /// The next checkpoint leaves nothing that only a retiring key opens in the tables it writes.
+    pub(crate) renewing: bool,
     pub(crate) active: Delta,
     pub(crate) frozen: Option<Arc<Delta>>,
     pub(crate) map: Map,
@@ -290,6 +293,10 @@ pub(crate) struct Core {
     pub(crate) timers: Timers,
     pub(crate) expect: Expect,
     pub(crate) counters: Counters,
+    /// If the volume is bound to a monotonic counter.
+    pub(crate) fresh: Option<Fresh>,
+    /// What the superblock found said of one.
+    pub(crate) bound: Option<Bound>,
     #[cfg(test)]
     pub(crate) canary: super::tests::Canary,
 }

@@ -63,18 +63,18 @@ impl Volume {
         let mut block = Box::new([0; BLOCK]);
         transfer.get(0, &mut block);
         let salt: Salt = get_array(&block[..], 0);
-        let key = self.key.single(LABEL, &salt);
-        key.open(SINGLE, &aad(level, index), &ptr.tag, &mut block[BODY..])
+        self.key
+            .open_single(LABEL, &salt, &aad(level, index), &ptr.tag, &mut block[BODY..])
             .map_err(|_| Bad::Forged)?;
         Ok(block)
     }
 
-    /// The salt of epoch `id`.
-    pub(crate) async fn salt_of<D: Disk>(&self, disk: &D, id: u32) -> Result<Salt, Bad> {
+    /// What is known of epoch `id`.
+    pub(crate) async fn epoch<D: Disk>(&self, disk: &D, id: u32) -> Result<Epoch, Bad> {
         let (mut ptr, levels) = {
             let core = self.core.lock();
             if let Some(epoch) = core.epochs.iter().find(|epoch| epoch.id == id) {
-                return Ok(epoch.salt);
+                return Ok(epoch.clone());
             }
             (core.table_root, core.table_levels)
         };
@@ -88,7 +88,7 @@ impl Volume {
             let node = self.table_node(disk, &ptr, level, index(id, level)).await?;
             if level == 0 {
                 let epoch = Epoch::decode(&node[..], entry(id, 0));
-                return if epoch.id == id { Ok(epoch.salt) } else { Err(Bad::Forged) };
+                return if epoch.id == id { Ok(epoch) } else { Err(Bad::Forged) };
             }
             ptr = Ptr::decode(&node[..], entry(id, level));
         }
@@ -104,12 +104,18 @@ impl Volume {
         allocs: &mut Vec<u64>,
         frees: &mut Vec<u64>,
     ) -> Result<TableUpdate, Errno> {
-        let (mut root, mut levels) = {
+        let (mut root, mut levels, renewing) = {
             let core = self.core.lock();
-            (core.table_root, core.table_levels)
+            (core.table_root, core.table_levels, core.renewing)
         };
-        // In place as long as they fit one leaf; a leaf at a time.
+        let kept;
         let mut rest = epochs;
+        if renewing {
+            frees.extend(self.table_places(disk).await.map_err(Bad::errno)?);
+            kept = self.epochs_to_keep(disk, epochs).await.map_err(Bad::errno)?;
+            (root, levels, rest) = (Ptr::NULL, 0, &kept);
+        }
+        // In place as long as they fit one leaf; a leaf at a time.
         while let Some(first) = rest.first() {
             let leaf = index(first.id, 0);
             let (mine, next) = rest.split_at(rest.partition_point(|e| index(e.id, 0) == leaf));
@@ -158,6 +164,24 @@ impl Volume {
             root = below.unwrap_or(root);
         }
         Ok(TableUpdate { root, levels })
+    }
+
+    /// All epochs of the key that seals now, in order; `new` are in no table yet.
+    async fn epochs_to_keep<D: Disk>(&self, disk: &D, new: &[Epoch]) -> Result<Vec<Epoch>, Bad> {
+        let is_kept = |epoch: &Epoch| epoch.key_version == self.key.version();
+        let mut kept: Vec<Epoch> = new.iter().filter(|epoch| is_kept(epoch)).cloned().collect();
+        let newest = self.core.lock().key.id;
+        for id in (1..=newest).rev() {
+            match self.epoch(disk, id).await {
+                Ok(epoch) if !is_kept(&epoch) => break,
+                Ok(epoch) if kept.iter().all(|k| k.id != id) => kept.push(epoch),
+                // A number that no epoch has.
+                Ok(_) | Err(Bad::Forged) => {}
+                Err(bad) => return Err(bad),
+            }
+        }
+        kept.sort_unstable_by_key(|epoch| epoch.id);
+        Ok(kept)
     }
 
     /// Places of all nodes of the table.

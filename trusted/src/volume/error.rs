@@ -3,6 +3,7 @@
 use core::fmt;
 
 use crate::{
+    counter::CounterError,
     disk::{BLOCK, HostError},
     errno::Errno,
     platform::NoEntropy,
@@ -57,6 +58,39 @@ pub enum VolumeError {
         /// Generation known to have been durable.
         durable: u64,
     },
+    /// A block of the guest's file, needed to go on, is not the one that was written.
+    Unreadable {
+        /// Where it begins in the guest's file, in bytes.
+        offset: u64,
+    },
+    /// The volume is bound to a monotonic counter, and none was given: without it the newest state
+    /// cannot be told from an old one.
+    CounterNeeded {
+        /// The counter's sequence number as far as the volume knows.
+        sequence: u64,
+    },
+    /// A counter was given, and the volume is bound to none: a volume that never was, or a state of
+    /// before it was. Bind it explicitly.
+    NotBound,
+    /// The counter holds nothing, but the volume knows it at this sequence number: it is another
+    /// counter, or was lost. Adopt the volume explicitly if it is known to be the newest.
+    CounterEmpty {
+        /// The counter's sequence number as far as the volume knows.
+        sequence: u64,
+    },
+    /// The counter knows another state than the one found: an old state of the volume was put in
+    /// place of the newest, or somebody went on from a copy. Adopt it explicitly to accept that.
+    RolledBack {
+        /// The counter's sequence number as far as the volume knows.
+        found: u64,
+        /// The counter's sequence number.
+        counter: u64,
+    },
+    /// Another writer moved the counter while this one was at work on the same volume or on a copy
+    /// of it: the other goes on, this one ends.
+    CounterLost,
+    /// The counter gave no answer that could be used.
+    Counter(CounterError),
     /// The host failed to read or write a block of 4096 bytes.
     Host {
         /// Place of the block in the host file.
@@ -103,8 +137,10 @@ pub enum Misuse {
     NoSnapshot,
     /// There are as many snapshots as there can be.
     TooManySnapshots,
-    /// A volume with snapshots cannot shrink.
+    /// A volume with snapshots cannot shrink, nor be sealed anew: delete them first.
     HasSnapshots,
+    /// No snapshot is made while a rekey is on its way: finish it first.
+    Rekeying,
     /// Work for a passphrase outside what [`super::Stretch`] allows, or more memory than there is.
     Stretch,
 }
@@ -153,7 +189,10 @@ impl fmt::Display for VolumeError {
                 f.write_str("there are as many snapshots as there can be")
             }
             Self::Misuse(Misuse::HasSnapshots) => {
-                f.write_str("a volume with snapshots cannot shrink")
+                f.write_str("a volume with snapshots can neither shrink nor be rekeyed")
+            }
+            Self::Misuse(Misuse::Rekeying) => {
+                f.write_str("a rekey of the volume is on its way; no snapshot is made meanwhile")
             }
             Self::Misuse(Misuse::Stretch) => {
                 f.write_str("the work for the passphrase is out of bounds or needs too much memory")
@@ -163,7 +202,11 @@ impl fmt::Display for VolumeError {
                  changed; format it explicitly if it should become one)",
             ),
             Self::UnsupportedVersion { found } => {
-                write!(f, "the volume has format version {found}; this build reads version 1")
+                write!(
+                    f,
+                    "the volume has format version {found}, which this build does not read; use a \
+                     newer build"
+                )
             }
             Self::UnsupportedFeatures { bits } => write!(
                 f,
@@ -198,6 +241,33 @@ impl fmt::Display for VolumeError {
                 "the superblock has generation {found}, but generation {durable} was durable: \
                  damage or a rollback (accept the loss explicitly, or open read-only)"
             ),
+            Self::Unreadable { offset } => {
+                write!(f, "the guest's file is damaged at byte {offset}")
+            }
+            Self::CounterNeeded { sequence } => write!(
+                f,
+                "the volume is bound to a monotonic counter (at {sequence}) and none was given"
+            ),
+            Self::NotBound => f.write_str(
+                "the volume is not bound to a monotonic counter: it never was, or this is a state \
+                 of before it was",
+            ),
+            Self::CounterEmpty { sequence } => write!(
+                f,
+                "the counter holds nothing, but the volume has known it at {sequence}: it is \
+                 another counter, or was lost"
+            ),
+            Self::RolledBack { found, counter } => write!(
+                f,
+                "this is not the newest state of the volume: the counter is at {counter}, the \
+                 volume has known it at {found}; an old copy was put in its place, or somebody \
+                 went on from a copy"
+            ),
+            Self::CounterLost => f.write_str(
+                "another writer has moved the counter: the same volume or a copy of it is in use \
+                 elsewhere, and this one must end",
+            ),
+            Self::Counter(error) => write!(f, "{error}; the volume's freshness cannot be told"),
             Self::Host { place, error } => {
                 write!(f, "the host failed on block {place} of the file: ")?;
                 host(*error, f)

@@ -137,6 +137,7 @@ async fn format_fresh<D: Disk>(
         birth: 1,
         held: Held::default(),
         epochs: alloc::vec::Vec::new(),
+        counter: None,
     };
     let sealed = superblock.seal(&volume_key, &salt, 0);
     for place in SUPERBLOCKS[0] {

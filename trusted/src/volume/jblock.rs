@@ -8,7 +8,9 @@ use alloc::vec::Vec;
 
 use super::{
     crypto::{EpochKey, Forged, Kind, Salt, TAG, Tag},
-    layout::{FANOUT, MAX_CAPACITY, Order, Ptr, get_array, get32, get64, put, put32, put64},
+    layout::{
+        FANOUT, MAX_CAPACITY, Order, Ptr, SEQ_END, get_array, get32, get64, put, put32, put64,
+    },
 };
 use crate::disk::{BLOCK, Block};
 
@@ -70,13 +72,18 @@ pub(crate) fn peek(bytes: &Block, uuid: &[u8; 16]) -> Option<Header> {
     }
     let epoch = get32(bytes, 40);
     let counter = get64(bytes, 48);
-    if epoch > Order::MAX_EPOCH || counter > Order::MAX_COUNTER {
+    let (durable, generation) = (get64(bytes, 24), get64(bytes, 32));
+    if epoch > Order::MAX_EPOCH
+        || counter > Order::MAX_COUNTER
+        || durable >= SEQ_END
+        || generation >= SEQ_END
+    {
         return None;
     }
     Some(Header {
         seq: get64(bytes, 16),
-        durable: get64(bytes, 24),
-        generation: get64(bytes, 32),
+        durable,
+        generation,
         order: Order::new(epoch, counter),
         salt: get_array(bytes, 56),
         prev: get_array(bytes, 80),
@@ -109,7 +116,13 @@ pub(crate) fn records(bytes: &Block) -> Vec<Record> {
             EXTENT => {
                 let count = (word >> 40 & 0xffff) as usize;
                 let end = at + EXTENT_HEADER + count * TAG;
-                if count == 0 || end > payload.len() || block + count as u64 > MAX_CAPACITY {
+                let overflows = |first: u64| first.checked_add(count as u64).is_none();
+                if count == 0
+                    || end > payload.len()
+                    || block + count as u64 > MAX_CAPACITY
+                    || overflows(a)
+                    || overflows(b.0)
+                {
                     break;
                 }
                 let first = Ptr { word: a, order: b, tag: [0; TAG] };
@@ -128,7 +141,9 @@ pub(crate) fn records(bytes: &Block) -> Vec<Record> {
             SIZE if a <= MAX_CAPACITY * BLOCK as u64 => {
                 out.push(Record::Size { size: a, order: b });
             }
-            VOID if a <= FANOUT * FANOUT => out.push(Record::Void { order: b, count: a }),
+            VOID if a <= FANOUT * FANOUT && b.0.checked_add(a).is_some() => {
+                out.push(Record::Void { order: b, count: a })
+            }
             _ => break,
         }
         at += RECORD;

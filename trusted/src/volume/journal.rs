@@ -10,7 +10,7 @@ use core::{future::poll_fn, task::Poll};
 use super::{
     Volume,
     core::{Core, Eager, Health, Pending, wake},
-    crypto::EpochKey,
+    crypto::{EpochKey, TAG},
     jblock::{Builder, Header, Record, SURE},
     layout::{Order, RING_RESERVE},
     read::PIECE,
@@ -103,6 +103,7 @@ impl Volume {
         };
         let first = batch.header.seq;
         let (count, resolved) = {
+            let mut tags = [[0; TAG]; PIECE];
             let mut header = batch.header;
             let mut sealed = 0;
             let mut emit = |block: &Block, index: usize| transfer.put(index, block);
@@ -111,6 +112,7 @@ impl Volume {
                 let builder = fill(&mut rest);
                 let (block, tag) = builder.seal(self.key.uuid(), &batch.key, &header);
                 emit(&block, sealed as usize);
+                tags[sealed as usize % PIECE] = tag;
                 header.prev = tag;
                 header.seq += 1;
                 header.order = header.order.plus(1);
@@ -126,6 +128,10 @@ impl Volume {
                 core.journal.prev = header.prev;
                 core.journal.next += sealed;
                 core.journal.sealing = false;
+                if let Some(fresh) = core.fresh.as_mut() {
+                    let sealed = tags.iter().take(sealed as usize);
+                    (first..).zip(sealed).for_each(|(seq, tag)| fresh.sealed(seq, *tag));
+                }
                 core.journal.marked = batch.header.durable;
                 core.journal.writing.extend(first..first + sealed);
                 if !batch.records.is_empty() {

@@ -38,6 +38,8 @@ pub(crate) const RING_BLOCKS: core::ops::RangeInclusive<u64> = 64..=(REGION - RI
 const SMALL_RING: u64 = 512;
 /// Ring places kept for recovery and close.
 pub(crate) const RING_RESERVE: u64 = 8;
+/// No sequence number, generation or count of sessions reaches this.
+pub(crate) const SEQ_END: u64 = 1 << 62;
 /// Bits of a place.
 pub(crate) const PLACE_BITS: u32 = 40;
 /// Largest capacity in blocks: 64 TiB.

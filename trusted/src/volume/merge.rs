@@ -40,6 +40,18 @@ struct Leaves<'a> {
     /// Leaves under zero ranges: disjoint, ascending, inclusive.
     zeroed: Vec<(u64, u64)>,
     next: u64,
+    /// What lies before it under zero ranges has been looked for.
+    looked: u64,
+}
+
+/// What a zero range meets in the map.
+pub(crate) enum Met {
+    /// No leaf.
+    Nothing,
+    /// This leaf.
+    Leaf(u64),
+    /// A node that cannot be read, over these leaves (inclusive).
+    Unreadable(u64, u64),
 }
 
 impl<'a> Leaves<'a> {
@@ -58,7 +70,7 @@ impl<'a> Leaves<'a> {
                 _ => zeroed.push((first, last)),
             }
         }
-        Self { frozen, zeroed, next: 0 }
+        Self { frozen, zeroed, next: 0, looked: 0 }
     }
 }
 
@@ -79,7 +91,7 @@ impl Volume {
         loop {
             let mut batch = Vec::with_capacity(BATCH);
             while batch.len() < BATCH
-                && let Some(leaf) = self.next_leaf(disk, map, &mut leaves).await
+                && let Some(leaf) = self.next_leaf(disk, map, &mut leaves, &mut merged).await
             {
                 batch.push(leaf);
             }
@@ -97,23 +109,32 @@ impl Volume {
         Ok(merged)
     }
 
-    /// The next leaf that has records, or that exists under a zero range.
+    /// The next leaf that has records, or that exists under a zero range. What a zero range does
+    /// under a node that cannot be read is carried over as a whole: it may be most of the volume.
     async fn next_leaf<D: Disk>(
         &self,
         disk: &D,
         map: &Map,
         leaves: &mut Leaves<'_>,
+        merged: &mut Merged,
     ) -> Option<u64> {
         let from = leaves.next;
         let by_map = leaves.frozen.maps.range(from * FANOUT..).next().map(|(b, _)| b / FANOUT);
         let mut by_zero = None;
-        for (first, last) in &leaves.zeroed {
+        'ranges: for (first, last) in &leaves.zeroed {
             let last = by_map.map_or(*last, |leaf| leaf.min(*last));
-            let first = from.max(*first);
-            if first <= last {
-                by_zero = self.existing_leaf(disk, map, first, last).await;
-                if by_zero.is_some() {
-                    break;
+            loop {
+                let first = from.max(leaves.looked).max(*first);
+                match self.existing_leaf(disk, map, first, last).await {
+                    Met::Nothing => break,
+                    Met::Leaf(leaf) => {
+                        by_zero = Some(leaf);
+                        break 'ranges;
+                    }
+                    Met::Unreadable(first, last) => {
+                        carry_zeroes(leaves.frozen, first, last, merged);
+                        leaves.looked = last + 1;
+                    }
                 }
             }
         }
@@ -125,14 +146,14 @@ impl Volume {
         Some(leaf)
     }
 
-    /// First leaf in `from..=last` that the map has; one below a node that cannot be read counts.
+    /// The first leaf, or node that cannot be read, that the map has in `from..=last`.
     pub(crate) async fn existing_leaf<D: Disk>(
         &self,
         disk: &D,
         map: &Map,
         from: u64,
         last: u64,
-    ) -> Option<u64> {
+    ) -> Met {
         let mut leaf = from;
         'next: while leaf <= last {
             let mut ptr = map.root;
@@ -143,16 +164,19 @@ impl Volume {
                     continue 'next;
                 }
                 if level == 0 {
-                    return Some(leaf);
+                    return Met::Leaf(leaf);
                 }
                 let miss = Miss { ptr, level, index: leaf >> shift };
                 match self.node(disk, &miss).await {
                     Ok(node) => ptr = child(&node, slot_in_parent(leaf >> (shift - FANOUT_BITS))),
-                    Err(_) => return Some(leaf),
+                    Err(_) => {
+                        let end = ((leaf >> shift) + 1) << shift;
+                        return Met::Unreadable(leaf, last.min(end - 1));
+                    }
                 }
             }
         }
-        None
+        Met::Nothing
     }
 
     pub(crate) async fn leaf<D: Disk>(
@@ -241,6 +265,7 @@ impl Volume {
         merged: &mut Merged,
         updates: &mut Vec<(u64, Ptr)>,
     ) -> Result<(), Errno> {
+        let before = updates.len();
         let mut writing = Vec::with_capacity(changed.len());
         for (index, old, content) in changed {
             if !old.is_null() {
@@ -274,7 +299,8 @@ impl Volume {
                 Err(errno) => failed = Some(errno),
             }
         }
-        updates.sort_unstable_by_key(|(index, _)| *index);
+        // Batches come in ascending order: those before need no sorting again.
+        updates[before..].sort_unstable_by_key(|(index, _)| *index);
         failed.map_or(Ok(()), Err)
     }
 
@@ -365,9 +391,15 @@ fn carry(frozen: &Delta, leaf: u64, merged: &mut Merged) {
     for (block, ptr) in frozen.maps.range(base..base + FANOUT) {
         merged.carried.push(Record::Map { block: *block, ptr: *ptr, carried: true });
     }
-    for zero in zeroes(frozen, leaf) {
+    carry_zeroes(frozen, leaf, leaf, merged);
+}
+
+/// Keeps the zero ranges over leaves `first..=last` for the next interval.
+fn carry_zeroes(frozen: &Delta, first: u64, last: u64, merged: &mut Merged) {
+    let (base, limit) = (first * FANOUT, (last + 1) * FANOUT);
+    for zero in frozen.zeroes.iter().filter(|z| z.first < limit && z.end > base) {
         let first = zero.first.max(base);
-        let count = zero.end.min(base + FANOUT) - first;
+        let count = zero.end.min(limit) - first;
         merged.carried.push(Record::Zero { first, count, order: zero.order });
     }
 }

@@ -7,8 +7,8 @@
 //! `recovery` (what is believed at open).
 //!
 //! Holds whatever the host does: no wrong byte is returned (`EIO` instead), except that a
-//! consistent older state of the whole volume, or of its journal's tail, cannot be told from a
-//! power cut; no host answer panics.
+//! consistent older state of the whole volume, or of its journal's tail, can be told from a power
+//! cut only with a monotonic counter (`freshness`); no host answer panics.
 //! Holds with an honest host, whatever crashes: each block reads as a version that is not older
 //! than its last acknowledged sync, and what a recovery has answered stays.
 
@@ -35,6 +35,9 @@ mod delta;
 mod epochs;
 mod error;
 mod format;
+mod freshness;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 mod header;
 mod jblock;
 mod journal;
@@ -43,6 +46,7 @@ mod merge;
 mod ranges;
 mod read;
 mod recovery;
+mod rekey;
 mod resize;
 mod ring_scan;
 mod slots;
@@ -73,6 +77,8 @@ pub use self::{
     chores::Info,
     core::Counters,
     error::{Misuse, VolumeError},
+    freshness::{CounterUse, Freshness},
+    rekey::RekeyReport,
     slots::{SlotInfo, SlotKey, SlotKind, Stretch},
     snapshots::SnapshotInfo,
     verify::{Damage, SpaceReport, VerifyReport},
@@ -92,6 +98,11 @@ pub struct OpenOptions {
     pub read_only: bool,
     /// Go on although evidence says that the tail of the journal was lost or rolled back.
     pub accept_loss: bool,
+    /// The monotonic counter that tells an old state from the newest. A volume that is bound to
+    /// one does not open for writing without it.
+    pub counter: Option<CounterUse>,
+    /// Bind the volume to no counter any more, whatever state it is in.
+    pub unbind: bool,
 }
 
 /// What opening found and did.
@@ -107,6 +118,8 @@ pub struct OpenReport {
     pub records_skipped: u64,
     /// What was durable and is gone: why opening for writing refuses, unless told to accept it.
     pub loss: Option<VolumeError>,
+    /// What the monotonic counter says.
+    pub freshness: Freshness,
 }
 
 /// Background work that is due.
@@ -118,6 +131,8 @@ pub enum Chore {
     Flush,
     /// Write a checkpoint.
     Checkpoint,
+    /// Move the monotonic counter.
+    Register,
 }
 
 /// An open volume, shared by all processes and threads of one enclave.

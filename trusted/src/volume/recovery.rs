@@ -15,9 +15,11 @@ use futures_util::{StreamExt, stream::FuturesUnordered};
 use super::{
     OpenOptions, OpenReport, SlotKey, Volume,
     core::{Core, Health, Map, Pending},
-    crypto::{EpochKey, Kind, Salt, Secret, VolumeKey},
+    crypto::{EpochKey, Kind, Salt, Tag, VolumeKey, sha256},
     delta::{Delta, Zero},
     error::VolumeError,
+    format::write_blocks,
+    freshness::{self, Fresh, SuperblockId},
     header::{self, HeaderBytes},
     jblock::Record,
     layout::{Geometry, HEADER_BLOCKS, HEADERS, Order, Ptr, RING_RESERVE, SUPERBLOCKS, put},
@@ -41,30 +43,68 @@ async fn read_blocks<D: Disk>(disk: &D, place: u64, out: &mut [Block]) -> Result
     Ok(())
 }
 
-/// The newer of the header's copies that `decode` accepts, what it says, and which copy it is.
+/// A copy of the header that was accepted.
+pub(crate) struct Header<T> {
+    pub(crate) bytes: Box<HeaderBytes>,
+    /// What it says.
+    pub(crate) found: T,
+    /// Which copy it is.
+    pub(crate) copy: usize,
+    /// The other copy is the same.
+    pub(crate) twice: bool,
+}
+
+impl<T> Header<T> {
+    fn split(self) -> (Header<()>, T) {
+        let Self { bytes, found, copy, twice } = self;
+        (Header { bytes, found: (), copy, twice }, found)
+    }
+}
+
+impl Header<()> {
+    /// Makes both copies the same: nothing is sealed under keys that one copy alone holds.
+    async fn repair<D: Disk>(&self, disk: &D) -> Result<(), VolumeError> {
+        if self.twice {
+            return Ok(());
+        }
+        write_blocks(disk, HEADERS[1 - self.copy], self.bytes.as_chunks::<BLOCK>().0).await
+    }
+}
+
+/// The newer of the header's copies that `decode` accepts.
+///
+/// A key that opens only the older of two intact copies is refused: a change of the keys that was
+/// cut off has happened as soon as one copy carries it.
 pub(crate) async fn read_header<D: Disk, T>(
     disk: &D,
     decode: impl Fn(&HeaderBytes) -> Result<T, VolumeError>,
     generation: impl Fn(&T) -> u64,
-) -> Result<(Box<HeaderBytes>, T, usize), VolumeError> {
-    let mut best: Option<(Box<HeaderBytes>, T, usize)> = None;
+) -> Result<Header<T>, VolumeError> {
+    let mut best: Option<Header<T>> = None;
     let mut refusal: Option<VolumeError> = None;
+    let mut locked = 0;
     for (copy, place) in HEADERS.into_iter().enumerate() {
         let mut blocks = Vec::from([[0; BLOCK]; HEADER_BLOCKS]);
         let read = read_blocks(disk, place, &mut blocks).await.and_then(|()| {
             let mut bytes: Box<HeaderBytes> = Box::new([0; header::BYTES]);
             blocks.iter().enumerate().for_each(|(i, block)| put(&mut bytes[..], i * BLOCK, block));
-            decode(&bytes).map(|found| (bytes, found, copy))
+            match decode(&bytes) {
+                Ok(found) => Ok(Header { bytes, found, copy, twice: false }),
+                Err(error) => {
+                    if error == VolumeError::WrongKey {
+                        locked = locked.max(header::look(&bytes).unwrap_or(0));
+                    }
+                    Err(error)
+                }
+            }
         });
         match read {
-            Ok(found)
-                if best
-                    .as_ref()
-                    .is_none_or(|(_, best, _)| generation(best) < generation(&found.1)) =>
-            {
-                best = Some(found);
-            }
-            Ok(_) => {}
+            Ok(header) => match &mut best {
+                Some(best) if generation(&best.found) >= generation(&header.found) => {
+                    best.twice = best.bytes == header.bytes;
+                }
+                _ => best = Some(header),
+            },
             // The copy that comes furthest tells most.
             Err(VolumeError::NotAVolume) => {
                 refusal = refusal.or(Some(VolumeError::NotAVolume));
@@ -74,14 +114,11 @@ pub(crate) async fn read_header<D: Disk, T>(
             Err(error) => refusal = Some(error),
         }
     }
-    best.ok_or(refusal.unwrap_or(VolumeError::NotAVolume))
-}
-
-/// Step 1: the header, copy A or B.
-async fn open_header<D: Disk>(disk: &D, key: &SlotKey) -> Result<header::Opened, VolumeError> {
-    let decode = |bytes: &HeaderBytes| header::decode(bytes, key);
-    let (_, opened, _) = read_header(disk, decode, |opened| opened.generation).await?;
-    Ok(opened)
+    match best {
+        Some(best) if generation(&best.found) < locked => Err(VolumeError::WrongKey),
+        Some(best) => Ok(best),
+        None => Err(refusal.unwrap_or(VolumeError::NotAVolume)),
+    }
 }
 
 /// Step 2: the newest superblock and its slot.
@@ -89,27 +126,38 @@ async fn open_superblock<D: Disk>(
     disk: &D,
     key: &VolumeKey,
     read_only: bool,
-) -> Result<(Superblock, usize), VolumeError> {
-    let mut best: Option<(Superblock, usize)> = None;
+) -> Result<(Superblock, usize, SuperblockId), VolumeError> {
+    let mut best: Option<(Superblock, usize, SuperblockId)> = None;
     let mut refusal = None;
     for (slot, copies) in SUPERBLOCKS.into_iter().enumerate() {
         let mut failure = None;
-        let mut found = None;
+        let mut found: Option<(Superblock, SuperblockId)> = None;
         for place in copies {
             let mut block = [[0; BLOCK]];
             match read_blocks(disk, place, &mut block).await {
                 Ok(()) => match Superblock::open(&block[0], key, slot) {
-                    Ok(Some(superblock)) => found = found.or(Some(superblock)),
+                    // A commit that was cut off may be in one copy alone.
+                    Ok(Some(superblock)) => {
+                        if found.as_ref().is_none_or(|(f, _)| f.generation < superblock.generation)
+                        {
+                            found = Some((superblock, sha256(&block[0])));
+                        }
+                    }
                     Ok(None) => {}
+                    // Perhaps the newest: going on from the other slot would lose what it says.
+                    Err(
+                        error @ (VolumeError::UnsupportedVersion { .. }
+                        | VolumeError::UnsupportedFeatures { .. }),
+                    ) => return Err(error),
                     Err(error) => refusal = Some(error),
                 },
                 Err(error) => failure = Some(error),
             }
         }
         match (found, failure) {
-            (Some(superblock), _) => {
-                if best.as_ref().is_none_or(|(b, _)| b.generation < superblock.generation) {
-                    best = Some((superblock, slot));
+            (Some((superblock, id)), _) => {
+                if best.as_ref().is_none_or(|(b, ..)| b.generation < superblock.generation) {
+                    best = Some((superblock, slot, id));
                 }
             }
             // An older superblock instead of one that could not be read would lose synced data.
@@ -143,20 +191,22 @@ impl Volume {
         key: &SlotKey,
         options: &OpenOptions,
     ) -> Result<(Self, OpenReport), VolumeError> {
-        let (volume_key, opening, report) = Self::prepare(disk, key, options).await?;
-        opening.finish(disk, volume_key, report).await
+        let (header, opening, report) = Self::prepare(disk, key, options).await?;
+        opening.finish(disk, header, report).await
     }
 
-    /// Steps 1 to 4: reads all that decides what the volume is, and changes nothing.
+    /// Steps 1 to 4: reads all that decides what the volume is, asks the counter, and changes
+    /// nothing.
     pub(crate) async fn prepare<D: Disk>(
         disk: &D,
         key: &SlotKey,
         options: &OpenOptions,
-    ) -> Result<(VolumeKey, Opening, OpenReport), VolumeError> {
-        let opened = open_header(disk, key).await?;
-        let volume_key = VolumeKey::new(opened.uuid, opened.key.clone());
+    ) -> Result<(Header<header::Opened>, Opening, OpenReport), VolumeError> {
+        let decode = |bytes: &HeaderBytes| header::decode(bytes, key);
+        let header = read_header(disk, decode, |opened| opened.generation).await?;
+        let (opened, volume_key) = (&header.found, &header.found.key);
         let read_only = options.read_only || opened.read_only;
-        let (superblock, slot) = open_superblock(disk, &volume_key, read_only).await?;
+        let (superblock, slot, id) = open_superblock(disk, volume_key, read_only).await?;
         let geometry = superblock.geometry;
         if disk.host_blocks() < geometry.host_blocks {
             return Err(VolumeError::HostFileShort {
@@ -164,7 +214,7 @@ impl Volume {
                 found: disk.host_blocks(),
             });
         }
-        let scan = ring_scan::scan(disk, &volume_key, &geometry, &superblock).await?;
+        let mut scan = ring_scan::scan(disk, volume_key, &geometry, &superblock).await?;
         let tip = scan.tip(&superblock);
         if let Some((place, error)) = scan.broken
             && !read_only
@@ -186,22 +236,33 @@ impl Volume {
         {
             return Err(*loss);
         }
+        let uuid = volume_key.uuid();
+        let checked = freshness::check(options, uuid, &superblock, &id, &scan).await?;
+        if let Some(refusal) = checked.refusal
+            && !read_only
+        {
+            return Err(refusal);
+        }
+        // Records that the counter vouches for are believed: their data must be there.
+        scan.durable = scan.durable.max(checked.vouched);
         let report = OpenReport {
             clean: superblock.clean && scan.chain.is_empty(),
             journal_blocks: scan.chain.len() as u64,
-            loss,
+            loss: loss.or(checked.refusal),
+            freshness: checked.freshness,
             ..OpenReport::default()
         };
+        let used = options.counter.as_ref().filter(|_| !read_only);
         let opening = Opening {
+            fresh: used.map(|used| Fresh::new(used, &checked, &superblock, id)),
+            fence: used.is_some_and(|used| !used.adopt),
             superblock,
             slot,
             scan,
             read_only,
             lost,
-            key_version: opened.key_version as u16,
-            derivation: opened.derivation,
         };
-        Ok((volume_key, opening, report))
+        Ok((header, opening, report))
     }
 
     /// Applies the chain. Steps 5 and 6.
@@ -227,7 +288,11 @@ impl Volume {
                     void.extend((0..count).map(|n| order.plus(n)));
                 }
                 Record::Zero { first, count, order } => {
-                    replay.delta.zeroes.push(Zero { first, end: first + count, order });
+                    let end = (first + count).min(self.geometry.capacity);
+                    replay.delta.zeroes.push(Zero { first: first.min(end), end, order });
+                }
+                Record::Size { size, .. } if size > self.capacity() => {
+                    return Err(VolumeError::BadGeometry);
                 }
                 Record::Size { size, order } if order >= replay.size_order => {
                     (replay.size, replay.size_order) = (size, order);
@@ -327,8 +392,10 @@ pub(crate) struct Opening {
     read_only: bool,
     /// Evidence was found that something is missing, and accepted.
     lost: bool,
-    key_version: u16,
-    derivation: Secret,
+    /// The counter, of a volume that is bound to one.
+    fresh: Option<Fresh>,
+    /// Move the counter before anything is written.
+    fence: bool,
 }
 
 impl Opening {
@@ -348,42 +415,75 @@ impl Opening {
         core
     }
 
-    /// The volume with another geometry and an epoch of its own, and the superblock to go on
-    /// from. Only for an empty journal; writes nothing.
-    pub(crate) fn reshaped<D: Disk>(
-        mut self,
-        disk: &D,
-        volume_key: VolumeKey,
-        geometry: Geometry,
-    ) -> Result<(Volume, Superblock), VolumeError> {
+    /// The epoch that goes on from here.
+    fn next_epoch(&self) -> Result<u32, VolumeError> {
         let newest = self.superblock.epochs.iter().map(|epoch| epoch.id).max().unwrap_or(0);
         let id = newest.max(self.scan.epoch) + 1;
+        if id > Order::MAX_EPOCH { Err(VolumeError::BadGeometry) } else { Ok(id) }
+    }
+
+    /// The last block of the chain up to which everything was durable and resolved.
+    fn settled(&self) -> (u64, Tag) {
+        let chain = self.scan.chain.iter().rev();
+        let found = chain.map(|found| (found.header.seq, found.tag));
+        let base = (self.superblock.replay_seq - 1, self.superblock.replay_prev);
+        found.chain([base]).find(|(seq, _)| *seq <= self.scan.durable).unwrap_or(base)
+    }
+
+    /// Moves the counter past what an earlier writer may still have on its way.
+    async fn shut_out<D: Disk>(&self, disk: &D, volume: &Volume) -> Result<(), VolumeError> {
+        // What was read may lie in a volatile cache only.
+        disk.flush().await.map_err(VolumeError::Flush)?;
+        if self.fence && !volume.core.lock().is(canary!(NoFence)) {
+            let settled = self.settled();
+            let tip = settled.0 == self.scan.tip(&self.superblock);
+            volume.fence(settled.0, settled.1, tip).await?;
+        }
+        Ok(())
+    }
+
+    /// The volume with another geometry and an epoch of its own, and the superblock to go on
+    /// from. Only for an empty journal; writes nothing to the volume but a header's lost copy.
+    pub(crate) async fn reshaped<D: Disk>(
+        mut self,
+        disk: &D,
+        header: Header<header::Opened>,
+        geometry: Geometry,
+    ) -> Result<(Volume, Superblock), VolumeError> {
+        let (header, header::Opened { key: volume_key, derivation, .. }) = header.split();
+        header.repair(disk).await?;
+        let id = self.next_epoch()?;
         let mut salt = [0; 24];
         disk.random(&mut salt)?;
         let key = Arc::new(volume_key.epoch(id, &salt));
-        let epoch = Epoch { id, salt, key_version: self.key_version, tabled: false };
+        let epoch = Epoch { id, salt, key_version: volume_key.version(), tabled: false };
         self.superblock.epochs.push(epoch);
         self.superblock.geometry = geometry;
-        let core = self.core(key.clone(), salt);
-        let volume = Volume::new(volume_key, self.derivation.clone(), core);
+        let mut core = self.core(key.clone(), salt);
+        core.fresh = self.fresh.take();
+        let volume = Volume::new(volume_key, derivation, core);
         volume.remember(key);
+        self.shut_out(disk, &volume).await?;
         Ok((volume, self.superblock))
     }
 
     async fn finish<D: Disk>(
-        self,
+        mut self,
         disk: &D,
-        volume_key: VolumeKey,
+        header: Header<header::Opened>,
         mut report: OpenReport,
     ) -> Result<(Volume, OpenReport), VolumeError> {
-        let newest = self.superblock.epochs.iter().map(|epoch| epoch.id).max().unwrap_or(0);
-        let id = newest.max(self.scan.epoch) + 1;
+        let (header, header::Opened { key: volume_key, derivation, .. }) = header.split();
+        let key_version = volume_key.version();
+        let id = self.next_epoch()?;
         let mut salt = [0; 24];
         if !self.read_only {
             disk.random(&mut salt)?;
         }
         let key = Arc::new(volume_key.epoch(id, &salt));
-        let volume = Volume::new(volume_key, self.derivation.clone(), self.core(key.clone(), salt));
+        let mut core = self.core(key.clone(), salt);
+        core.fresh = self.fresh.take();
+        let volume = Volume::new(volume_key, derivation, core);
         let replay = volume.replay(disk, &self.superblock, &self.scan, &mut report).await?;
         {
             let mut core = volume.core.lock();
@@ -399,9 +499,12 @@ impl Opening {
             core.size_order = replay.size_order;
         }
         if !self.read_only {
+            header.repair(disk).await?;
             volume.remember(key);
-            let epoch = Epoch { id, salt, key_version: self.key_version, tabled: false };
+            let epoch = Epoch { id, salt, key_version, tabled: false };
             self.settle(disk, &volume, epoch, &replay.skipped).await?;
+            // From here on a copy of what was found opens nowhere else.
+            volume.register().await?;
         }
         Ok((volume, report))
     }
@@ -414,8 +517,7 @@ impl Opening {
         epoch: Epoch,
         skipped: &[Order],
     ) -> Result<(), VolumeError> {
-        // What was read may lie in a volatile cache only.
-        disk.flush().await.map_err(VolumeError::Flush)?;
+        self.shut_out(disk, volume).await?;
         let crowded;
         {
             let mut core = volume.core.lock();

@@ -10,7 +10,7 @@ use super::{
     crypto::{EpochKey, Salt, Tag, VolumeKey},
     error::VolumeError,
     jblock::{self, Header, Record},
-    layout::Geometry,
+    layout::{Geometry, SEQ_END},
     superblock::Superblock,
 };
 use crate::disk::{BLOCK, Disk, HostError, Transfer};
@@ -79,7 +79,7 @@ pub(crate) async fn scan<D: Disk>(
     let mut scan = Scan { durable: superblock.durable, ..Scan::default() };
     let mut blocks: BTreeMap<u64, Found> = BTreeMap::new();
     let mut failures: BTreeMap<u64, HostError> = BTreeMap::new();
-    let mut keys: BTreeMap<(u32, Salt), EpochKey> = BTreeMap::new();
+    let mut keys: BTreeMap<(u32, Salt), Vec<EpochKey>> = BTreeMap::new();
     let end = geometry.ring_start + geometry.ring_blocks;
     let step = STEP.min(D::MAX_BLOCKS as u64);
     let (mut next, mut going) = (geometry.ring_start, FuturesOrdered::new());
@@ -139,14 +139,14 @@ pub(crate) async fn scan<D: Disk>(
 fn authenticate(
     block: &mut crate::disk::Block,
     key: &VolumeKey,
-    keys: &mut BTreeMap<(u32, Salt), EpochKey>,
+    keys: &mut BTreeMap<(u32, Salt), Vec<EpochKey>>,
     superblock: &Superblock,
     geometry: &Geometry,
     place: u64,
 ) -> Option<Found> {
     let header = jblock::peek(block, key.uuid())?;
     let in_reach = header.seq >= superblock.replay_seq
-        && header.seq < 1 << 62
+        && header.seq < SEQ_END
         && geometry.ring_place(header.seq) == place;
     if !in_reach {
         return None;
@@ -155,7 +155,16 @@ fn authenticate(
         keys.clear();
     }
     let id = header.order.epoch();
-    let epoch = keys.entry((id, header.salt)).or_insert_with(|| key.epoch(id, &header.salt));
-    let tag = jblock::open(block, epoch, &header).ok()?;
+    let epochs =
+        keys.entry((id, header.salt)).or_insert_with(|| key.epochs(id, &header.salt).collect());
+    let sealed = (epochs.len() > 1).then(|| Box::new(*block));
+    let tag = epochs.iter().find_map(|epoch| {
+        let opened = jblock::open(block, epoch, &header);
+        if let (Err(_), Some(sealed)) = (&opened, &sealed) {
+            // A failed opening wipes what it worked on.
+            *block = **sealed;
+        }
+        opened.ok()
+    })?;
     Some(Found { header, tag, records: jblock::records(block) })
 }

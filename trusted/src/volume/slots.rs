@@ -12,7 +12,7 @@
 use alloc::vec::Vec;
 use core::fmt;
 
-use zeroize::{Zeroize, ZeroizeOnDrop};
+use zeroize::{Zeroize, ZeroizeOnDrop, Zeroizing};
 
 use super::{
     Volume,
@@ -46,6 +46,8 @@ pub struct SlotKey(Presented);
 enum Presented {
     KeyFile([u8; 32]),
     Passphrase(Vec<u8>),
+    /// What Argon2id made of a passphrase for one slot.
+    Stretched([u8; 32]),
 }
 
 impl SlotKey {
@@ -53,6 +55,12 @@ impl SlotKey {
     #[must_use]
     pub const fn new(bytes: [u8; 32]) -> Self {
         Self(Presented::KeyFile(bytes))
+    }
+
+    /// What [`Volume::stretch`] made of a passphrase.
+    #[must_use]
+    pub const fn stretched(bytes: [u8; 32]) -> Self {
+        Self(Presented::Stretched(bytes))
     }
 
     /// A passphrase: any bytes, all of them count.
@@ -67,7 +75,7 @@ impl SlotKey {
     pub(crate) fn key_file(&self) -> Option<[u8; 32]> {
         match &self.0 {
             Presented::KeyFile(bytes) => Some(*bytes),
-            Presented::Passphrase(_) => None,
+            Presented::Passphrase(_) | Presented::Stretched(_) => None,
         }
     }
 }
@@ -166,6 +174,8 @@ impl NewSlot<'_> {
         put(slot, SALT_AT, &self.salt);
         match &self.key.0 {
             Presented::KeyFile(_) => slot[1] = KIND_KEY_FILE,
+            // Made for one salt: a slot has a new one each time it is written.
+            Presented::Stretched(_) => return Err(VolumeError::Misuse(Misuse::Stretch)),
             Presented::Passphrase(_) => {
                 slot[1] = KIND_PASSPHRASE;
                 put32(slot, 4, self.stretch.memory_kib);
@@ -213,6 +223,14 @@ fn kind(slot: &[u8]) -> Option<SlotKind> {
     })
 }
 
+/// The work that a passphrase of this slot costs.
+pub(crate) fn stretch_of(slot: &[u8]) -> Stretch {
+    match kind(slot) {
+        Some(SlotKind::Passphrase(stretch)) => stretch,
+        _ => Stretch::default(),
+    }
+}
+
 /// The secret that `key` is for this slot, if it is of the slot's kind.
 fn secret(slot: &[u8], key: &SlotKey) -> Option<Secret> {
     match (kind(slot)?, &key.0) {
@@ -220,6 +238,7 @@ fn secret(slot: &[u8], key: &SlotKey) -> Option<Secret> {
         (SlotKind::Passphrase(stretch), Presented::Passphrase(text)) => {
             stretch.stretch(text, &slot[SALT_AT..SALT_AT + 32])
         }
+        (SlotKind::Passphrase(_), Presented::Stretched(bytes)) => Some(Secret(*bytes)),
         _ => None,
     }
 }
@@ -244,13 +263,50 @@ impl Volume {
         SlotKey::new(crypto::derive(&self.derivation.0, salt, &[purpose]).0)
     }
 
+    /// The work of a passphrase, done once: 32 bytes that open the slot that `passphrase` opens,
+    /// given back as [`SlotKey::stretched`], until that slot changes. As secret as the passphrase,
+    /// for this volume. `None` for a key that takes no work.
+    ///
+    /// # Errors
+    /// [`VolumeError::WrongKey`] if it opens no slot, and those of a header that cannot be read.
+    pub async fn stretch<D: Disk>(
+        disk: &D,
+        passphrase: &SlotKey,
+    ) -> Result<Option<Zeroizing<[u8; 32]>>, VolumeError> {
+        let Presented::Passphrase(_) = &passphrase.0 else { return Ok(None) };
+        let header = read_header(disk, header::look, |generation| *generation).await?;
+        let bytes = &header.bytes;
+        let uuid = header::uuid(bytes);
+        (0..SLOTS)
+            .find_map(|n| {
+                let slot = header::slot(bytes, n);
+                let stretched = SlotKey::stretched(secret(slot, passphrase)?.0);
+                open(slot, &stretched, &uuid)?;
+                let Presented::Stretched(bytes) = &stretched.0 else { return None };
+                Some(Some(Zeroizing::new(*bytes)))
+            })
+            .ok_or(VolumeError::WrongKey)
+    }
+
+    /// Number of the slot that `key` opens.
+    ///
+    /// # Errors
+    /// [`VolumeError::WrongKey`] if there is none, and those of opening with it.
+    pub async fn slot_of<D: Disk>(disk: &D, key: &SlotKey) -> Result<usize, VolumeError> {
+        let decode = |bytes: &HeaderBytes| header::decode(bytes, key);
+        let header = read_header(disk, decode, |opened| opened.generation).await?;
+        let opens =
+            |n: &usize| open(header::slot(&header.bytes, *n), key, &header.found.uuid).is_some();
+        (0..SLOTS).find(opens).ok_or(VolumeError::WrongKey)
+    }
+
     /// The key slots in use. Takes no key: this much anybody can see.
     ///
     /// # Errors
     /// [`VolumeError::NotAVolume`] and the others of a header that cannot be read.
     pub async fn slots<D: Disk>(disk: &D) -> Result<Vec<SlotInfo>, VolumeError> {
-        let (bytes, _, _) = read_header(disk, header::look, |generation| *generation).await?;
-        Ok(used(&bytes))
+        let header = read_header(disk, header::look, |generation| *generation).await?;
+        Ok(used(&header.bytes))
     }
 
     /// Puts `new` into slot `number`, or into the first free one, in place of whatever is there.
@@ -279,7 +335,8 @@ impl Volume {
         .await
     }
 
-    /// Empties slot `number`. The volume must not be open elsewhere.
+    /// Empties slot `number`. The volume must not be open elsewhere. With `even_the_last` nobody
+    /// can ever open the volume again if it was the last one.
     ///
     /// # Errors
     /// Those of opening with `key`; [`Misuse::NoSlot`] if it is empty, [`Misuse::LastSlot`] if no
@@ -288,9 +345,10 @@ impl Volume {
         disk: &D,
         key: &SlotKey,
         number: usize,
+        even_the_last: bool,
     ) -> Result<(), VolumeError> {
         change(disk, key, &Change::Clear, |in_use| match in_use {
-            [one] if one.number == number => Err(Misuse::LastSlot),
+            [one] if one.number == number && !even_the_last => Err(Misuse::LastSlot),
             slots if slots.iter().any(|slot| slot.number == number) => Ok(number),
             _ => Err(Misuse::NoSlot),
         })
@@ -316,15 +374,25 @@ async fn change<D: Disk>(
     choose: impl FnOnce(&[SlotInfo]) -> Result<usize, Misuse>,
 ) -> Result<usize, VolumeError> {
     let decode = |bytes: &HeaderBytes| header::decode(bytes, key);
-    let (mut bytes, _, newest) = read_header(disk, decode, |opened| opened.generation).await?;
-    let number = choose(&used(&bytes)).map_err(VolumeError::Misuse)?;
-    header::change_slot(&mut bytes, key, number, change)?;
+    let mut header = read_header(disk, decode, |opened| opened.generation).await?;
+    let number = choose(&used(&header.bytes)).map_err(VolumeError::Misuse)?;
+    header::change_slot(&mut header.bytes, key, number, change)?;
+    write_header(disk, &header.bytes, header.copy).await?;
+    Ok(number)
+}
+
+/// Writes both copies of the header, over the one that is not the `newest` first.
+pub(crate) async fn write_header<D: Disk>(
+    disk: &D,
+    bytes: &HeaderBytes,
+    newest: usize,
+) -> Result<(), VolumeError> {
     let (blocks, _) = bytes.as_chunks::<BLOCK>();
     for place in [HEADERS[1 - newest], HEADERS[newest]] {
         write_blocks(disk, place, blocks).await?;
         disk.flush().await.map_err(VolumeError::Flush)?;
     }
-    Ok(number)
+    Ok(())
 }
 
 #[cfg(test)]
@@ -348,5 +416,37 @@ mod tests {
             hex(16, b"password", b"somesalt"),
             "09316115d5cf24ed5a15a31a3ba326e5cf32edc24702987c02b6566f61913cf7"
         );
+    }
+
+    /// RFC 9106, section 5.3, which has a secret and associated data: the library under the
+    /// parameters that slots cannot have.
+    #[test]
+    fn argon2id_agrees_with_rfc_9106() {
+        let mut params = argon2::ParamsBuilder::new();
+        params.m_cost(32).t_cost(3).p_cost(4).output_len(32);
+        params.data(argon2::AssociatedData::new(&[4; 12]).unwrap());
+        let argon = argon2::Argon2::new_with_secret(
+            &[3; 8],
+            argon2::Algorithm::Argon2id,
+            argon2::Version::V0x13,
+            params.build().unwrap(),
+        );
+        let mut memory = alloc::vec![argon2::Block::new(); 32];
+        let mut tag = [0; 32];
+        argon
+            .unwrap()
+            .hash_password_into_with_memory(&[1; 32], &[2; 16], &mut tag, &mut memory)
+            .unwrap();
+        let hex = tag.iter().fold(alloc::string::String::new(), |hex, b| format!("{hex}{b:02x}"));
+        assert_eq!(hex, "0d640df58d78766c08c037a34a8b53c9d01ef0452d75b65eb52520e96b01e659");
+    }
+
+    #[test]
+    fn a_key_shows_nothing_of_itself() {
+        for key in
+            [SlotKey::new([0x41; 32]), SlotKey::passphrase(b"AAAA"), SlotKey::stretched([0x41; 32])]
+        {
+            assert_eq!(format!("{key:?}{key:#?}"), "SlotKey(..)SlotKey(..)");
+        }
     }
 }

@@ -24,6 +24,7 @@ use super::{
     crypto::{SINGLE, Salt},
     delta::Delta,
     error::{Misuse, VolumeError},
+    freshness::Fresh,
     layout::{
         BLOCK_BYTES, FANOUT, Order, PLACE_BITS, Ptr, child, get32, get64, levels, put, put32, put64,
     },
@@ -165,8 +166,9 @@ impl Volume {
     ///
     /// # Errors
     /// [`Misuse::SnapshotName`], [`Misuse::SnapshotExists`], [`Misuse::TooManySnapshots`];
-    /// [`VolumeError::DamagedSnapshots`], [`VolumeError::Host`] when the checkpoint failed: there
-    /// is no snapshot then.
+    /// [`Misuse::Rekeying`]; [`VolumeError::DamagedSnapshots`], [`VolumeError::Host`] when the
+    /// checkpoint failed: there is no snapshot then; those of the counter, where syncs wait for it:
+    /// there is one then.
     pub async fn make_snapshot<D: Disk>(
         &self,
         disk: &D,
@@ -180,6 +182,9 @@ impl Volume {
         if snapshots.iter().any(|snapshot| snapshot.name == name) {
             return Err(VolumeError::Misuse(Misuse::SnapshotExists));
         }
+        if self.key.is_retiring() {
+            return Err(VolumeError::Misuse(Misuse::Rekeying));
+        }
         if snapshots.len() >= PER_BLOCK * MAX_BLOCKS || self.core.lock().birth >= MAX_BIRTH {
             return Err(VolumeError::Misuse(Misuse::TooManySnapshots));
         }
@@ -187,7 +192,8 @@ impl Volume {
         let ticket = self.enter(0, EOF, true).await;
         let made = self.checkpoint_with(disk, Some(Task::Keep { name, created })).await;
         self.leave(Some(ticket));
-        made.map_err(|errno| failed(0, errno))
+        made.map_err(|errno| failed(0, errno))?;
+        self.register_changed().await
     }
 
     /// Lets the snapshot `name` go; answers how many blocks became free. Needs 8 bytes of memory
@@ -203,6 +209,7 @@ impl Volume {
         let before = self.info().used_blocks;
         let deleted = self.checkpoint_with(disk, Some(Task::Release { name })).await;
         deleted.map_err(|errno| failed(0, errno))?;
+        self.register_changed().await?;
         Ok(before.saturating_sub(self.info().used_blocks))
     }
 
@@ -226,6 +233,15 @@ impl Volume {
         Ok(self)
     }
 
+    /// Where syncs wait for the counter, a change of the snapshots does, too.
+    async fn register_changed(&self) -> Result<(), VolumeError> {
+        let counts = self.core.lock().fresh.as_ref().is_some_and(Fresh::counts_syncs);
+        if counts {
+            self.register().await?;
+        }
+        Ok(())
+    }
+
     /// Whether the volume has snapshots.
     pub(crate) fn has_snapshots(&self) -> bool {
         self.core.lock().held.newest > 0
@@ -247,8 +263,8 @@ impl Volume {
             let mut block: Box<Block> = Box::new([0; BLOCK]);
             transfer.get(0, &mut block);
             let salt: Salt = super::layout::get_array(&block[..], 0);
-            let key = self.key.single(LABEL, &salt);
-            key.open(SINGLE, &aad(places.len()), &ptr.tag, &mut block[BODY..])
+            self.key
+                .open_single(LABEL, &salt, &aad(places.len()), &ptr.tag, &mut block[BODY..])
                 .map_err(|_| Bad::Forged)?;
             places.push(ptr.place());
             ptr = Ptr::decode(&block[..], BODY);

@@ -10,11 +10,14 @@ use super::{
     crypto::{SINGLE, Salt, Tag, VolumeKey},
     error::VolumeError,
     layout::{
-        BLOCK_BYTES, Geometry, MAX_LEVELS, Order, Ptr, get_array, get32, get64, levels, put, put32,
-        put64,
+        BLOCK_BYTES, Geometry, MAX_LEVELS, Order, Ptr, SEQ_END, get_array, get32, get64, levels,
+        put, put32, put64,
     },
 };
-use crate::disk::{BLOCK, Block};
+use crate::{
+    counter::Record,
+    disk::{BLOCK, Block},
+};
 
 const MAGIC: &[u8; 8] = b"PSTRNSUP";
 /// A superblock without and with a field of features.
@@ -30,6 +33,48 @@ const RECENT_AT: usize = 640;
 const MAX_TABLE_LEVELS: u32 = 5;
 
 const FLAG_CLEAN: u32 = 1;
+
+const REGISTERED_AT: usize = 408;
+const COUNTER_FLAGS_AT: usize = 448;
+const ATTEMPTED_AT: usize = BLOCK - Record::BYTES;
+const BOUND: u64 = 1;
+const REGISTERED: u64 = 2;
+const ATTEMPTED: u64 = 4;
+
+/// What a volume that is bound to a monotonic counter knows of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Bound {
+    /// What the counter held when the superblock was written.
+    pub(crate) registered: Option<Record>,
+    /// What a move on its way then would make of it.
+    pub(crate) attempted: Option<Record>,
+}
+
+impl Bound {
+    fn encode(&self, b: &mut Block) {
+        let mut flags = BOUND;
+        for (record, at, flag) in [
+            (self.registered, REGISTERED_AT, REGISTERED),
+            (self.attempted, ATTEMPTED_AT, ATTEMPTED),
+        ] {
+            if let Some(record) = record {
+                put(b, at, &record.encode());
+                flags |= flag;
+            }
+        }
+        put64(b, COUNTER_FLAGS_AT, flags);
+    }
+
+    fn decode(b: &Block) -> Option<Self> {
+        let flags = get64(b, COUNTER_FLAGS_AT);
+        let record =
+            |at: usize, flag: u64| (flags & flag != 0).then(|| Record::decode(&get_array(b, at)));
+        (flags & BOUND != 0).then(|| Self {
+            registered: record(REGISTERED_AT, REGISTERED),
+            attempted: record(ATTEMPTED_AT, ATTEMPTED),
+        })
+    }
+}
 
 /// An epoch that the superblock remembers.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -89,6 +134,8 @@ pub(crate) struct Superblock {
     pub(crate) birth: u32,
     pub(crate) held: Held,
     pub(crate) epochs: Vec<Epoch>,
+    /// If the volume is bound to a counter.
+    pub(crate) counter: Option<Bound>,
 }
 
 fn aad(bytes: &Block, slot: usize) -> [u8; 32] {
@@ -145,6 +192,9 @@ impl Superblock {
         for (i, epoch) in self.epochs.iter().take(RECENT).enumerate() {
             epoch.encode(&mut b, RECENT_AT + i * Epoch::BYTES);
         }
+        if let Some(bound) = &self.counter {
+            bound.encode(&mut b);
+        }
         let aad = aad(&b, slot);
         let tag = key.single(b"postern/1 superblock", salt).seal(SINGLE, &aad, &mut b[BODY..]);
         put(&mut b, 24, &tag);
@@ -168,7 +218,7 @@ impl Superblock {
         let tag = get_array(&b, 24);
         let aad = aad(&b, slot);
         let sealed = &mut b[BODY..];
-        if key.single(b"postern/1 superblock", &salt).open(SINGLE, &aad, &tag, sealed).is_err() {
+        if key.open_single(b"postern/1 superblock", &salt, &aad, &tag, sealed).is_err() {
             return Ok(None);
         }
         let version = get32(&b, 48);
@@ -219,6 +269,7 @@ impl Superblock {
             epochs: (0..count.min(RECENT))
                 .map(|i| Epoch::decode(&b, RECENT_AT + i * Epoch::BYTES))
                 .collect(),
+            counter: Bound::decode(&b),
         };
         let ok = get32(&b, 72) as usize == slot
             && count <= RECENT
@@ -228,8 +279,14 @@ impl Superblock {
             && superblock.size <= geometry.capacity * BLOCK_BYTES
             && (features & FEATURE_SNAPSHOTS != 0) == (superblock.held.newest > 0)
             && superblock.held.table.is_null() == (superblock.held.newest == 0)
-            && (1..1 << 62).contains(&superblock.replay_seq)
-            && superblock.generation < 1 << 62;
+            && superblock.held.newest < 1 << 24
+            && superblock.held.blocks <= geometry.host_blocks
+            && (1..SEQ_END).contains(&superblock.replay_seq)
+            && superblock.durable < SEQ_END
+            && superblock.generation < SEQ_END
+            && superblock.session < SEQ_END
+            && superblock.birth < 1 << 24
+            && superblock.epochs.iter().all(|epoch| epoch.id <= Order::MAX_EPOCH);
         if ok { Ok(Some(superblock)) } else { Err(VolumeError::BadGeometry) }
     }
 }

@@ -31,7 +31,8 @@ impl Volume {
     ///
     /// # Errors
     /// `EIO` when the host's flush or the journal failed, now or before: no later call succeeds
-    /// until the volume is opened again.
+    /// until the volume is opened again. `EIO` also when syncs move the monotonic counter and it
+    /// does not answer: then a later call that succeeds covers this one, too.
     pub async fn sync<D: Disk>(&self, disk: &D) -> Result<(), Errno> {
         let now = disk.now_ns();
         let (stamp, queued) = {
@@ -52,7 +53,8 @@ impl Volume {
             self.expecting.store(expect.small >= EXPECT_AFTER, Ordering::Relaxed);
             (core.stamp, core.journal.queued)
         };
-        self.sync_to(disk, stamp, queued).await
+        self.sync_to(disk, stamp, queued).await?;
+        self.register_sync().await
     }
 
     /// Makes completions up to `stamp` and records up to `queued` durable.

@@ -168,8 +168,9 @@ impl Volume {
         if let Some(key) = self.keys.lock().get(&id) {
             return Ok(key.clone());
         }
-        let salt = self.salt_of(disk, id).await?;
-        let key = Arc::new(self.key.epoch(id, &salt));
+        let epoch = self.epoch(disk, id).await?;
+        let key = self.key.epoch_of(epoch.key_version, id, &epoch.salt).ok_or(Bad::Forged)?;
+        let key = Arc::new(key);
         self.remember(key.clone());
         Ok(key)
     }

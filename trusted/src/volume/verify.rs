@@ -8,6 +8,7 @@ use super::{
     Volume,
     crypto::Kind,
     layout::{BLOCK_BYTES, FANOUT, Geometry, Ptr, REGION, child},
+    merge::Met,
     space::{Bitmap, fresh},
     tree::{Bad, Miss},
 };
@@ -132,7 +133,10 @@ impl Volume {
             (core.map, changed(&core.active.maps).into_iter().chain(frozen).min())
         };
         // Of a snapshot the map may have fewer leaves than the volume has now.
-        let existing = self.existing_leaf(disk, &map, from, last).await;
+        let existing = match self.existing_leaf(disk, &map, from, last).await {
+            Met::Nothing => None,
+            Met::Leaf(leaf) | Met::Unreadable(leaf, _) => Some(leaf),
+        };
         existing.into_iter().chain(changed).min()
     }
 
@@ -176,13 +180,14 @@ impl Volume {
             let core = self.core.lock();
             (core.map, core.space.root)
         };
-        let mut all = self.reach(disk, map.root, map.levels, &mut report).await;
+        let mut all = self.reached_by(disk, map.root, map.levels, &mut report).await;
         let mut others = Vec::new();
         match self.table_of_snapshots(disk).await {
             Ok((snapshots, places)) => {
                 others.extend(places);
                 for snapshot in snapshots {
-                    let tree = self.reach(disk, snapshot.root, snapshot.levels, &mut report).await;
+                    let tree =
+                        self.reached_by(disk, snapshot.root, snapshot.levels, &mut report).await;
                     all.absorb(tree);
                 }
             }
@@ -215,7 +220,7 @@ impl Volume {
     }
 
     /// What the tree under `root` reaches.
-    async fn reach<D: Disk>(
+    async fn reached_by<D: Disk>(
         &self,
         disk: &D,
         root: Ptr,

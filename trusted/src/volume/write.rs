@@ -13,6 +13,7 @@ use super::{
     core::{Core, Eager, Pending, wake},
     crypto::{EpochKey, Kind, TAG, Tag, aad},
     error::guest_errno,
+    freshness::Fresh,
     jblock::Record,
     layout::{BLOCK_BYTES, Order, Ptr},
     ranges::EOF,
@@ -312,6 +313,20 @@ impl Volume {
         done.1.map_or(Ok(()), Err)
     }
 
+    /// Writes what the file holds in up to [`PIECE`] whole blocks again; its size stays. May use the
+    /// places that are kept for shrinking.
+    pub(crate) async fn write_again<D: Disk>(
+        &self,
+        disk: &D,
+        first: u64,
+        count: u64,
+        content: &impl Buffer,
+    ) -> Result<(), Errno> {
+        let (source, then) = (Source::Guest(content, 0), Then::Reach(0));
+        let done = self.write_piece(disk, first, count, source, None, then, true).await;
+        done.1.map_or(Ok(()), Err)
+    }
+
     /// Writes up to [`PIECE`] blocks, in as many runs as there is contiguous room for. `last`:
     /// may use the places that are kept for shrinking.
     #[allow(clippy::too_many_arguments)]
@@ -571,6 +586,7 @@ fn start(
     let id = core.launch(run);
     let recent = now.is_some_and(|now| now.saturating_sub(core.expect.last_ns) < EXPECT_NS);
     let eager = recent
+        && !core.fresh.as_ref().is_some_and(Fresh::counts_syncs)
         && run.count <= EAGER_BLOCKS
         && core.expect.since <= EAGER_UNSYNCED
         && core.journal.writing.len() < 2

@@ -464,8 +464,9 @@ fn vectors_scatter_and_gather_the_bytes_in_order() {
         write.buffer.copy_in(start, &mut bytes).unwrap();
         assert_eq!(bytes, b"abcdefgh"[start..]);
     }
-    assert!(write.buffer.is_aligned(1));
-    assert!(!write.buffer.is_aligned(2));
+    let ranges = [(100, 3), (0, 0), (50, 1), (7, 4)].map(|(offset, len)| (data.at(offset), len));
+    assert!(write.buffer.ranges().eq(ranges));
+    assert_eq!(write.buffer.reach(true), 8);
     done.finish(Ok(8));
 }
 

@@ -111,7 +111,7 @@ fn timeouts(cases: &mut Cases) {
             });
         }
     }
-    // These wait for ever: a signal ends them.
+    // These wait for ever: a signal ends them. On a busy machine the next one comes before the end.
     for (name, seconds, nanoseconds) in [
         ("-1 s", -1, 0),
         ("-1 ns", 0, -1),
@@ -125,13 +125,13 @@ fn timeouts(cases: &mut Cases) {
         cases.add(format!("events/a timeout of {name}"), move |w| {
             bounded(w);
             get(w, with_events(w, 0), 1, 1, w.time(seconds, nanoseconds));
-            w.say(format!("signals {}", sys::signals()));
+            w.say(format!("a signal came: {}", sys::signals() > 0));
         });
     }
     cases.add("events/no timeout waits for ever", |w| {
         bounded(w);
         get(w, with_events(w, 0), 1, 1, 0);
-        w.say(format!("signals {}", sys::signals()));
+        w.say(format!("a signal came: {}", sys::signals() > 0));
     });
     for events in [0, 2] {
         cases.add(format!("events/no timeout, min 0, {events} ready"), move |w| {

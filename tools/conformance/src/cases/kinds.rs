@@ -6,7 +6,7 @@ use super::Cases;
 use crate::{
     aio::{Iocb, op, rwf},
     sys,
-    world::{World, until_asleep},
+    world::{World, until_asleep, until_asleep_in_call},
 };
 
 type Open = fn(&World) -> i32;
@@ -249,7 +249,7 @@ fn pipes(cases: &mut Cases) {
             let (context, (reader, _writer)) = (w.context(4), w.pipe(0));
             let me = sys::thread();
             let sender = std::thread::spawn(move || {
-                until_asleep(me);
+                until_asleep_in_call(me, libc::SYS_io_submit);
                 sys::signal_thread(me, libc::SIGUSR1);
             });
             w.one_in(context, Iocb::new(op::PREAD, reader, w.memory(64), 8, 0));
@@ -257,6 +257,7 @@ fn pipes(cases: &mut Cases) {
             let _ = sender.join();
         });
     }
+    interrupted(cases);
     cases.add("kinds/a read of an empty pipe blocks io_submit until there is data", |w| {
         let (context, (reader, writer)) = (w.context(4), w.pipe(0));
         let me = sys::thread();
@@ -286,5 +287,58 @@ fn pipes(cases: &mut Cases) {
         w.write(writer, "now");
         w.see("blocked io_submit", blocked.join().unwrap_or(-1));
         w.reap(context, 1);
+    });
+}
+
+/// A request that blocks io_submit on a descriptor that is not the file's.
+fn interrupted(cases: &mut Cases) {
+    type Make = fn(&World) -> Iocb;
+    let blocking: [(&str, Make); 4] = [
+        ("a read of an empty pipe", |w| Iocb::new(op::PREAD, w.pipe(0).0, w.memory(64), 8, 0)),
+        ("a write to a full pipe", |w| {
+            let (_, writer) = w.pipe(0);
+            // SAFETY: plain numbers.
+            let bytes = unsafe { libc::fcntl(writer, libc::F_GETPIPE_SZ) }.unsigned_abs().into();
+            let area = w.filled(bytes, 1);
+            w.see("fill", sys::call(libc::SYS_write, &[sys::word(writer), area, bytes]));
+            Iocb::new(op::PWRITE, writer, area, 8, 0)
+        }),
+        ("a read of a silent socket", |w| {
+            Iocb::new(op::PREAD, w.sockets(libc::SOCK_STREAM).0, w.memory(64), 8, 0)
+        }),
+        ("a read of an eventfd at 0", |w| {
+            Iocb::new(op::PREAD, w.eventfd(0, 0), w.memory(64), 8, 0)
+        }),
+    ];
+    for (name, make) in blocking {
+        for (how, flags) in [("", 0), (", SA_RESTART", libc::SA_RESTART)] {
+            cases.add(format!("kinds/a signal ends {name} between reads{how}"), move |w| {
+                sys::count_signal(libc::SIGUSR1, flags);
+                let (context, file) = (w.context(8), w.open(O_RDONLY));
+                let read = |data| Iocb::new(op::PREAD, file, w.memory(64), 8, 0).data(data);
+                let iocbs = [read(1), make(w).data(2), read(3)];
+                let me = sys::thread();
+                let sender = std::thread::spawn(move || {
+                    until_asleep_in_call(me, libc::SYS_io_submit);
+                    sys::signal_thread(me, libc::SIGUSR1);
+                });
+                w.see("io_submit", w.submit(context, &iocbs));
+                w.say(format!("signals {}", sys::signals()));
+                w.see("in the ring", context.ready().into());
+                w.reap(context, 3);
+                let _ = sender.join();
+            });
+        }
+    }
+    cases.add("kinds/a signal before io_submit does not end what it reads", |w| {
+        sys::count_signal(libc::SIGUSR1, 0);
+        let (context, (reader, writer)) = (w.context(8), w.pipe(0));
+        w.write(writer, "there");
+        let me = sys::thread();
+        sys::mask_signal(libc::SIG_BLOCK, libc::SIGUSR1);
+        sys::signal_thread(me, libc::SIGUSR1);
+        w.one_at_once_in(context, Iocb::new(op::PREAD, reader, w.memory(64), 8, 0));
+        sys::mask_signal(libc::SIG_UNBLOCK, libc::SIGUSR1);
+        w.say(format!("signals {}", sys::signals()));
     });
 }

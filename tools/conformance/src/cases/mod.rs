@@ -3,6 +3,7 @@
 mod cancel;
 mod capacity;
 mod destroy;
+mod direct;
 mod events;
 mod kinds;
 mod libaio;
@@ -51,6 +52,7 @@ pub fn all() -> Vec<Case> {
     submit::add(&mut cases);
     order::add(&mut cases);
     read_write::add(&mut cases);
+    direct::add(&mut cases);
     sync::add(&mut cases);
     kinds::add(&mut cases);
     poll::add(&mut cases);

@@ -13,7 +13,30 @@ fn read(w: &World) -> Iocb {
     Iocb::new(op::PREAD, w.open(O_RDONLY), w.memory(64), 16, 0)
 }
 
+/// Submits reads of the file's first eight pages; answers where they go.
+fn submit_eight(w: &World, context: Context, fd: i32) -> u64 {
+    let buffer = w.memory(8 * PAGE);
+    let iocbs: Vec<Iocb> = (0..8)
+        .map(|i| Iocb::new(op::PREAD, fd, buffer + i * PAGE, PAGE, (i * PAGE) as i64).data(i))
+        .collect();
+    w.see("io_submit", w.submit(context, &iocbs));
+    buffer
+}
+
 pub fn add(cases: &mut Cases) {
+    cases.add("process/every descriptor that /proc lists is the program's own", |w| {
+        w.one(Iocb::new(op::PREAD, w.open(O_RDWR | O_DIRECT), w.memory(PAGE), PAGE, 0));
+        for directory in ["/proc/self/fd", "/proc/self/fdinfo", "/proc/thread-self/fd"] {
+            let names = std::fs::read_dir(directory).into_iter().flatten().flatten();
+            let numbers = names.filter_map(|name| name.file_name().to_str()?.parse::<i32>().ok());
+            let numbers: Vec<i32> = numbers.collect();
+            // SAFETY: plain numbers.
+            let flags = |fd: &i32| sys::answer(unsafe { libc::fcntl(*fd, libc::F_GETFD) }.into());
+            // The directory's own descriptor is closed again.
+            let strange = numbers.iter().filter(|fd| flags(fd) < 0).count();
+            w.say(format!("{directory}: some {}, strange {strange}", !numbers.is_empty()));
+        }
+    });
     forks(cases);
     ends(cases);
     moves(cases);
@@ -76,11 +99,7 @@ fn forks(cases: &mut Cases) {
     });
     cases.add("process/requests in flight across a fork stay the parent's", |w| {
         let (context, fd) = (w.context(16), w.open(O_RDWR | O_DIRECT));
-        let buffer = w.memory(8 * PAGE);
-        let iocbs: Vec<Iocb> = (0..8)
-            .map(|i| Iocb::new(op::PREAD, fd, buffer + i * PAGE, PAGE, (i * PAGE) as i64).data(i))
-            .collect();
-        w.see("io_submit", w.submit(context, &iocbs));
+        let buffer = submit_eight(w, context, fd);
         w.in_child("child", || ());
         w.reap_any_order(context, 8);
         w.see_memory("memory", buffer, 8 * PAGE);
@@ -194,11 +213,7 @@ fn moves(cases: &mut Cases) {
     });
     cases.add("process/mremap with requests in flight", |w| {
         let (context, fd) = (w.context(16), w.open(O_RDWR | O_DIRECT));
-        let buffer = w.memory(8 * PAGE);
-        let iocbs: Vec<Iocb> = (0..8)
-            .map(|i| Iocb::new(op::PREAD, fd, buffer + i * PAGE, PAGE, (i * PAGE) as i64).data(i))
-            .collect();
-        w.see("io_submit", w.submit(context, &iocbs));
+        submit_eight(w, context, fd);
         let place = w.memory(context.bytes());
         let flags = MREMAP_MAYMOVE | MREMAP_FIXED;
         sys::remap(context.0, context.bytes(), context.bytes(), flags, place);

@@ -28,6 +28,13 @@ fn mask_of(w: &World, signals: &[i32]) -> u64 {
     pair
 }
 
+/// SIGUSR1 is counted, blocked, and pending.
+fn pend() {
+    sys::count_signal(SIGUSR1, 0);
+    sys::mask_signal(libc::SIG_BLOCK, SIGUSR1);
+    sys::signal_thread(sys::thread(), SIGUSR1);
+}
+
 /// A request that completes at once, submitted from any thread.
 fn ready_request(w: &World) -> u64 {
     let (fd, buffer) = (w.open(libc::O_RDONLY), w.memory(64));
@@ -121,29 +128,21 @@ pub fn add(cases: &mut Cases) {
 
 fn masks(cases: &mut Cases) {
     cases.add("signals/pending and let in by the mask", |w| {
-        sys::count_signal(SIGUSR1, 0);
-        sys::mask_signal(libc::SIG_BLOCK, SIGUSR1);
-        sys::signal_thread(sys::thread(), SIGUSR1);
+        pend();
         wait(w, w.context(8), 1, Some(mask_of(w, &[])));
     });
     cases.add("signals/pending and let in by the mask, events ready", |w| {
-        sys::count_signal(SIGUSR1, 0);
-        sys::mask_signal(libc::SIG_BLOCK, SIGUSR1);
-        sys::signal_thread(sys::thread(), SIGUSR1);
+        pend();
         let (context, list) = (w.context(8), ready_request(w));
         aio::submit(context.0, 1, list);
         wait(w, context, 1, Some(mask_of(w, &[])));
     });
     cases.add("signals/pending and let in, min 0", |w| {
-        sys::count_signal(SIGUSR1, 0);
-        sys::mask_signal(libc::SIG_BLOCK, SIGUSR1);
-        sys::signal_thread(sys::thread(), SIGUSR1);
+        pend();
         wait(w, w.context(8), 0, Some(mask_of(w, &[])));
     });
     cases.add("signals/pending and kept out", |w| {
-        sys::count_signal(SIGUSR1, 0);
-        sys::mask_signal(libc::SIG_BLOCK, SIGUSR1);
-        sys::signal_thread(sys::thread(), SIGUSR1);
+        pend();
         let mask = mask_of(w, &[SIGUSR1, SIGUSR2]);
         let answer =
             aio::get_masked(w.context(8).0, 1, 1, w.memory(64), w.time(0, 1_000_000), mask);
@@ -163,9 +162,7 @@ fn masks(cases: &mut Cases) {
         let _ = sender.join();
     });
     cases.add("signals/pending without a mask", |w| {
-        sys::count_signal(SIGUSR1, 0);
-        sys::mask_signal(libc::SIG_BLOCK, SIGUSR1);
-        sys::signal_thread(sys::thread(), SIGUSR1);
+        pend();
         let answer = aio::get(w.context(8).0, 1, 1, w.memory(64), w.time(0, 1_000_000));
         w.see("io_getevents", answer);
         w.say(format!("signals {}", sys::signals()));

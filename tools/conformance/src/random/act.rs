@@ -217,13 +217,13 @@ impl<'a> Actor<'a> {
         }
     }
 
-    fn tell_events(&self, count: u64, sort: bool) {
+    fn tell_events(&self, count: u64, sort: bool) -> Vec<Event> {
         let mut events: Vec<Event> =
             (0..count).map(|i| Event::load(self.events + i * EVENT)).collect();
         if sort {
             events.sort_by_key(|event| event.data);
         }
-        for event in events {
+        for event in &events {
             let place = event.obj.wrapping_sub(self.iocbs) / 64;
             self.world.say(format!(
                 "    event of {}: iocb {place} res {} res2 {}",
@@ -232,6 +232,7 @@ impl<'a> Actor<'a> {
                 event.res2
             ));
         }
+        events
     }
 
     fn submit(&mut self, mut line: String, context: u64, requests: &[&Request]) {
@@ -255,26 +256,30 @@ impl<'a> Actor<'a> {
         let _ = write!(line, "\n    = {}", show(answer));
         self.world.say(line);
         let Some(slot) = slot.filter(|_| answer > 0) else { return };
-        if late {
-            self.reap_all(slot.context, before, answer.cast_unsigned());
+        let events = if late {
+            self.reap_all(slot.context, before, answer.cast_unsigned())
         } else {
             let ring = slot.context;
             self.world.say(format!("    head {} tail {}", ring.head(), ring.tail()));
-        }
+            Vec::new()
+        };
         for (place, request) in (0..).zip(requests) {
-            if matches!(request.opcode, op::PREAD | op::PREADV) {
+            // How far a read with O_DIRECT came that failed depends on where the disk has the file.
+            let failed = |event: &Event| event.data == request.number.into() && event.res < 0;
+            let known = !events.iter().any(failed);
+            if known && matches!(request.opcode, op::PREAD | op::PREADV) {
                 let sum = World::sum(self.buffers + place * BUFFER, BUFFER);
                 self.world.say(format!("    memory of {}: {sum:016x}", request.number));
             }
         }
     }
 
-    /// Reaps the `before` events that were there and `count` new ones.
-    fn reap_all(&self, ring: Context, before: u64, count: u64) {
+    /// Reaps the `before` events that were there and `count` new ones; answers them all.
+    fn reap_all(&self, ring: Context, before: u64, count: u64) -> Vec<Event> {
         let all = (before + count) as i64;
         let got = aio::get(ring.0, all, all, self.events, self.long);
         self.world.say(format!("    reap {all} = {}", show(got)));
-        self.tell_events(got.max(0).cast_unsigned(), true);
+        self.tell_events(got.max(0).cast_unsigned(), true)
     }
 
     fn iocb(&self, place: u64, request: &Request) -> Iocb {

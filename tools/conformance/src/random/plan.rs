@@ -279,6 +279,16 @@ fn request(dice: &mut Dice, number: u32, part: u64) -> Request {
         signals: dice.one_in(4),
         lost: false,
     };
+    // A write with O_DIRECT whose end is odd may be done up to an extent's end before that is seen:
+    // where those are is for the disk to say. One that begins oddly is refused at once.
+    // And one without memory may leave zeros where there was a hole, before it fails.
+    if direct && opcode == op::PWRITE && place == Place::Null {
+        request.place = Place::There;
+    }
+    let one_block = request.offset.cast_unsigned() % 4096 + len <= 4096;
+    if direct && !sync && !len.is_multiple_of(512) && !one_block {
+        request.offset |= 1;
+    }
     match dice.below(60) {
         0 => request.reserved = 1,
         1 => request.lost = true,

@@ -3,6 +3,8 @@
 use std::{
     collections::BTreeMap,
     ffi::{OsStr, OsString},
+    io::Write as _,
+    os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::{Mutex, MutexGuard, PoisonError},
@@ -43,7 +45,7 @@ impl Ground {
     pub fn new() -> Option<Self> {
         static ALONE: Mutex<()> = Mutex::new(());
         let Some(parts) = std::env::var_os(PARTS_VARIABLE).map(PathBuf::from) else {
-            skip("run `cargo xtask test` or `cargo xtask e2e`");
+            skip("run `cargo xtask test` or `cargo xtask conformance`");
             return None;
         };
         for part in ["postern", "posternd", "libpostern_preload.so"] {
@@ -56,6 +58,10 @@ impl Ground {
         let kind = stat.args(["-f", "-c%T"]).arg(directory.path()).output().unwrap();
         if !kind.stdout.starts_with(b"ext2/ext3") {
             skip("the target directory is not on ext4, which the protected file is compared with");
+            return None;
+        }
+        if !takes_direct(&directory.path().join("direct")) {
+            skip("the target directory's disk does not take O_DIRECT");
             return None;
         }
         let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
@@ -137,9 +143,20 @@ impl Ground {
     }
 }
 
-/// Says loudly that a test does not run, and why.
+/// Whether a file can be opened with `O_DIRECT` there.
+fn takes_direct(path: &Path) -> bool {
+    let mut options = std::fs::OpenOptions::new();
+    options.write(true).create(true).custom_flags(libc::O_DIRECT).open(path).is_ok()
+}
+
+/// Says why a test does not run, past the test harness, which would keep it for itself.
 fn skip(why: &str) {
-    eprintln!("SKIPPED: {}: {why}", thread::current().name().unwrap_or("test"));
+    say(&format!("SKIPPED: {}: {why}", thread::current().name().unwrap_or("test")));
+}
+
+/// Says something past the test harness.
+pub fn say(what: &str) {
+    let _ = writeln!(std::io::stderr(), "{what}");
 }
 
 /// How a command ended.

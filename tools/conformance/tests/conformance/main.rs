@@ -3,7 +3,8 @@
 //!
 //! `POSTERN_CONFORMANCE_ONLY` limits the suite to the cases whose name contains it.
 //! `POSTERN_CONFORMANCE_SEEDS` sets how many random sequences run (default
-//! [`random::DEFAULT_SEEDS`]), `POSTERN_CONFORMANCE_SEED` replays one.
+//! [`random::DEFAULT_SEEDS`]), `POSTERN_CONFORMANCE_SEED` with which seed they begin; alone it
+//! replays one.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 

@@ -3,12 +3,12 @@
 use std::ffi::OsString;
 
 use crate::{
-    ground::{Ground, Place, side_by_side},
+    ground::{Ground, Place, say, side_by_side},
     shrink::shrink,
 };
 
 /// Sequences of an ordinary run.
-pub const DEFAULT_SEEDS: u64 = 200;
+pub const DEFAULT_SEEDS: u64 = 300;
 /// Lines shown of a difference.
 const LINES: usize = 200;
 
@@ -31,10 +31,11 @@ fn words(seed: u64, count: u64, keep: Option<&[u32]>) -> Vec<OsString> {
 #[test]
 fn random_sequences_of_calls_answer_inside_what_the_kernel_answers() {
     let Some(ground) = Ground::new() else { return };
-    let seeds = match number("POSTERN_CONFORMANCE_SEED") {
-        Some(seed) => seed..seed + 1,
-        None => 1..1 + number("POSTERN_CONFORMANCE_SEEDS").unwrap_or(DEFAULT_SEEDS),
-    };
+    let (seed, count) = (number("POSTERN_CONFORMANCE_SEED"), number("POSTERN_CONFORMANCE_SEEDS"));
+    let count = count.unwrap_or(if seed.is_some() { 1 } else { DEFAULT_SEEDS });
+    let first = seed.unwrap_or(1);
+    let seeds = first..first.saturating_add(count);
+    say(&format!("random sequences of seeds {} to {}", seeds.start, seeds.end - 1));
     let [native, inside] = ground.both(&|part, parts| {
         let (part, parts) = (part as u64, parts as u64);
         let count = seeds.end - seeds.start;

@@ -63,17 +63,20 @@ pub struct Case {
     rw: &'static str,
     bs: &'static str,
     depth: u32,
+    /// fdatasync after each write.
+    sync: bool,
 }
 
-const CASES: [Case; 8] = [
-    Case { name: "randread-1", rw: "randread", bs: "4k", depth: 1 },
-    Case { name: "randread-32", rw: "randread", bs: "4k", depth: 32 },
-    Case { name: "randread-128", rw: "randread", bs: "4k", depth: 128 },
-    Case { name: "randwrite-1", rw: "randwrite", bs: "4k", depth: 1 },
-    Case { name: "randwrite-32", rw: "randwrite", bs: "4k", depth: 32 },
-    Case { name: "randwrite-128", rw: "randwrite", bs: "4k", depth: 128 },
-    Case { name: "read-1m", rw: "read", bs: "1m", depth: 8 },
-    Case { name: "write-1m", rw: "write", bs: "1m", depth: 8 },
+const CASES: [Case; 9] = [
+    Case { name: "randread-1", rw: "randread", bs: "4k", depth: 1, sync: false },
+    Case { name: "randread-32", rw: "randread", bs: "4k", depth: 32, sync: false },
+    Case { name: "randread-128", rw: "randread", bs: "4k", depth: 128, sync: false },
+    Case { name: "randwrite-1", rw: "randwrite", bs: "4k", depth: 1, sync: false },
+    Case { name: "randwrite-32", rw: "randwrite", bs: "4k", depth: 32, sync: false },
+    Case { name: "randwrite-128", rw: "randwrite", bs: "4k", depth: 128, sync: false },
+    Case { name: "read-1m", rw: "read", bs: "1m", depth: 8, sync: false },
+    Case { name: "write-1m", rw: "write", bs: "1m", depth: 8, sync: false },
+    Case { name: "sync", rw: "randwrite", bs: "4k", depth: 1, sync: true },
 ];
 
 /// One run.
@@ -282,7 +285,9 @@ impl Bench<'_> {
         let runtime = format!("--runtime={}", self.options.runtime);
         let depth = format!("--iodepth={}", case.depth);
         let (rw, bs) = (format!("--rw={}", case.rw), format!("--bs={}", case.bs));
-        let (outcome, cpu) = self.once(postern, &[&rw, &bs, &depth, "--time_based", &runtime])?;
+        let sync = if case.sync { "--fdatasync=1" } else { "--fdatasync=0" };
+        let (outcome, cpu) =
+            self.once(postern, &[&rw, &bs, &depth, "--time_based", &runtime, sync])?;
         if outcome.ios() == 0 {
             bail!("fio made no request");
         }

@@ -68,10 +68,11 @@ pub fn markdown(
         // Writing into a String cannot fail.
         let _ = writeln!(
             text,
-            "| {} {} depth {} | {} | {} | {:.2} | {:.2}..{:.2} | {:.2}..{:.2} | {:.1} | {:.1} |",
+            "| {} {} depth {}{} | {} | {} | {:.2} | {:.2}..{:.2} | {:.2}..{:.2} | {:.1} | {:.1} |",
             case.case.rw,
             case.case.bs,
             case.case.depth,
+            if case.case.sync { ", fdatasync after each" } else { "" },
             speed(of(|(raw, _)| raw.iops), of(|(raw, _)| raw.rate)),
             speed(of(|(_, postern)| postern.iops), of(|(_, postern)| postern.rate)),
             ratio.median,
@@ -132,6 +133,7 @@ fn case_json(measured: &Measured) -> Value {
         "rw": measured.case.rw,
         "bs": measured.case.bs,
         "iodepth": measured.case.depth,
+        "fdatasync": measured.case.sync,
         "ratio": { "min": min, "lower": lower, "median": median, "upper": upper, "max": max },
         "pairs": measured.pairs.iter()
             .map(|(raw, postern)| json!({ "raw": run(raw), "postern": run(postern) }))

@@ -8,7 +8,7 @@
 
 use core::ffi::{c_char, c_int, c_void};
 
-use postern_sim::inheritance::Spawn;
+use postern_sim::{inheritance::Spawn, inside};
 
 use crate::{
     next::{Next, answer, export},
@@ -71,12 +71,13 @@ fn with_directory(
     type Call = unsafe extern "C" fn(*const c_char, Strings, Strings) -> c_int;
     match (working::environment(environment), name.find()) {
         (Some(environment), Some(at)) => {
+            // Outside: a vfork child never comes back, and its parent goes on with this memory.
             // SAFETY: 1. A C function of this signature. 2. The caller's path and arguments; the
             //    environment lives through the call.
-            unsafe {
+            inside::outside(|| unsafe {
                 let call: Call = core::mem::transmute(at);
                 call(path, arguments, environment.as_ptr())
-            }
+            })
         }
         _ => next(),
     }

@@ -5,7 +5,7 @@
 //! begins with a mark that no stream of the C library has: that begins with its descriptor, which
 //! is not negative.
 
-use core::ffi::{c_char, c_int, c_long, c_void};
+use core::ffi::{CStr, c_char, c_int, c_long, c_void};
 
 use postern_sim::{
     directory::Entry,
@@ -15,7 +15,7 @@ use postern_sim::{
 use postern_trusted::errno::Errno;
 
 use crate::{
-    guest_paths,
+    guest_paths, hiding,
     next::{answer, export, signed},
 };
 
@@ -153,11 +153,30 @@ fn read_reentrant(
     })
 }
 
+/// Whether an entry that the C library read from a stream of its own is to be left out.
+fn is_left_out(stream: *mut c_void, entry: *const libc::dirent64) -> bool {
+    // SAFETY: null, or what readdir(3) answered: its name ends in a zero byte.
+    let name = unsafe {
+        let Some(entry) = entry.as_ref() else { return false };
+        CStr::from_ptr(entry.d_name.as_ptr())
+    };
+    // SAFETY: the stream that the entry came from.
+    hiding::hides(name.to_bytes(), || unsafe { libc::dirfd(stream.cast()) })
+}
+
 export! {
     fn [getdents64](fd: c_int, to: *mut c_void, room: usize) -> isize, next =>
         match files::lookup(fd) {
             Some(file) => answer(|| read_entries(&file, to, room).map(signed)),
-            None => next(),
+            None => loop {
+                let read = next();
+                let Ok(length @ 1..) = usize::try_from(read) else { break read };
+                let left = hiding::sift(fd, to, length);
+                // Nothing left is no end: there may be more.
+                if left > 0 {
+                    break signed(left);
+                }
+            },
         };
     fn [opendir](path: *const c_char) -> *mut libc::DIR, next =>
         match guest_paths::place(libc::AT_FDCWD, path) {
@@ -177,13 +196,24 @@ export! {
     fn [readdir, readdir64](stream: *mut c_void) -> *mut libc::dirent64, next =>
         match ours(stream) {
             Some(stream) => answer(|| next_of(stream)),
-            None => next(),
+            None => loop {
+                let entry = next();
+                if !is_left_out(stream, entry) {
+                    break entry;
+                }
+            },
         };
     fn [readdir_r, readdir64_r](
         stream: *mut c_void, entry: *mut libc::dirent64, result: *mut *mut libc::dirent64,
     ) -> c_int, next => match ours(stream) {
         Some(stream) => read_reentrant(stream, entry, result),
-        None => next(),
+        None => loop {
+            let answer = next();
+            // SAFETY: the caller's room for a pointer, which the C library has filled.
+            if answer != 0 || !is_left_out(stream, unsafe { *result }) {
+                break answer;
+            }
+        },
     };
     fn [closedir](stream: *mut c_void) -> c_int, next => match ours(stream) {
         Some(stream) => answer(|| close_stream(stream)),

@@ -1,32 +1,21 @@
-//! Mappings, and calls that move data without read and write: a copy for a mapping that is not
-//! written to, a buffer in between for sendfile, and for the rest a refusal in the way that makes
-//! programs fall back.
+//! Mappings: a copy for one that is not written to, a refusal for one that is shared and written.
 
-use core::ffi::{c_int, c_uint, c_void};
-
-use std::sync::Arc;
+use core::ffi::{c_int, c_void};
 
 use postern_sim::{
-    files::{self, Kind, OpenFile, io::At},
-    guest::{self, GuestBuffer},
+    files::{self, OpenFile},
     host, sys,
 };
 use postern_trusted::errno::Errno;
 
 use crate::{
-    aio, data, guest_paths,
-    next::{answer, export, signed},
+    aio, guest_paths,
+    next::{answer, export},
 };
 
-/// sendfile's buffer, in bytes.
-const STEP: usize = 64 << 10;
 const PAGE: i64 = 4096;
 const REFUSAL: &str = "a shared writable mapping (mmap) of a protected file is not possible";
 const TOO_LARGE: &str = "a mapping (mmap) of more than 64 MiB of a protected file is not possible";
-
-fn is_protected(fd: c_int) -> bool {
-    files::kind(fd) == Kind::Protected
-}
 
 /// Whether an AIO ring lies at `at`.
 fn is_ring(at: *mut c_void) -> bool {
@@ -69,63 +58,6 @@ fn map(
     mapped.map(|at| at as *mut c_void)
 }
 
-/// sendfile(2) from a protected file: reads and writes through a buffer. What the target did not
-/// take is not counted as read.
-fn send(to: c_int, file: &Arc<OpenFile>, offset: *mut i64, length: usize) -> Result<isize, Errno> {
-    if !file.readable() {
-        return Err(Errno::EBADF);
-    }
-    let start = if offset.is_null() {
-        file.seek(0, libc::SEEK_CUR)?.cast_signed()
-    } else {
-        guest::read_u64(offset as u64)?.cast_signed()
-    };
-    let At::Offset(start) = At::offset(start)? else { return Err(Errno::EINVAL) };
-    // A target that appends is refused, as the kernel does; so is one that is closed.
-    // SAFETY: takes numbers only.
-    let flags = unsafe { libc::fcntl(to, libc::F_GETFL) };
-    match flags & libc::O_ACCMODE {
-        _ if flags < 0 => return Err(Errno::EBADF),
-        libc::O_RDONLY => return Err(Errno::EBADF),
-        _ if flags & libc::O_APPEND != 0 => return Err(Errno::EINVAL),
-        _ => {}
-    }
-    let mut room = vec![0_u8; STEP.min(length)];
-    let mut moved = 0;
-    let failed = loop {
-        let want = (length - moved).min(room.len());
-        let buffer = GuestBuffer::single(room.as_mut_ptr() as u64, want as u64)?;
-        let at = start + moved as u64;
-        let read = match if want == 0 { Ok(0) } else { file.volume().read(at, &buffer) } {
-            Ok(0) => break None,
-            Ok(read) => read,
-            Err(errno) => break Some(errno),
-        };
-        // SAFETY: `room` has `read` bytes.
-        let written = unsafe { data::write(to, room.as_ptr().cast(), read) };
-        let Ok(written) = usize::try_from(written) else {
-            // SAFETY: the calling thread's own errno, which `write` has just set.
-            break Some(Errno(unsafe { *libc::__errno_location() }));
-        };
-        moved += written;
-        if written < read {
-            break None;
-        }
-    };
-    if let Some(errno) = failed
-        && moved == 0
-    {
-        return Err(errno);
-    }
-    let end = (start + moved as u64).cast_signed();
-    if offset.is_null() {
-        file.seek(end, libc::SEEK_SET)?;
-    } else {
-        guest::write(offset as u64, &end.to_ne_bytes())?;
-    }
-    Ok(signed(moved))
-}
-
 export! {
     // A ring that moves stays the context's; it cannot grow.
     fn [mremap](
@@ -149,34 +81,5 @@ export! {
         match if flags & libc::MAP_ANONYMOUS == 0 { files::lookup(fd) } else { None } {
             Some(file) => answer(|| map(&file, (at, length, protection, flags), offset)),
             None => next(),
-        };
-    fn [sendfile, sendfile64](
-        to: c_int, from: c_int, offset: *mut i64, length: usize,
-    ) -> isize, next => match files::lookup(from) {
-        Some(file) => answer(|| send(to, &file, offset, length)),
-        None if is_protected(to) => answer(|| Err(Errno::EINVAL)),
-        None => next(),
-    };
-    fn [copy_file_range](
-        from: c_int, from_at: *mut i64, to: c_int, to_at: *mut i64, length: usize, flags: c_uint,
-    ) -> isize, next =>
-        if is_protected(to) || is_protected(from) {
-            answer(|| Err(Errno::EXDEV))
-        } else {
-            next()
-        };
-    fn [splice](
-        from: c_int, from_at: *mut i64, to: c_int, to_at: *mut i64, length: usize, flags: c_uint,
-    ) -> isize, next =>
-        if is_protected(to) || is_protected(from) {
-            answer(|| Err(Errno::EINVAL))
-        } else {
-            next()
-        };
-    fn [tee](from: c_int, to: c_int, length: usize, flags: c_uint) -> isize, next =>
-        if is_protected(to) || is_protected(from) {
-            answer(|| Err(Errno::EINVAL))
-        } else {
-            next()
         };
 }

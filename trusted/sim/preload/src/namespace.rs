@@ -1,5 +1,6 @@
 //! Calls that change names and attributes. A protected file is like a mount point: it cannot be
-//! removed or renamed (`EBUSY`), and nothing can be put in its place (`EEXIST`, `EXDEV`).
+//! renamed (`EBUSY`), and nothing can be put in its place (`EEXIST`, `EXDEV`). Removing one that
+//! nobody has open empties it.
 //!
 //! Mode and owner are fixed (0600, the caller); times are the family's own. Asking for what is
 //! there already succeeds, everything else is `EPERM`. In a protected directory all of it is real;
@@ -34,6 +35,23 @@ fn place_or(
     match guest_paths::place(directory, path) {
         Some(place) => answer(|| job(&place).map(|()| 0)),
         None => refuse(directory, path, errno, next),
+    }
+}
+
+/// unlink(2): `job` in a protected directory, else a volume.
+fn unlink_or(
+    directory: c_int,
+    path: *const c_char,
+    job: impl FnOnce(&Place) -> Result<(), Errno>,
+    next: impl FnOnce() -> c_int,
+) -> c_int {
+    if let Some(place) = guest_paths::place(directory, path) {
+        return answer(|| job(&place).map(|()| 0));
+    }
+    match guest_paths::find(directory, path) {
+        Some(found) if found.directory => answer(|| Err(Errno::ENOTDIR)),
+        Some(found) => answer(|| files::remove(found.index).map(|()| 0)),
+        None => next(),
     }
 }
 
@@ -256,17 +274,20 @@ const EXISTS: Errno = Errno::EEXIST;
 
 export! {
     fn [unlink](path: *const c_char) -> c_int, next =>
-        place_or(HERE, path, (remove_file, BUSY), next);
+        unlink_or(HERE, path, remove_file, next);
     fn [remove](path: *const c_char) -> c_int, next =>
-        place_or(HERE, path, (remove_any, BUSY), next);
+        unlink_or(HERE, path, remove_any, next);
     fn [unlinkat](directory: c_int, path: *const c_char, flags: c_int) -> c_int, next => {
         let is_rmdir = flags & libc::AT_REMOVEDIR != 0;
-        let errno = if is_rmdir { Errno::ENOTDIR } else { BUSY };
         let job = |place: &Place| match flags & !libc::AT_REMOVEDIR {
             0 => directory::remove(place, is_rmdir),
             _ => Err(Errno::EINVAL),
         };
-        place_or(directory, path, (job, errno), next)
+        if is_rmdir {
+            place_or(directory, path, (job, Errno::ENOTDIR), next)
+        } else {
+            unlink_or(directory, path, job, next)
+        }
     };
     fn [rmdir](path: *const c_char) -> c_int, next =>
         place_or(HERE, path, (remove_directory, Errno::ENOTDIR), next);

@@ -1,5 +1,5 @@
 /*
- * Mappings, sendfile and the unusual flags of reads and writes on one path. Prints a line for every
+ * Mappings, sendfile, copies between files, splice and the unusual flags of reads and writes on one path. Prints a line for every
  * observation; the same program must print the same lines on an ordinary file on ext4 and on a
  * protected file.
  *
@@ -151,6 +151,83 @@ static void sending(void)
 	close(pair[0]), close(pair[1]), close(fd), close(writer);
 }
 
+/* From one place of the file to another, from an ordinary file into it, from it into a pipe. */
+static void copying(void)
+{
+	int fd = open(path, O_RDWR | O_TRUNC), reader = open(path, O_RDONLY);
+	int writer = open(path, O_WRONLY), adder = open(path, O_RDWR | O_APPEND), ends[2];
+	static char seen[BYTES];
+	SEE(write(fd, data, 100000));
+	off_t from = 5, to = 100000;
+	SEE(copy_file_range(fd, &from, fd, &to, 90000, 0));
+	see("from", from), see("to", to);
+	SEE(pread(fd, seen, BYTES, 100000));
+	see("content", memcmp(seen, data + 5, 90000));
+	SEE(lseek(fd, 0, SEEK_CUR));
+	from = 189000, to = 300000;
+	SEE(copy_file_range(reader, &from, writer, &to, 5000, 0));
+	SEE(copy_file_range(reader, &from, writer, &to, 5000, 0));
+	SEE(lseek(reader, 10, SEEK_SET));
+	SEE(lseek(writer, 400000, SEEK_SET));
+	SEE(copy_file_range(reader, NULL, writer, NULL, 10, 0));
+	SEE(lseek(reader, 0, SEEK_CUR));
+	SEE(lseek(writer, 0, SEEK_CUR));
+	from = 0, to = 50;
+	SEE(copy_file_range(fd, &from, fd, &to, 100, 0));
+	SEE(copy_file_range(fd, &from, fd, &to, 0, 0));
+	SEE(copy_file_range(fd, &from, fd, &to, 10, 1));
+	SEE(copy_file_range(writer, &from, fd, &to, 10, 0));
+	SEE(copy_file_range(fd, &from, reader, &to, 10, 0));
+	SEE(copy_file_range(fd, &from, adder, &to, 10, 0));
+	SEE(copy_file_range(fd, (off_t *)8, fd, &to, 10, 0));
+	to = -1;
+	SEE(copy_file_range(fd, &from, fd, &to, 10, 0));
+
+	int plain = memfd_create("plain", 0);
+	SEE(write(plain, data, 70000));
+	SEE(lseek(fd, 1000, SEEK_SET));
+	from = 100;
+	SEE(sendfile(fd, plain, &from, 100000));
+	see("from", from);
+	SEE(lseek(fd, 0, SEEK_CUR));
+	SEE(pread(fd, seen, 69900, 1000));
+	see("content", memcmp(seen, data + 100, 69900));
+	SEE(lseek(plain, 0, SEEK_SET));
+	SEE(sendfile(writer, plain, NULL, 10));
+	SEE(lseek(plain, 0, SEEK_CUR));
+	SEE(sendfile(reader, plain, NULL, 10));
+	SEE(sendfile(adder, plain, NULL, 10));
+	close(plain);
+
+	pipe(ends);
+	SEE(sendfile(fd, ends[0], NULL, 10));
+	SEE(fcntl(ends[1], F_SETPIPE_SZ, BLOCK));
+	SEE(pwrite(fd, data, 2 * BLOCK, 0));
+	from = 0;
+	SEE(splice(fd, &from, ends[1], NULL, BLOCK, 0));
+	see("from", from);
+	SEE(splice(fd, &from, ends[1], NULL, BLOCK, SPLICE_F_NONBLOCK));
+	SEE(read(ends[0], seen, BYTES));
+	see("content", memcmp(seen, data, BLOCK));
+	SEE(lseek(fd, BLOCK, SEEK_SET));
+	SEE(splice(fd, NULL, ends[1], NULL, BLOCK, 0));
+	SEE(lseek(fd, 0, SEEK_CUR));
+	SEE(read(ends[0], seen, BYTES));
+	see("content", memcmp(seen, data + BLOCK, BLOCK));
+	from = 1 << 30;
+	SEE(splice(fd, &from, ends[1], NULL, BLOCK, 0));
+	SEE(splice(fd, NULL, ends[1], NULL, 0, 0));
+	SEE(splice(fd, NULL, ends[1], &from, 10, 0));
+	SEE(splice(writer, NULL, ends[1], NULL, 10, 0));
+	SEE(splice(fd, NULL, ends[0], NULL, 10, 0));
+	SEE(splice(fd, NULL, reader, NULL, 10, 0));
+	SEE(splice(fd, NULL, ends[1], NULL, 10, 0x100));
+	signal(SIGPIPE, SIG_IGN);
+	close(ends[0]);
+	SEE(splice(fd, NULL, ends[1], NULL, 10, 0));
+	close(ends[1]), close(fd), close(reader), close(writer), close(adder);
+}
+
 static void flags(void)
 {
 	int fd = open(path, O_RDWR);
@@ -205,6 +282,7 @@ int main(int count, char **arguments)
 	path = arguments[1];
 	mappings();
 	sending();
+	copying();
 	flags();
 	appends();
 	printf("done\n");

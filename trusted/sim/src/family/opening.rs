@@ -3,34 +3,71 @@
 //! Holds: a host file that was made for a volume that then could not be is removed again.
 
 use core::sync::atomic::AtomicBool;
+use std::sync::Arc;
 
 use postern_trusted::{
     directory::{INDEX_NAME, file_key, host_name},
     errno::Errno,
-    volume::{OpenOptions, SlotKey, Volume, VolumeError},
+    volume::{CounterUse, OpenOptions, SlotKey, Volume, VolumeError},
 };
 
-use super::{FILE_CACHE, Family, OpenVolume, Source, Wanted};
-use crate::{config, directory::Member, message, process, runtime};
+use zeroize::Zeroizing;
+
+use super::{FILE_CACHE, Family, OpenVolume, Source, Wanted, keys::wipe_stack};
+use crate::{config, directory::Member, freshness::RunCounter, message, process, runtime};
 
 impl Family {
-    /// Key file and name at the daemon of a volume.
-    fn place_of(&self, source: &Source) -> (String, String) {
-        let within = |number: usize, file: &str| {
-            let config = &self.directories[number].config;
-            (config.key_file.clone(), format!("{}/{file}", config.name))
-        };
+    /// Name at the daemon of a volume.
+    fn place_of(&self, source: &Source) -> String {
+        let within =
+            |number: usize, file: &str| format!("{}/{file}", self.directories[number].config.name);
         match source {
-            Source::Volume(config) => (config.key_file.clone(), config.name.clone()),
+            Source::Volume(config) => config.name.clone(),
             Source::Index(number) => within(*number, INDEX_NAME),
             Source::File(file) => within(file.directory, &host_name(&file.id)),
         }
     }
 
+    /// The key that the run file names for a volume or directory.
+    fn key_of(&self, source: &Source) -> Result<SlotKey, Errno> {
+        let path = self.path_of(source);
+        let (key_file, memory) = match source {
+            Source::Volume(config) => (&config.key_file, &config.key_memory),
+            Source::Index(number) | Source::File(Wanted { directory: number, .. }) => {
+                let config = &self.directories[*number].config;
+                (&config.key_file, &config.key_memory)
+            }
+        };
+        let Some(memory) = memory else { return read_key(&path, key_file) };
+        self.keys.get(memory).ok_or_else(|| {
+            message::say(&format!(
+                "{path}: the key of its passphrase stayed behind at exec; use a key file"
+            ));
+            Errno::EIO
+        })
+    }
+
+    /// The monotonic counter of a volume, if it has one.
+    fn counter_of(&self, source: &Source) -> Option<CounterUse> {
+        let config = match source {
+            Source::Volume(config) => config.counter,
+            Source::Index(number) => self.directories[*number].config.counter,
+            Source::File(_) => None,
+        }?;
+        let counter = Arc::new(RunCounter::new(config.index, self.path_of(source)));
+        Some(CounterUse { counter, moves: config.moves.into(), adopt: false })
+    }
+
     pub(super) fn open(&self, index: usize, source: &Source) -> Result<OpenVolume, Errno> {
+        let opened = self.open_by(index, source);
+        wipe_stack();
+        opened
+    }
+
+    #[inline(never)]
+    fn open_by(&self, index: usize, source: &Source) -> Result<OpenVolume, Errno> {
         let Source::File(file) = source else {
-            let (key_file, _) = self.place_of(source);
-            let key = read_key(&self.path_of(source), &key_file)?;
+            let key = self.key_of(source)?;
             return self.open_with(index, source, &key, None, None);
         };
         let directory = &self.directories[file.directory];
@@ -53,7 +90,7 @@ impl Family {
     ) -> Result<OpenVolume, Errno> {
         let process = process::current();
         let path = &self.path_of(source);
-        let (_, name) = &self.place_of(source);
+        let name = &self.place_of(source);
         let host = match capacity {
             Some(capacity) => process.create_host_file(name, Volume::small_host_blocks(capacity)),
             None => process.open_host_file(name),
@@ -78,7 +115,8 @@ impl Family {
                 if let Some(capacity) = capacity {
                     Volume::format_empty(&disk, key, capacity).await?;
                 }
-                Volume::open(&disk, key, &OpenOptions::default()).await
+                let counter = self.counter_of(source);
+                Volume::open(&disk, key, &OpenOptions { counter, ..OpenOptions::default() }).await
             };
             process.block_on(opening).map_err(|error: VolumeError| {
                 message::say(&format!("{path}: {error}"));
@@ -122,12 +160,19 @@ impl Family {
     /// # Errors
     /// As [`Self::acquire`].
     pub fn size_of_closed(&self, wanted: Wanted) -> Result<u64, Errno> {
+        let size = self.look_at_size(wanted);
+        wipe_stack();
+        size
+    }
+
+    #[inline(never)]
+    fn look_at_size(&self, wanted: Wanted) -> Result<u64, Errno> {
         let process = process::current();
         let path = wanted.path.clone();
         let names = self.acquire(self.directories[wanted.directory].entry)?;
         let key = file_key(&names.volume, &wanted.id);
         runtime::close_volume(&names);
-        let (_, name) = self.place_of(&Source::File(wanted));
+        let name = self.place_of(&Source::File(wanted));
         let failed = |what: &dyn core::fmt::Display| {
             message::say(&format!("{path}: {name}: {what}"));
             Errno::EIO
@@ -150,5 +195,6 @@ fn read_key(path: &str, key_file: &str) -> Result<SlotKey, Errno> {
         Errno::EIO
     };
     let content = message::read_file(key_file.as_bytes(), 4096).map_err(|errno| refused(&errno))?;
+    let content = Zeroizing::new(content);
     config::parse_key(&content).map(SlotKey::new).map_err(|bad| refused(&bad))
 }

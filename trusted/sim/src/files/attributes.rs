@@ -7,18 +7,17 @@
 use core::sync::atomic::{AtomicI64, Ordering};
 use std::sync::Arc;
 
-use once_cell::race::OnceBox;
 use postern_trusted::{errno::Errno, sync::Lock};
 
 use super::io::wall_ns;
 use crate::{
+    config::MOST_VOLUMES,
     directory::Facts,
     family, identity,
     runtime::{self, OpenVolume},
     sys,
 };
 
-const VOLUMES: usize = 64;
 /// Files that a name table holds, with short names.
 const FILES: u64 = 1 << 17;
 /// Preferred size of reads and writes, in bytes.
@@ -26,18 +25,20 @@ const BLOCK: i64 = 4096;
 /// Device number of all protected files: no device of the host has major 1872.
 const DEVICE_MAJOR: u32 = 1872;
 
-/// Last change of each volume's data, wall-clock nanoseconds. In the arena: one for the family.
-static CHANGED: OnceBox<[AtomicI64; VOLUMES]> = OnceBox::new();
+/// Last change of each volume's data, wall-clock nanoseconds: of the family, also after exec.
+pub struct Changes(Box<[AtomicI64]>);
+
+impl Changes {
+    /// For `volumes` volumes that nobody has changed yet.
+    #[must_use]
+    pub fn new(volumes: usize) -> Self {
+        let now = wall_ns();
+        Self((0..volumes).map(|_| AtomicI64::new(now)).collect())
+    }
+}
 
 fn changed(index: usize) -> Option<&'static AtomicI64> {
-    let all = CHANGED.get_or_init(|| {
-        let now = wall_ns();
-        Box::new([const { AtomicI64::new(0) }; VOLUMES].map(|slot| {
-            slot.store(now, Ordering::Relaxed);
-            slot
-        }))
-    });
-    all.get(index)
+    family::family()?.changes.0.get(index)
 }
 
 impl OpenVolume {
@@ -252,14 +253,15 @@ impl OpenVolume {
 
 /// Volumes that this process looked at by path alone, kept open until it ends: opening and closing
 /// one for every stat(2) would unlock and recover it each time.
-type Held = [Option<(u32, Arc<OpenVolume>)>; VOLUMES];
-static HELD: Lock<Held> = Lock::new([const { None }; VOLUMES]);
+type Held = [Option<(u32, Arc<OpenVolume>)>; MOST_VOLUMES];
+static HELD: Lock<Held> = Lock::new([const { None }; MOST_VOLUMES]);
 
 /// Volume `index`, kept open by this process from now on.
 ///
 /// # Errors
 /// What opening it says.
 pub fn hold(index: usize) -> Result<Arc<OpenVolume>, Errno> {
+    family::family().ok_or(Errno::ENOENT)?.admit(index, 0)?;
     let me = identity::process_id();
     if let Some(Some((owner, volume))) = HELD.lock().get(index)
         && *owner == me
@@ -300,7 +302,7 @@ pub fn let_go() {
 pub(super) fn release_held() -> Vec<usize> {
     let me = identity::process_id();
     let mut given_back = Vec::new();
-    for index in 0..VOLUMES {
+    for index in 0..MOST_VOLUMES {
         let taken = HELD.lock()[index].take_if(|(owner, _)| *owner == me);
         if let Some((_, volume)) = taken {
             runtime::close_volume(&volume);

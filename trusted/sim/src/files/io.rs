@@ -5,16 +5,13 @@ use core::sync::atomic::Ordering;
 
 use postern_trusted::{errno::Errno, platform::Buffer};
 
-use super::OpenFile;
+use super::{OpenFile, direct::Transfer};
 use crate::{
     directory::{Entry, Listing},
     guest::GuestBuffer,
     limits::{self, TooBig},
     process, sys, wait,
 };
-
-/// Alignment that O_DIRECT asks of offset, address and length, in bytes.
-pub const DIRECT_ALIGNMENT: u64 = 512;
 
 /// Largest file and highest position: ext4 with 4 KiB blocks (s_maxbytes).
 pub const MAX_BYTES: u64 = 0xffff_ffff << 12;
@@ -71,10 +68,31 @@ fn check_range(offset: u64, length: usize) -> Result<(), Errno> {
 }
 
 impl OpenFile {
-    /// Whether O_DIRECT refuses this transfer.
-    fn is_misaligned(&self, offset: u64, buffer: &GuestBuffer) -> bool {
-        self.direct()
-            && (!offset.is_multiple_of(DIRECT_ALIGNMENT) || !buffer.is_aligned(DIRECT_ALIGNMENT))
+    /// `O_DIRECT`'s rule for this transfer.
+    async fn check_alignment(
+        &self,
+        write: bool,
+        offset: u64,
+        buffer: &GuestBuffer,
+    ) -> Result<(), Errno> {
+        let transfer = Transfer { write, offset, ranges: buffer.ranges() };
+        if !self.direct() || transfer.is_aligned() {
+            return Ok(());
+        }
+        let disk = process::current().disk(&self.volume)?;
+        self.check_direct(&disk, transfer).await
+    }
+
+    fn check_alignment_now(
+        &self,
+        write: bool,
+        offset: u64,
+        buffer: &GuestBuffer,
+    ) -> Result<(), Errno> {
+        if !self.direct() {
+            return Ok(());
+        }
+        process::current().block_on(self.check_alignment(write, offset, buffer))
     }
 
     /// read(2), pread(2), readv(2), preadv2(2). `rwf` are RWF_* bits.
@@ -101,8 +119,8 @@ impl OpenFile {
                     let left = usize::try_from(size.saturating_sub(position)).unwrap_or(usize::MAX);
                     let length = buffer.len().min(left);
                     check_range(position, buffer.len())?;
-                    if length > 0 && self.is_misaligned(position, buffer) {
-                        return Err(Errno::EINVAL);
+                    if length > 0 {
+                        self.check_alignment_now(false, position, buffer)?;
                     }
                     Ok((position, length))
                 })?;
@@ -114,19 +132,32 @@ impl OpenFile {
     }
 
     fn read_at(&self, offset: u64, buffer: &GuestBuffer) -> Result<usize, Errno> {
-        if self.admits_read(offset, buffer)? { self.volume.read(offset, buffer) } else { Ok(0) }
+        let admitted = if self.direct() {
+            process::current().block_on(self.admits_read(offset, buffer))
+        } else {
+            self.has_something(offset, buffer)
+        };
+        if !admitted? {
+            return Ok(0);
+        }
+        self.end_read(offset, buffer, self.volume.read(offset, buffer)?)
+    }
+
+    fn has_something(&self, offset: u64, buffer: &GuestBuffer) -> Result<bool, Errno> {
+        check_range(offset, buffer.len())?;
+        Ok(!buffer.is_empty() && offset < self.volume.size())
     }
 
     /// Whether there is anything to read at `offset`.
     ///
     /// # Errors
-    /// `EINVAL`: a range beyond 2^63, or misaligned for O_DIRECT.
-    pub fn admits_read(&self, offset: u64, buffer: &GuestBuffer) -> Result<bool, Errno> {
-        check_range(offset, buffer.len())?;
-        if buffer.is_empty() || offset >= self.volume.size() {
-            return Ok(false);
+    /// `EINVAL`: a range beyond 2^63, or misaligned for O_DIRECT. `EIO`.
+    pub async fn admits_read(&self, offset: u64, buffer: &GuestBuffer) -> Result<bool, Errno> {
+        let something = self.has_something(offset, buffer)?;
+        if something {
+            self.check_alignment(false, offset, buffer).await?;
         }
-        if self.is_misaligned(offset, buffer) { Err(Errno::EINVAL) } else { Ok(true) }
+        Ok(something)
     }
 
     /// write(2), pwrite(2), writev(2), pwritev2(2). `rwf` are RWF_* bits.
@@ -181,9 +212,7 @@ impl OpenFile {
             At::Position => {
                 let (offset, length) = self.advance(|position| {
                     check_range(position, buffer.len())?;
-                    if self.is_misaligned(position, buffer) {
-                        return Err(Errno::EINVAL);
-                    }
+                    self.check_alignment_now(true, position, buffer)?;
                     Ok((position, buffer.len()))
                 })?;
                 let written = self.put_now(Some(offset), buffer, sync);
@@ -229,9 +258,7 @@ impl OpenFile {
         if start >= MAX_BYTES {
             return Err(Errno::EFBIG);
         }
-        if self.is_misaligned(start, buffer) {
-            return Err(Errno::EINVAL);
-        }
+        self.check_alignment(true, start, buffer).await?;
         let disk = process::current().disk_for_guest(&self.volume, wait::now_ns())?;
         let volume = &self.volume.volume;
         let written = match offset {

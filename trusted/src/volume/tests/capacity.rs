@@ -19,14 +19,18 @@ use crate::{
 };
 
 /// The tiny volume with another capacity.
-fn sized(capacity: u64) -> Geometry {
+pub(super) fn sized(capacity: u64) -> Geometry {
     let homes = capacity.div_ceil(FANOUT) * FANOUT;
     Geometry { capacity, host_blocks: tiny().home_start + homes + 48 + capacity / 8, ..tiny() }
 }
 
-async fn resize(disk: SimDisk, geometry: Geometry) -> Result<Resized, VolumeError> {
-    let (volume, _) = Volume::open(&disk, &key(), &OpenOptions::default()).await?;
-    volume.resize_to(&disk, &key(), geometry, |_, _| {}).await
+pub(super) async fn resize(
+    disk: SimDisk,
+    options: OpenOptions,
+    geometry: Geometry,
+) -> Result<Resized, VolumeError> {
+    let (volume, _) = Volume::open(&disk, &key(), &options).await?;
+    volume.resize_to(&disk, &key(), &options, geometry, |_, _| {}).await
 }
 
 struct Sut {
@@ -73,7 +77,8 @@ impl Sut {
     fn resize(&mut self, geometry: Geometry) -> Result<Resized, VolumeError> {
         let now = self.disk().state().host_blocks;
         self.disk().state().host_blocks = now.max(geometry.host_blocks);
-        let resized = self.runner.block_on(resize(self.disk(), geometry))?;
+        let resized =
+            self.runner.block_on(resize(self.disk(), OpenOptions::default(), geometry))?;
         self.disk().state().host_blocks = geometry.host_blocks;
         self.bytes.resize(resized.size as usize, 0);
         Ok(resized)
@@ -155,7 +160,7 @@ fn a_host_file_too_short_to_grow_in_is_refused() {
     let mut sut = Sut::new(5, 130);
     let geometry = sized(300);
     let found = sut.disk().state().host_blocks;
-    let refused = sut.runner.block_on(resize(sut.disk(), geometry)).err();
+    let refused = sut.runner.block_on(resize(sut.disk(), OpenOptions::default(), geometry)).err();
     let needed = geometry.host_blocks;
     assert_eq!(refused, Some(VolumeError::HostFileShort { needed, found }));
     sut.check();
@@ -173,7 +178,7 @@ fn crash_everywhere(from: u64, to: u64, seed: u64) {
         let host_blocks = sized(from).host_blocks.max(sized(to).host_blocks);
         let disk = SimDisk::new(seed ^ steps, host_blocks, image.clone());
         let mut sut = Sut { runner: Runner::new(disk), bytes: bytes.clone() };
-        let done = sut.runner.finish(resize(sut.disk(), sized(to)), steps);
+        let done = sut.runner.finish(resize(sut.disk(), OpenOptions::default(), sized(to)), steps);
         sut.runner.kill();
         if steps % 2 == 0 {
             sut.runner.disk.power_cut();

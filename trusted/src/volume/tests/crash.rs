@@ -1,16 +1,21 @@
 //! Random work, crashes at any point (also inside recovery), and what must hold after each.
 
-use alloc::{boxed::Box, collections::BTreeMap, string::String, sync::Arc, vec, vec::Vec};
-use std::{format, panic, println, sync::Mutex};
+mod counted;
+mod seeds;
+mod snapshots;
+
+use alloc::{collections::BTreeMap, string::String, sync::Arc, vec, vec::Vec};
+use std::sync::Mutex;
 
 use super::{
-    CANARY, Canary, audit,
+    Canary, audit,
     disk::{Faults, Image, Rng, SimDisk},
     model::{Model, SECTOR},
     nonces,
     run::Runner,
 };
 use crate::{
+    counter::{Moves, Record},
     errno::Errno,
     platform::Memory,
     volume::{
@@ -21,8 +26,8 @@ use crate::{
     },
 };
 
-/// Seeds that plain `cargo test` runs.
-pub(super) const DEFAULT_SEEDS: u64 = 150;
+pub(super) use seeds::{check, crash_images, crash_images_with_snapshots};
+
 const BLOCKS: u64 = 130;
 const PER_BLOCK: u64 = BLOCK_BYTES / SECTOR;
 
@@ -41,6 +46,11 @@ pub(super) fn tiny() -> Geometry {
         home_stride: FANOUT,
         slack: 8,
     }
+}
+
+/// As [`tiny`], with the room that snapshots need.
+pub(super) fn roomy() -> Geometry {
+    Geometry { host_blocks: tiny().host_blocks + 4 * BLOCKS, ..tiny() }
 }
 
 pub(super) fn key() -> SlotKey {
@@ -110,6 +120,13 @@ struct Sim {
     plan: Plan,
     runner: Runner,
     model: Arc<Mutex<Model>>,
+    host_blocks: u64,
+    /// What each crash left on the host.
+    left: Vec<Image>,
+    /// With a monotonic counter: how often it moves, and how often it gives no answer.
+    moves: Option<(Moves, f64)>,
+    /// What the host has kept of earlier openings, and what the counter held then.
+    kept: Vec<(Image, Option<Record>)>,
     /// Snapshots by name: what they hold, and whether they are certainly there.
     snapshots: BTreeMap<String, (Vec<u8>, bool)>,
     made: u32,
@@ -119,6 +136,10 @@ struct Sim {
 
 impl Sim {
     fn new(seed: u64, canary: Canary) -> Self {
+        Self::on(seed, canary, tiny())
+    }
+
+    fn on(seed: u64, canary: Canary, geometry: Geometry) -> Self {
         nonces::reset();
         let mut rng = Rng(seed ^ 0x5eed);
         let faulty = rng.chance(35.0);
@@ -153,93 +174,35 @@ impl Sim {
             }
             _ => plan,
         };
-        let image = formatted(seed, tiny());
-        let disk = SimDisk::new(seed.wrapping_mul(77), tiny().host_blocks, image);
+        let image = formatted(seed, geometry);
+        let disk = SimDisk::new(seed.wrapping_mul(77), geometry.host_blocks, image);
         let model = Arc::new(Mutex::new(Model::new(BLOCKS * PER_BLOCK)));
-        let runner = Runner::new(disk);
-        Self { rng, plan, runner, model, snapshots: BTreeMap::new(), made: 0, cut_short: false }
-    }
-
-    /// With snapshots, and the room that they need.
-    fn with_snapshots(seed: u64) -> Self {
-        let mut sim = Self::new(seed, Canary::None);
-        let roomy = Geometry { host_blocks: tiny().host_blocks + 4 * BLOCKS, ..tiny() };
-        let image = formatted(seed, roomy);
-        sim.runner = Runner::new(SimDisk::new(seed, roomy.host_blocks, image));
-        sim.plan.snapshots = 4.0;
-        sim.plan.faults = Faults::default();
+        let moves = match canary {
+            Canary::None if seed.is_multiple_of(2) => {
+                let moves = [Moves::Open, Moves::Checkpoint, Moves::Sync][seed as usize / 2 % 3];
+                Some((moves, [0.0, 5.0, 40.0][seed as usize / 6 % 3]))
+            }
+            Canary::NoAttempted => Some((Moves::Checkpoint, 40.0)),
+            Canary::NoFence => Some((Moves::Sync, 30.0)),
+            _ => None,
+        };
+        let mut sim = Self {
+            rng,
+            plan,
+            runner: Runner::new(disk),
+            model,
+            host_blocks: geometry.host_blocks,
+            left: Vec::new(),
+            moves,
+            kept: Vec::new(),
+            snapshots: BTreeMap::new(),
+            made: 0,
+            cut_short: false,
+        };
+        if moves.is_some() {
+            sim.bind(seed);
+        }
         sim
-    }
-
-    /// Makes or deletes a snapshot, at times cut short.
-    fn change_snapshots(&mut self, volume: &Arc<Volume>) {
-        self.runner.drain();
-        let limit = if self.rng.chance(30.0) { self.rng.below(120) } else { u64::MAX };
-        let (disk, volume) = (self.disk(), volume.clone());
-        let names: Vec<String> = self.snapshots.keys().cloned().collect();
-        let old = names.get(self.rng.below(5) as usize).cloned();
-        let Some(name) = old else {
-            if names.len() >= 4 {
-                return;
-            }
-            // What the model allows is one content now, and reading checks that it is that.
-            let read = read_all(self.disk(), volume.clone());
-            let bytes = self.runner.block_on(read).expect("everything reads");
-            let began = self.model.lock().unwrap().now();
-            let whole = bytes.len() - bytes.len() % SECTOR as usize;
-            self.model.lock().unwrap().check_read(began, 0, &bytes[..whole]);
-            self.made += 1;
-            let name = format!("s{}", self.made);
-            self.snapshots.insert(name.clone(), (bytes, false));
-            let making = {
-                let name = name.clone();
-                async move { volume.make_snapshot(&disk, &name, 7).await }
-            };
-            match self.runner.finish(making, limit) {
-                Some(made) => {
-                    assert_eq!(made, Ok(()));
-                    self.snapshots.entry(name).and_modify(|(_, certain)| *certain = true);
-                }
-                None => self.cut_short = true,
-            }
-            return;
-        };
-        self.snapshots.entry(name.clone()).and_modify(|(_, certain)| *certain = false);
-        let deleting = {
-            let name = name.clone();
-            async move { volume.delete_snapshot(&disk, &name).await }
-        };
-        match self.runner.finish(deleting, limit) {
-            Some(deleted) => {
-                assert!(deleted.is_ok(), "{deleted:?}");
-                self.snapshots.remove(&name);
-            }
-            None => self.cut_short = true,
-        }
-    }
-
-    /// All that must be there is there, nothing else, and each reads as when it was made.
-    fn check_snapshots(&mut self, volume: &Arc<Volume>) {
-        let (disk, volume) = (self.disk(), volume.clone());
-        let found = self.runner.block_on(async move { volume.snapshots(&disk).await });
-        let found: Vec<String> = found.unwrap().into_iter().map(|found| found.name).collect();
-        self.snapshots.retain(|name, (_, certain)| {
-            let there = found.contains(name);
-            assert!(there || !*certain, "the snapshot {name} is gone");
-            *certain = true;
-            there
-        });
-        assert_eq!(found.len(), self.snapshots.len(), "a snapshot that was deleted is back");
-        for (name, (bytes, _)) in &self.snapshots {
-            let (disk, name) = (self.disk(), name.clone());
-            let read = self.runner.block_on(async move {
-                let options = OpenOptions { read_only: true, ..OpenOptions::default() };
-                let (volume, _) = Volume::open(&disk, &key(), &options).await.unwrap();
-                let then = volume.at_snapshot(&disk, &name).await.unwrap();
-                read_all(disk, Arc::new(then)).await
-            });
-            assert!(read.as_ref() == Ok(bytes), "a snapshot reads as something else");
-        }
     }
 
     fn disk(&self) -> SimDisk {
@@ -257,14 +220,15 @@ impl Sim {
         if power || self.plan.faults.flush > 0.0 {
             self.model.lock().unwrap().power_lost();
         }
+        self.left.push(self.runner.disk.image());
     }
 
     /// Opens, at times crashing inside; checks that the file is one it may be.
     fn reopen(&mut self) -> Arc<Volume> {
-        self.runner.disk.state().faults = Faults::default();
+        self.set_faults(false);
         loop {
             let limit = if self.rng.chance(30.0) { self.rng.below(160) } else { u64::MAX };
-            let opened = self.runner.finish(open(self.disk(), OpenOptions::default()), limit);
+            let opened = self.runner.finish(open(self.disk(), self.options(false)), limit);
             match opened {
                 Some(Ok((volume, _))) => {
                     let task = read_all(self.disk(), volume.clone());
@@ -274,8 +238,13 @@ impl Sim {
                     if self.plan.snapshots > 0.0 {
                         self.check_snapshots(&volume);
                     }
+                    if self.moves.is_some() {
+                        self.kept.push((self.runner.disk.image(), self.held()));
+                    }
                     return volume;
                 }
+                // A move of the session before has just been served.
+                Some(Err(VolumeError::CounterLost)) => {}
                 Some(Err(error)) => panic!("the volume does not open after a crash: {error:?}"),
                 None => self.crash(),
             }
@@ -336,7 +305,7 @@ impl Sim {
 
     fn spawn_sync(&mut self, volume: &Arc<Volume>) {
         let (disk, volume, model) = (self.disk(), volume.clone(), self.model.clone());
-        let faulty = self.plan.faults.flush > 0.0 || self.plan.faults.write > 0.0;
+        let faulty = self.syncs_may_fail();
         self.runner.spawn(async move {
             let (at, sizes) = model.lock().unwrap().sync_point();
             let synced = volume.sync(&disk).await;
@@ -405,7 +374,7 @@ impl Sim {
     }
 
     fn live(&mut self, volume: &Arc<Volume>) {
-        self.runner.disk.state().faults = self.plan.faults;
+        self.set_faults(true);
         self.runner.disk.state().newest = self.plan.newest;
         for _ in 0..5 + self.rng.below(250) {
             if self.rng.chance(3.0) {
@@ -450,7 +419,7 @@ impl Sim {
             let volume = self.reopen();
             self.live(&volume);
             if !core::mem::take(&mut self.cut_short) && self.rng.chance(20.0) {
-                self.runner.disk.state().faults = Faults::default();
+                self.set_faults(false);
                 self.runner.drain();
                 self.close_cleanly(&volume);
             } else {
@@ -459,6 +428,7 @@ impl Sim {
         }
         let volume = self.reopen();
         self.close_cleanly(&volume);
+        self.try_old_states();
     }
 
     fn close_cleanly(&mut self, volume: &Arc<Volume>) {
@@ -490,72 +460,4 @@ impl Sim {
             model.synced(at, sizes);
         }
     }
-}
-
-/// Runs one seed with the plan that suits `plan`, with `canary` broken; the panic's message, if it
-/// found something.
-pub(super) fn check(seed: u64, plan: Canary, canary: Canary) -> Result<(), String> {
-    CANARY.set(canary);
-    let result = outcome(|| match plan {
-        Canary::FreeHeld | Canary::SameBirth => Sim::with_snapshots(seed).run(),
-        _ => Sim::new(seed, plan).run(),
-    });
-    CANARY.set(Canary::None);
-    result
-}
-
-/// As [`check`], with snapshots.
-fn check_snapshots(seed: u64) -> Result<(), String> {
-    outcome(|| Sim::with_snapshots(seed).run())
-}
-
-fn outcome(run: impl FnOnce() + panic::UnwindSafe) -> Result<(), String> {
-    panic::catch_unwind(run).map_err(|cause| {
-        cause
-            .downcast::<String>()
-            .map(|text| *text)
-            .or_else(|cause| cause.downcast::<&str>().map(|text| (*text).into()))
-            .unwrap_or_else(|_: Box<_>| "a panic".into())
-    })
-}
-
-fn number(name: &str) -> Option<u64> {
-    std::env::var(name).ok()?.parse().ok()
-}
-
-#[test]
-fn after_any_crash_every_sector_is_as_new_as_its_last_sync() {
-    all_seeds(DEFAULT_SEEDS, |seed| check(seed, Canary::None, Canary::None));
-}
-
-#[test]
-fn after_any_crash_each_snapshot_is_whole_or_not_there_and_the_space_map_is_exact() {
-    all_seeds(DEFAULT_SEEDS / 2, check_snapshots);
-}
-
-fn all_seeds(default: u64, check: impl Fn(u64) -> Result<(), String>) {
-    let seeds = match number("POSTERN_SIM_SEED") {
-        Some(seed) => seed..seed + 1,
-        None => 1..1 + number("POSTERN_SIM_SEEDS").unwrap_or(default),
-    };
-    let mut failures = Vec::new();
-    let hook = panic::take_hook();
-    if seeds.end - seeds.start > 1 {
-        panic::set_hook(Box::new(|_| ()));
-    }
-    for seed in seeds.clone() {
-        if let Err(message) = check(seed) {
-            failures.push(format!("seed {seed}: {message}"));
-        }
-    }
-    panic::set_hook(hook);
-    println!("{} seeds, {} failures", seeds.end - seeds.start, failures.len());
-    assert!(
-        failures.is_empty(),
-        "{} of {} seeds failed; replay one with POSTERN_SIM_SEED=<seed> cargo test -p \
-         postern-trusted after_any_crash\n{}",
-        failures.len(),
-        seeds.end - seeds.start,
-        failures[..failures.len().min(10)].join("\n")
-    );
 }

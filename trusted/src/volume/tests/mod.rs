@@ -1,15 +1,22 @@
 //! Tests of the volume against a simulated disk that reorders, tears, loses and fails.
 //!
 //! `POSTERN_SIM_SEEDS` sets how many seeds the crash simulation runs (default
-//! [`crash::DEFAULT_SEEDS`]); a failure prints the seed, `POSTERN_SIM_SEED` replays it.
+//! [`crash::DEFAULT_SEEDS`]), `POSTERN_SIM_FIRST` the first one, `POSTERN_SIM_THREADS` the threads;
+//! a failure prints the seed, `POSTERN_SIM_SEED` replays it. `cargo xtask crash` sets them.
 
+mod attacks;
 mod audit;
 mod canaries;
 mod capacity;
+mod counted_space;
+mod counter;
 mod crash;
 mod disk;
+mod golden;
 mod memory;
 mod model;
+mod reader;
+mod rekey;
 mod run;
 mod slots;
 mod space;
@@ -49,6 +56,12 @@ pub(crate) enum Canary {
     FreeHeld,
     /// What is written after a snapshot is as old as it.
     SameBirth,
+    /// A sync does not wait for the monotonic counter.
+    NoRegister,
+    /// A superblock forgets a move of the counter that is on its way.
+    NoAttempted,
+    /// An opening does not shut out late moves of the one before.
+    NoFence,
 }
 
 std::thread_local! {

@@ -47,7 +47,8 @@ fn put(
 fn clear(image: &Image, by: SlotKey, number: usize) -> (Image, Result<(), VolumeError>) {
     let mut runner = runner(image);
     let disk = runner.disk.clone();
-    let answer = runner.block_on(async move { Volume::clear_slot(&disk, &by, number).await });
+    let answer =
+        runner.block_on(async move { Volume::clear_slot(&disk, &by, number, false).await });
     (runner.disk.image(), answer)
 }
 

@@ -19,9 +19,9 @@ use crate::{
     },
 };
 
-const USED: u64 = 100;
+pub(super) const USED: u64 = 100;
 
-fn plain(block: u64) -> Vec<u8> {
+pub(super) fn plain(block: u64) -> Vec<u8> {
     (0..BLOCK).map(|i| (block as usize * 31 + i * 7 + 1) as u8).collect()
 }
 
@@ -29,12 +29,12 @@ fn runner(image: &Image) -> Runner {
     Runner::new(SimDisk::new(5, tiny().host_blocks, image.clone()))
 }
 
-fn options() -> OpenOptions {
+pub(super) fn options() -> OpenOptions {
     OpenOptions::default()
 }
 
 /// A volume with 100 written blocks; closed, or synced and then killed.
-fn made(closed: bool) -> Image {
+pub(super) fn made(closed: bool) -> Image {
     nonces::reset();
     let mut runner = runner(&formatted(1, tiny()));
     let disk = runner.disk.clone();
@@ -53,13 +53,16 @@ fn made(closed: bool) -> Image {
     runner.disk.image()
 }
 
-fn flip(image: &mut Image, place: u64, byte: usize) {
+pub(super) fn flip(image: &mut Image, place: u64, byte: usize) {
     let mut block = image.get(&place).map_or([0; BLOCK], |block| **block);
     block[byte] ^= 0x10;
     image.insert(place, Arc::new(block));
 }
 
-fn opened(image: &Image, options: OpenOptions) -> (Runner, Result<Arc<Volume>, VolumeError>) {
+pub(super) fn opened(
+    image: &Image,
+    options: OpenOptions,
+) -> (Runner, Result<Arc<Volume>, VolumeError>) {
     // Each simulated disk draws the same salts again.
     nonces::reset();
     let mut runner = runner(image);
@@ -67,14 +70,14 @@ fn opened(image: &Image, options: OpenOptions) -> (Runner, Result<Arc<Volume>, V
     (runner, volume)
 }
 
-fn refusal(image: &Image) -> VolumeError {
+pub(super) fn refusal(image: &Image) -> VolumeError {
     let (runner, volume) = opened(image, options());
     assert!(runner.disk.image() == *image, "a refused open has written");
     volume.expect_err("the volume opens")
 }
 
 /// Reads each block; what reads must be right. Returns those that do not read.
-fn unreadable(runner: &mut Runner, volume: &Arc<Volume>) -> Vec<u64> {
+pub(super) fn unreadable(runner: &mut Runner, volume: &Arc<Volume>) -> Vec<u64> {
     unreadable_or_older(runner, volume, false)
 }
 
@@ -103,7 +106,7 @@ fn unreadable_or_older(runner: &mut Runner, volume: &Arc<Volume>, older: bool) -
     })
 }
 
-fn pointer(image: &Image, level: u32, index: u64) -> Ptr {
+pub(super) fn pointer(image: &Image, level: u32, index: u64) -> Ptr {
     let (mut runner, volume) = opened(image, OpenOptions { read_only: true, ..options() });
     let (volume, disk) = (volume.unwrap(), runner.disk.clone());
     runner.block_on(async move {

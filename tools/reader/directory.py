@@ -1,0 +1,78 @@
+"""Protected directories: docs/FORMAT.md, section 9.
+
+Holds: a name is believed only from a whole image in an authentic index.
+"""
+
+import hashlib
+
+from sealing import BLOCK, Damaged, Refused, number
+
+SLOT = 1 << 24
+HEAD = 72
+FILE, DIRECTORY = 2, 1
+
+
+class Record:
+    """One file or directory."""
+
+    def __init__(self, data):
+        self.inode, self.parent = number(data, 0, 8), number(data, 8, 8)
+        self.id = bytes(data[16:32])
+        self.owner, self.group = number(data, 32, 4), number(data, 36, 4)
+        self.times = tuple(int.from_bytes(data[at : at + 8], "little", signed=True) for at in (40, 48, 56))
+        self.mode, self.kind = number(data, 64, 2), data[66]
+        self.name = bytes(data[68 : 68 + data[67]])
+
+
+def _image(index, slot):
+    """(sequence number, records' bytes, number of records) of a slot; `None` if never written."""
+
+    def read(first, length):
+        out = bytearray()
+        for block in range(first // BLOCK, -(-(first + length) // BLOCK)):
+            out += index.block(block) or bytes(BLOCK)
+        return bytes(out[first % BLOCK :][:length])
+
+    start = slot * SLOT
+    head = read(start, HEAD)
+    if not any(head):
+        return None
+    count, length = number(head, 24, 8), number(head, 32, 8)
+    if head[:8] != b"PSTNDIR1" or length > SLOT - HEAD:
+        raise Damaged("image")
+    body = read(start + HEAD, length)
+    whole = head[:40] + bytes(32) + body
+    if hashlib.sha256(whole).digest() != head[40:72]:
+        raise Damaged("image")
+    return number(head, 8, 8), body, count
+
+
+def paths(index):
+    """Path (bytes) → record, of all that the index names."""
+    images, damaged = [], 0
+    for slot in (0, 1):
+        try:
+            image = _image(index, slot)
+        except Damaged:
+            damaged += 1
+            continue
+        if image is not None:
+            images.append(image)
+    if not images:
+        if damaged == 2:
+            raise Refused("no image of the name table is whole")
+        return {}
+    _, body, count = max(images)
+    known, found, at = {}, {}, 0
+    for _ in range(count):
+        record = Record(body[at:])
+        at += 68 + len(record.name)
+        if record.inode == 1:
+            known[1] = b""
+            continue
+        path = known[record.parent] + b"/" + record.name
+        known[record.inode] = path
+        found[path] = record
+    if at != len(body):
+        raise Refused("the name table has impossible records")
+    return found
