@@ -80,7 +80,9 @@ enum Said {
 fn ours(image: &Image) -> Said {
     nonces::reset();
     let mut runner = Runner::new(SimDisk::new(9, tiny().host_blocks, image.clone()));
-    let opened = runner.block_on(open(runner.disk.clone(), OpenOptions::default()));
+    // Some are bound to a counter, which neither side has here.
+    let options = OpenOptions { unbind: true, ..OpenOptions::default() };
+    let opened = runner.block_on(open(runner.disk.clone(), options));
     let Ok((volume, _)) = opened else { return Said::Refused };
     let disk = runner.disk.clone();
     let (bytes, damaged) = runner.block_on(async move { content(&disk, &volume).await });
