@@ -8,16 +8,17 @@ use std::path::Path;
 use postern_trusted::{
     directory::INDEX_NAME,
     exec::run_to_end,
-    volume::{SlotKey, Volume},
+    volume::{OpenOptions, SlotKey, Volume},
 };
 use serde_json::json;
 
 use crate::{
     cli::RekeyArgs,
+    counter::Source,
     disk::{Access, FileDisk},
     error::{Exit, Failure},
     key, passphrase, size,
-    volume::{Progress, refused},
+    volume::{Progress, refused_with},
 };
 
 /// Blocks of a volume.
@@ -44,7 +45,10 @@ pub fn run(args: &RekeyArgs) -> Result<(), Failure> {
     let keys: Vec<&SlotKey> = keys.iter().collect();
     let mut line: Option<Progress> = None;
     let mut told = 0;
-    let rekeyed = run_to_end(Volume::rekey(&disk, &keys, |done, all| {
+    let counter = Source::one(&args.volume.counter)?;
+    let used = counter.as_ref().map(|source| source.used(false));
+    let options = OpenOptions { counter: used, ..OpenOptions::default() };
+    let rekeyed = run_to_end(Volume::rekey(&disk, &keys, &options, |done, all| {
         if args.volume.json {
             // A line for each hundredth, however large the volume is.
             let part = (done * 100).checked_div(all).unwrap_or(100);
@@ -59,7 +63,7 @@ pub fn run(args: &RekeyArgs) -> Result<(), Failure> {
     if let Some(line) = &line {
         line.end();
     }
-    let report = rekeyed.map_err(|error| refused(path, &error))?;
+    let report = rekeyed.map_err(|error| refused_with(path, &error, counter.as_deref()))?;
     let sealed = report.rewritten * BLOCK;
     if args.volume.json {
         let done = json!({

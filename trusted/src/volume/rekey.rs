@@ -59,7 +59,7 @@ impl Volume {
     ///
     /// `keys` are those that open the volume afterwards: the first one opens it now, and the slots
     /// of all of them stay. All other slots are emptied when a rekey is begun; one that goes on
-    /// changes no slot. `progress(done, all)` is called in bytes of the file now and then.
+    /// changes no slot. `options` are for opening it: its counter. `progress(done, all)` is called in bytes of the file now and then.
     ///
     /// # Errors
     /// Those of opening the volume with each of `keys`; [`VolumeError::Unreadable`] for a block
@@ -68,11 +68,12 @@ impl Volume {
     pub async fn rekey<D: Disk>(
         disk: &D,
         keys: &[&SlotKey],
+        options: &OpenOptions,
         mut progress: impl FnMut(u64, u64) + Send,
     ) -> Result<RekeyReport, VolumeError> {
-        let begun = Self::rekey_begin(disk, keys).await?;
+        let begun = Self::rekey_begin(disk, keys, options).await?;
         let key = *keys.first().ok_or(VolumeError::WrongKey)?;
-        let mut report = Self::rekey_rewrite(disk, key, &mut progress).await?;
+        let mut report = Self::rekey_rewrite(disk, key, options, &mut progress).await?;
         Self::rekey_end(disk, key).await?;
         report.resumed = !begun;
         Ok(report)
@@ -82,9 +83,13 @@ impl Volume {
     ///
     /// # Errors
     /// As [`Self::rekey`].
-    pub async fn rekey_begin<D: Disk>(disk: &D, keys: &[&SlotKey]) -> Result<bool, VolumeError> {
+    pub async fn rekey_begin<D: Disk>(
+        disk: &D,
+        keys: &[&SlotKey],
+        options: &OpenOptions,
+    ) -> Result<bool, VolumeError> {
         let key = *keys.first().ok_or(VolumeError::WrongKey)?;
-        let (volume, _) = Self::open(disk, key, &OpenOptions::default()).await?;
+        let (volume, _) = Self::open(disk, key, options).await?;
         volume.close(disk).await.map_err(host)?;
         if volume.key.is_retiring() {
             return Ok(false);
@@ -117,9 +122,10 @@ impl Volume {
     pub async fn rekey_rewrite<D: Disk>(
         disk: &D,
         key: &SlotKey,
+        options: &OpenOptions,
         mut progress: impl FnMut(u64, u64) + Send,
     ) -> Result<RekeyReport, VolumeError> {
-        let (volume, _) = Self::open(disk, key, &OpenOptions::default()).await?;
+        let (volume, _) = Self::open(disk, key, options).await?;
         let mut report =
             RekeyReport { key_version: volume.key.version(), ..RekeyReport::default() };
         if !volume.key.is_retiring() {

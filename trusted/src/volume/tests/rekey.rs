@@ -93,7 +93,13 @@ fn read_by(image: &Image, by: SlotKey) -> Result<Vec<u8>, VolumeError> {
 }
 
 async fn rekey(disk: SimDisk) -> Result<RekeyReport, VolumeError> {
-    Volume::rekey(&disk, &[&key(), &SlotKey::passphrase(b"words")], |_, _| ()).await
+    Volume::rekey(
+        &disk,
+        &[&key(), &SlotKey::passphrase(b"words")],
+        &OpenOptions::default(),
+        |_, _| (),
+    )
+    .await
 }
 
 fn header_of(image: &Image, copy: usize) -> alloc::boxed::Box<header::HeaderBytes> {
@@ -239,8 +245,9 @@ fn a_rekey_cut_off_anywhere_leaves_a_volume_that_reads_the_same_and_goes_on_to_i
 #[test]
 fn a_header_that_carries_a_rekey_in_one_copy_has_begun_it_for_every_key() {
     let (before, expected) = made();
-    let (begun, answer) =
-        on(5, &before, |disk| async move { Volume::rekey_begin(&disk, &[&key()]).await });
+    let (begun, answer) = on(5, &before, |disk| async move {
+        Volume::rekey_begin(&disk, &[&key()], &OpenOptions::default()).await
+    });
     assert_eq!(answer, Ok(true));
     for first in 0..2 {
         for cut in 0..=HEADER_BLOCKS as u64 {
@@ -265,8 +272,9 @@ fn a_header_that_carries_a_rekey_in_one_copy_has_begun_it_for_every_key() {
 #[test]
 fn a_copy_of_the_header_that_was_left_behind_is_written_before_anything_is_sealed() {
     let (before, expected) = made();
-    let (begun, _) =
-        on(5, &before, |disk| async move { Volume::rekey_begin(&disk, &[&key()]).await });
+    let (begun, _) = on(5, &before, |disk| async move {
+        Volume::rekey_begin(&disk, &[&key()], &OpenOptions::default()).await
+    });
     let mut image = begun;
     (0..8).for_each(|i| drop(image.insert(HEADERS[0] + i, before[&(HEADERS[0] + i)].clone())));
     let (mut opened, _) = on(6, &image, |disk| async move {
@@ -308,7 +316,8 @@ fn a_damaged_block_stops_a_rekey_by_name_and_once_written_it_goes_on() {
 fn a_key_that_opens_nothing_begins_no_rekey_and_versions_count_up() {
     let (before, expected) = made();
     let (image, refused) = on(5, &before, |disk| async move {
-        Volume::rekey(&disk, &[&key(), &SlotKey::new([8; 32])], |_, _| ()).await
+        Volume::rekey(&disk, &[&key(), &SlotKey::new([8; 32])], &OpenOptions::default(), |_, _| ())
+            .await
     });
     assert_eq!(refused, Err(VolumeError::WrongKey));
     assert_eq!(read_by(&image, other()).as_deref(), Ok(&expected[..]));
