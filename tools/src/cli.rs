@@ -251,7 +251,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     pub create: Option<u64>,
     /// Use the daemon that listens here and start none; HOST_FILE is then the daemon's name for it
-    #[arg(long, value_name = "PATH", conflicts_with_all = ["create", "allow_buffered", "no_probes"], requires = "key_file")]
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["create", "allow_buffered", "no_probes", "passphrase", "passphrase_file"], requires = "key_file")]
     pub socket: Option<PathBuf>,
     /// Counters of the volumes.
     #[command(flatten)]

@@ -43,11 +43,11 @@ pub fn run(args: &RekeyArgs) -> Result<(), Failure> {
         keys.push(passphrase::read(file)?);
     }
     let keys: Vec<&SlotKey> = keys.iter().collect();
-    let source = Source::one(&args.volume.counter)?;
-    let counter = source.as_ref().map(|source| source.used(false));
-    let options = OpenOptions { counter, ..OpenOptions::default() };
     let mut line: Option<Progress> = None;
     let mut told = 0;
+    let counter = Source::one(&args.volume.counter)?;
+    let used = counter.as_ref().map(|source| source.used(false));
+    let options = OpenOptions { counter: used, ..OpenOptions::default() };
     let rekeyed = run_to_end(Volume::rekey(&disk, &keys, &options, |done, all| {
         if args.volume.json {
             // A line for each hundredth, however large the volume is.
@@ -63,7 +63,7 @@ pub fn run(args: &RekeyArgs) -> Result<(), Failure> {
     if let Some(line) = &line {
         line.end();
     }
-    let report = rekeyed.map_err(|error| refused_with(path, &error, source.as_deref()))?;
+    let report = rekeyed.map_err(|error| refused_with(path, &error, counter.as_deref()))?;
     let sealed = report.rewritten * BLOCK;
     if args.volume.json {
         let done = json!({

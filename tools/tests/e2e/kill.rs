@@ -2,7 +2,13 @@
 //!
 //! `POSTERN_KILLS` sets how often each victim is killed (default 20).
 
-use std::{ffi::OsString, path::Path, process::Command};
+use std::{
+    ffi::OsString,
+    fs::File,
+    io::{Read as _, Seek as _, SeekFrom},
+    path::Path,
+    process::Command,
+};
 
 use crate::common::{World, begin, children, end, name_of, signal, until};
 
@@ -24,9 +30,29 @@ fn words(program: &Path, mode: &str, file: &Path, log: &Path, seed: u64) -> Vec<
     ]
 }
 
-fn confirmed(log: &Path) -> usize {
-    let text = std::fs::read_to_string(log).unwrap_or_default();
-    text.lines().filter(|line| line.starts_with('C')).count()
+/// How many writes the guest's log confirms; what was counted is not read again.
+struct Confirmed<'a> {
+    log: &'a Path,
+    read: u64,
+    count: usize,
+}
+
+impl<'a> Confirmed<'a> {
+    const fn of(log: &'a Path) -> Self {
+        Self { log, read: 0, count: 0 }
+    }
+
+    fn now(&mut self) -> usize {
+        let Ok(mut log) = File::open(self.log) else { return 0 };
+        let mut new = String::new();
+        log.seek(SeekFrom::Start(self.read)).unwrap();
+        log.read_to_string(&mut new).unwrap();
+        // The last line may not be whole yet.
+        let whole = new.rfind('\n').map_or(0, |end| end + 1);
+        self.count += new[..whole].lines().filter(|line| line.starts_with('C')).count();
+        self.read += whole as u64;
+        self.count
+    }
 }
 
 /// Kills a process below `postern` by its name while it writes; then checks the volume. Each round
@@ -36,15 +62,16 @@ fn kill_in_rounds(victim: &str, expected_code: Option<i32>) {
     let Some(program) = world.guest("synclog") else { return };
     let volume = world.format("v", "2M");
     let (sealed, log) = (Path::new("/sealed/data"), world.path("log"));
+    let mut confirmed = Confirmed::of(&log);
     let rounds = std::env::var("POSTERN_KILLS").ok().and_then(|text| text.parse().ok());
     for round in 0..rounds.unwrap_or(ROUNDS) {
-        let before = confirmed(&log);
+        let before = confirmed.now();
         let write = words(&program, "write", sealed, &log, round * 1_000_003);
         let mut running = begin(&mut world.run(&volume, write));
         // A different count each round, so that the kill falls into different phases.
         let enough = before + 1 + usize::try_from(round * round * 3 % LONGEST).unwrap();
         until("enough confirmed writes", || {
-            let seen = confirmed(&log);
+            let seen = confirmed.now();
             assert!(running.is_running() || seen >= enough, "the guest ended by itself");
             (seen >= enough).then_some(())
         });
@@ -104,10 +131,11 @@ fn the_checker_finds_what_a_plain_file_lost() {
         command.args(&words[1..]);
         command
     };
+    let mut confirmed = Confirmed::of(&log);
     let mut running = begin(&mut tool("write"));
     until("some confirmed writes", || {
         assert!(running.is_running());
-        (confirmed(&log) >= 50).then_some(())
+        (confirmed.now() >= 50).then_some(())
     });
     signal("KILL", running.pid());
     running.wait();

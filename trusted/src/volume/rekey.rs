@@ -59,13 +59,13 @@ impl Volume {
     ///
     /// `keys` are those that open the volume afterwards: the first one opens it now, and the slots
     /// of all of them stay. All other slots are emptied when a rekey is begun; one that goes on
-    /// changes no slot. `options`: the volume's counter, if it is bound to one. `progress(done, all)` is called in bytes of the file now and then.
+    /// changes no slot. `options` are for opening it: its counter. `progress(done, all)` is called
+    /// in bytes of the file now and then.
     ///
     /// # Errors
     /// Those of opening the volume with each of `keys`; [`Misuse::HasSnapshots`];
-    /// [`VolumeError::Unreadable`] for a block
-    /// that is damaged: write it, or punch a hole there, and call again. After any error the volume
-    /// opens as before and the next call goes on.
+    /// [`VolumeError::Unreadable`] for a block that is damaged: write it, or punch a hole there,
+    /// and call again. After any error the volume opens as before and the next call goes on.
     pub async fn rekey<D: Disk>(
         disk: &D,
         keys: &[&SlotKey],

@@ -81,7 +81,7 @@ enum Said {
 fn ours(image: &Image) -> Said {
     nonces::reset();
     let mut runner = Runner::new(SimDisk::new(9, roomy().host_blocks, image.clone()));
-    // The other one asks no counter.
+    // Some are bound to a counter, which neither side has here.
     let options = OpenOptions { unbind: true, ..OpenOptions::default() };
     let opened = runner.block_on(open(runner.disk.clone(), options));
     let Ok((volume, _)) = opened else { return Said::Refused };
