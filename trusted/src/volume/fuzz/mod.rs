@@ -134,7 +134,11 @@ fn use_volume(image: Image, blocks: u64, options: u8) {
         }
         let _ = wait(volume.sync(&host));
         read(&host, &volume);
+        let _ = wait(volume.make_snapshot(&host, "kept", 7));
         let _ = wait(volume.punch(&host, 5000, 70_000));
+        for kept in wait(volume.snapshots(&host)).unwrap_or_default() {
+            let _ = wait(volume.delete_snapshot(&host, &kept.name));
+        }
         let _ = wait(volume.truncate(&host, 100 * BLOCK as u64 + 7));
         let _ = wait(volume.close(&host));
     }
@@ -173,10 +177,16 @@ pub fn header(data: &[u8]) {
     use_volume(base.image, base.blocks, first);
 }
 
-/// The superblock. First byte: bit 3, the host file is as long as can be.
+/// The superblock. First byte: bit 3, the host file is as long as can be; bit 4, it says that there
+/// are snapshots.
 pub fn superblock(data: &[u8]) {
     let Some((mut base, first, rest)) = chosen(data) else { return };
-    base.with_superblock(|block| apply(rest, &mut block[64..]));
+    base.with_superblock(|block| {
+        if first & 16 != 0 {
+            put(block, 48, &[2, 0, 0, 0, 1, 0, 0, 0]);
+        }
+        apply(rest, &mut block[64..]);
+    });
     let blocks = if first & 8 != 0 { super::layout::MAX_HOST } else { base.blocks };
     use_volume(base.image, blocks, first);
 }

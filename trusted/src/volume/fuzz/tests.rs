@@ -95,7 +95,7 @@ fn no_bytes_of_any_structure_give_a_panic_or_a_wrong_byte() {
 /// The control: the targets reach behind the tags, and their model of what is right is sharp.
 #[test]
 fn a_changed_structure_is_sealed_so_that_it_opens() {
-    use super::{base::*, host::*, *};
+    use super::{super::VolumeError, base::*, host::*, *};
     let open = |base: &Base| {
         let host = Host::new(base.image.clone(), base.blocks, 7);
         wait(Volume::open(&host, &key(), &OpenOptions::default())).map(|(volume, report)| {
@@ -110,6 +110,15 @@ fn a_changed_structure_is_sealed_so_that_it_opens() {
     let mut changed = Base::closed();
     changed.with_superblock(|block| block[88..96].copy_from_slice(&8192_u64.to_le_bytes()));
     assert_eq!(open(&changed).unwrap().0, 8192);
+
+    let mut changed = Base::closed();
+    changed.with_superblock(|block| {
+        block[48..56].copy_from_slice(&[2, 0, 0, 0, 1, 0, 0, 0]);
+        (block[288], block[328]) = (0x60, 1);
+    });
+    let host = Host::new(changed.image.clone(), changed.blocks, 7);
+    let (volume, _) = wait(Volume::open(&host, &key(), &OpenOptions::default())).unwrap();
+    assert_eq!(wait(volume.snapshots(&host)), Err(VolumeError::DamagedSnapshots));
 
     let mut changed = Base::synced();
     changed.with_journal(1, |block| block[112..].fill(0));
