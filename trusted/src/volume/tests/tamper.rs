@@ -300,3 +300,30 @@ fn no_flipped_bit_yields_a_wrong_byte_or_a_panic() {
         }
     }
 }
+
+/// A power cut may leave one copy of the newest superblock and the other one as it was before.
+#[test]
+fn a_superblock_in_one_copy_alone_is_the_newest_and_stays_so() {
+    let before = made(true);
+    let mut later = runner(&before);
+    // Draws other salts than the process before.
+    later.disk = SimDisk::new(6, tiny().host_blocks, before.clone());
+    let disk = later.disk.clone();
+    let generation = later.block_on(async move {
+        let (volume, _) = open(disk.clone(), options()).await.unwrap();
+        volume.write(&disk, 0, &Memory::new(plain(77))).await.unwrap();
+        volume.close(&disk).await.unwrap();
+        volume.info().generation
+    });
+    for place in SUPERBLOCKS.into_iter().flatten() {
+        let mut image = later.disk.image();
+        image.insert(place, before[&place].clone());
+        let read_only = OpenOptions { read_only: true, ..options() };
+        let (mut process, volume) = opened(&image, read_only);
+        let volume = volume.unwrap();
+        assert_eq!(volume.info().generation, generation, "with {place} of before");
+        let disk = process.disk.clone();
+        let bytes = process.block_on(read_all(disk, volume)).unwrap();
+        assert!(bytes[..BLOCK] == plain(77), "with {place} of before");
+    }
+}
