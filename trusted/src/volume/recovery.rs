@@ -191,8 +191,9 @@ impl Volume {
         key: &SlotKey,
         options: &OpenOptions,
     ) -> Result<(Self, OpenReport), VolumeError> {
-        let (header, opening, report) = Self::prepare(disk, key, options).await?;
-        opening.finish(disk, header, report).await
+        // Keys pass through both: on the heap, so that little of the stack has to be wiped.
+        let (header, opening, report) = Box::pin(Self::prepare(disk, key, options)).await?;
+        Box::pin(opening.finish(disk, header, report)).await
     }
 
     /// Steps 1 to 4: reads all that decides what the volume is, asks the counter, and changes

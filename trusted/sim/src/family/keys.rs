@@ -55,7 +55,7 @@ pub(super) fn swap_is_on() -> bool {
 
 /// Bytes of stack that are wiped after a volume was opened: as much as opening one has used, so
 /// that a thread which could open has room to wipe.
-const STACK: usize = 48 << 10;
+const STACK: usize = 96 << 10;
 
 /// Overwrites what calls before this one left on the stack: keys pass through there.
 #[inline(never)]
