@@ -20,6 +20,8 @@ pub fn all(tree: &Tree) -> Result<()> {
     build::all(tree)?;
     check::all(tree)?;
     step("tests", || {
+        // The preload library's tests run the built parts; `cargo test` alone does not build them.
+        run(tree.cargo().args(["build", "--workspace", "--quiet"]))?;
         run(tree.cargo().args(["test", "--workspace", "--quiet"]).env_remove(PARTS_VARIABLE))
     })?;
     fuzz::short(tree)?;
