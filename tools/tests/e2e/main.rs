@@ -14,6 +14,7 @@ mod keys;
 mod kill;
 mod launcher;
 mod matrix;
+mod members;
 mod memory;
 mod programs;
 mod reader;

@@ -551,8 +551,7 @@ impl Family {
         };
         let Some(dead) = dead else { return };
         self.forgive(dead);
-        // An heir that ended before its work did met something torn.
-        if dead.heir.load(Ordering::Acquire) != 0 || !dead.is_idle() {
+        if !dead.is_idle() {
             end_torn(dead.id());
         }
     }
