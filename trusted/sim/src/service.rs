@@ -66,8 +66,7 @@ pub fn unpark() {
 }
 
 fn stay_parked() {
-    // Asked again while parked, it stays.
-    while PARKING.compare_exchange(ASKED, PARKED, Ordering::AcqRel, Ordering::Acquire).is_ok() {
+    if PARKING.compare_exchange(ASKED, PARKED, Ordering::AcqRel, Ordering::Acquire).is_ok() {
         while PARKING.load(Ordering::Acquire) == PARKED {
             let moment = libc::timespec { tv_sec: 0, tv_nsec: 1_000_000 };
             let at = (&raw const moment) as usize;
