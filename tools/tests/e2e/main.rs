@@ -14,7 +14,6 @@ mod keys;
 mod kill;
 mod launcher;
 mod matrix;
-mod members;
 mod memory;
 mod programs;
 mod reader;

@@ -34,7 +34,7 @@ use crate::{
     config::DirectoryConfig,
     family::{self, Family, OpenVolume, Wanted},
     files::{attributes, io::wall_ns},
-    heir, identity, message,
+    identity, message,
     process::{self, SimPlatform},
     sys, wait,
 };
@@ -125,15 +125,11 @@ pub fn number(number: usize) -> Result<&'static Directory, Errno> {
 }
 
 /// The exclusive turn to change names.
-struct Turn<'a> {
-    holder: &'a AtomicU32,
-    /// Taken over from a process that was killed.
-    inherited: bool,
-}
+struct Turn<'a>(&'a AtomicU32);
 
 impl Drop for Turn<'_> {
     fn drop(&mut self) {
-        self.holder.store(0, Ordering::Release);
+        self.0.store(0, Ordering::Release);
     }
 }
 
@@ -164,11 +160,7 @@ impl Directory {
         let me = identity::process_id();
         loop {
             match self.turn.compare_exchange(0, me, Ordering::Acquire, Ordering::Relaxed) {
-                Ok(_) => return Turn { holder: &self.turn, inherited: false },
-                // The thread that had it is dead.
-                Err(holder) if holder == me && heir::is_one() => {
-                    return Turn { holder: &self.turn, inherited: true };
-                }
+                Ok(_) => return Turn(&self.turn),
                 Err(holder) => family::wait_for(holder),
             }
         }
@@ -192,25 +184,6 @@ impl Directory {
             visit.turn = turn.then_some(taken);
         }
         Ok(visit)
-    }
-
-    /// For an heir: a change that its process was about to write down is written, and removed files
-    /// that nobody has open any more go.
-    pub(crate) fn settle(&'static self, family: &Family) {
-        if self.state.lock().is_none() {
-            return;
-        }
-        let Ok(visit) = self.visit(true) else { return };
-        if visit.turn.as_ref().is_some_and(|turn| turn.inherited) {
-            // What cannot be written is said by whoever tries next.
-            let _ = visit.change(|_| Ok(()));
-        }
-        let orphans = visit.read(|table| {
-            let orphans =
-                table.nodes().filter(|(_, node)| node.parent == 0 && !node.is_directory());
-            orphans.map(|(inode, _)| inode).filter(|inode| *inode != ROOT).collect::<Vec<_>>()
-        });
-        orphans.unwrap_or_default().into_iter().for_each(|inode| self.reap(family, inode));
     }
 
     fn load(&self, index: &Arc<OpenVolume>) -> Result<(), Errno> {

@@ -497,35 +497,6 @@ impl Family {
         true
     }
 
-    /// Whether process `id` of the family still works: itself, or its heir.
-    #[must_use]
-    pub fn works(&self, id: u32) -> bool {
-        let has_heir =
-            || self.processes.lock().iter().any(|process| process.id() == id && has_heir(process));
-        identity::is_alive(id) || has_heir()
-    }
-
-    /// For an heir: nobody opens or closes for `process` any more.
-    pub fn let_open(&self, process: &Process) {
-        let length = self.volumes.lock().len();
-        for entry in (0..length).filter_map(|index| self.entry(index)) {
-            let mut slot = entry.slot.lock();
-            if matches!(slot.state, State::Busy(by) if by == process.id()) {
-                slot.state = State::Closed;
-            }
-        }
-    }
-
-    /// For an heir: `process` holds nothing any more and is not of the family. If it has `ended`
-    /// its locks end.
-    pub fn strike(&self, process: &Process, ended: bool) {
-        if ended {
-            self.locks.end_process(process.id());
-        }
-        self.forgive(process);
-        self.processes.lock().retain(|other| !core::ptr::eq(*other, process));
-    }
-
     /// Strikes a process out: it has drained and will not come back.
     pub fn leave(&self, id: u32) {
         self.processes.lock().retain(|process| {
@@ -537,21 +508,21 @@ impl Family {
         });
     }
 
-    /// Ends the calling process if another one of the family died with work unfinished that no heir
-    /// finishes: what it held of the volume will never complete.
+    /// Ends the calling process if another one of the family died with work unfinished: what it
+    /// held of the volume will never complete.
     pub fn check_the_dead(&self) {
         self.locks.reap();
         let me = identity::process_id();
         let dead = {
             let mut processes = self.processes.lock();
-            let found = processes.iter().position(|process| {
-                process.id() != me && !has_heir(process) && !identity::is_alive(process.id())
-            });
+            let found = processes
+                .iter()
+                .position(|process| process.id() != me && !identity::is_alive(process.id()));
             found.map(|at| processes.swap_remove(at))
         };
         let Some(dead) = dead else { return };
         self.forgive(dead);
-        if !dead.is_idle() {
+        if dead.executor.live() > 0 {
             end_torn(dead.id());
         }
     }
@@ -569,16 +540,9 @@ impl Entry {
     }
 }
 
-/// Whether somebody finishes what `process` began, should it be killed.
-fn has_heir(process: &Process) -> bool {
-    let heir = process.heir.load(Ordering::Acquire);
-    heir != 0 && identity::is_alive(heir)
-}
-
 /// Another process opens or closes the volume: waits a moment.
 pub(crate) fn wait_for(other: u32) {
-    let works = || family().is_some_and(|family| family.works(other));
-    if other != identity::process_id() && !works() {
+    if other != identity::process_id() && !identity::is_alive(other) {
         end_torn(other);
     }
     process::pause();

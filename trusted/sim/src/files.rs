@@ -28,7 +28,7 @@ use postern_trusted::errno::Errno;
 
 use crate::{
     directory::{self, Listing},
-    family, heir, identity,
+    family, identity,
     runtime::{self, OpenVolume},
     sys,
 };
@@ -195,7 +195,7 @@ pub fn is_internal(fd: i32) -> bool {
 /// A vfork child, or a process made with CLONE_VM: it runs in its parent's memory with
 /// descriptors of its own, so it must leave the parent's table alone.
 fn is_guest_of_its_parents_memory() -> bool {
-    identity::process_id() != sys::getpid() && !heir::is_one()
+    identity::process_id() != sys::getpid()
 }
 
 /// open(2) of volume `index`: a file that exists, unless it was removed in this run.
@@ -459,11 +459,6 @@ fn collect(wanted: impl Fn(i32) -> bool) -> Vec<Arc<OpenFile>> {
 pub fn close_internal(fd: i32) {
     TABLE.unmark_internal(fd);
     let _ = sys::close(fd);
-}
-
-/// For an heir: opens what threads of its process held when they were killed.
-pub fn orphaned() {
-    TABLE.fork_child();
 }
 
 /// The references that a child's copy of the table stands for, while a fork is under way. Dropping

@@ -47,27 +47,10 @@ pub fn process_id() -> u32 {
     }
 }
 
-/// Whether process or thread `id` still runs. A process that has ended counts as gone although its
-/// parent has not waited for it: the parent may be waiting for what it held.
+/// Whether process `id` still exists (a zombie counts as gone once reaped).
 #[must_use]
 pub fn is_alive(id: u32) -> bool {
     // SAFETY: signal 0 is only a check.
     let answer = unsafe { sys::syscall6(libc::SYS_kill, id as usize, 0, 0, 0, 0, 0) };
-    (answer == 0 || answer == -(libc::EPERM as isize)) && !has_ended(id)
-}
-
-/// Whether `id` is a process that has ended. Not known (no process, an old kernel, no descriptor):
-/// `false`.
-fn has_ended(id: u32) -> bool {
-    // SAFETY: takes numbers only.
-    let opened = unsafe { sys::syscall6(libc::SYS_pidfd_open, id as usize, 0, 0, 0, 0, 0) };
-    let Ok(Ok(pidfd)) = sys::check(opened).map(i32::try_from) else { return false };
-    let mut poll = libc::pollfd { fd: pidfd, events: libc::POLLIN, revents: 0 };
-    // SAFETY: one pollfd that lives through the call; a zero timeout does not wait.
-    let answer = unsafe {
-        let at = (&raw mut poll) as usize;
-        sys::syscall6(libc::SYS_poll, at, 1, 0, 0, 0, 0)
-    };
-    let _ = sys::close(pidfd);
-    answer > 0
+    answer == 0 || answer == -(libc::EPERM as isize)
 }

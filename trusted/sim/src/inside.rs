@@ -373,17 +373,6 @@ pub fn thread_id() -> u32 {
     here.thread.load(Ordering::Relaxed)
 }
 
-/// The calling process goes on with the storage of a thread that is dead: inside, and nothing is
-/// deferred.
-pub fn take_over() {
-    let here = here();
-    here.deferred.store(0, Ordering::Relaxed);
-    here.waited.store(0, Ordering::Relaxed);
-    here.depth.store(1, Ordering::Relaxed);
-    here.thread.store(sys::gettid(), Ordering::Relaxed);
-    here.process.store(identity::process_id(), Ordering::Relaxed);
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -12,7 +12,6 @@ pub mod family;
 pub mod files;
 pub mod freshness;
 pub mod guest;
-pub mod heir;
 pub mod host;
 pub mod identity;
 pub mod image;

@@ -16,7 +16,7 @@ use postern_edl::{
 use postern_trusted::{
     errno::Errno,
     port::{Doorbell, HostFault, Lane, SharedWords},
-    sync::{Lock, LockGuard},
+    sync::Lock,
 };
 
 use crate::{
@@ -35,8 +35,6 @@ pub struct Link {
     /// The port.
     pub lane: Lane,
     control: Lock<Enclave<Connection>>,
-    /// No more calls ([`Self::orphaned`]).
-    mute: AtomicBool,
     socket: i32,
     bells: [i32; 3],
     /// The lane's fault was told.
@@ -116,18 +114,7 @@ impl Link {
         };
         *session = Some(Session { number: attached.session, token: attached.token });
         drop(session);
-        let (told, mute) = (AtomicBool::new(false), AtomicBool::new(false));
-        Ok(Self { lane, control: Lock::new(control), mute, socket, bells, told })
-    }
-
-    /// For an heir: a call that a killed thread was in has an answer on its way that belongs to
-    /// nobody, so no more calls are made.
-    pub fn orphaned(&self) {
-        self.mute.store(self.control.is_locked(), Ordering::Relaxed);
-    }
-
-    fn control(&self) -> Result<LockGuard<'_, Enclave<Connection>>, Errno> {
-        if self.mute.load(Ordering::Relaxed) { Err(Errno::EIO) } else { Ok(self.control.lock()) }
+        Ok(Self { lane, control: Lock::new(control), socket, bells, told: AtomicBool::new(false) })
     }
 
     /// Opens a host file by its name at the daemon.
@@ -136,7 +123,7 @@ impl Link {
     /// The daemon's errno, or `EIO` if it broke the protocol.
     pub fn open(&self, name: &str) -> Result<PosternFile, Errno> {
         let request = PosternOpenRequest { name: name.into(), flags: 0 };
-        match self.control()?.postern_open(&request) {
+        match self.control.lock().postern_open(&request) {
             Ok(reply) => Ok(reply.file),
             Err(CallError::Refused(errno)) => Err(Errno(i32::try_from(errno).unwrap_or(5))),
             Err(error) => Err(refused(name, "open", &error)),
@@ -149,7 +136,7 @@ impl Link {
     /// As [`Self::open`].
     pub fn create(&self, name: &str, blocks: u64) -> Result<PosternFile, Errno> {
         let request = PosternCreateRequest { name: name.into(), blocks };
-        match self.control()?.postern_create(&request) {
+        match self.control.lock().postern_create(&request) {
             Ok(reply) => Ok(reply.file),
             Err(CallError::Refused(errno)) => Err(Errno(i32::try_from(errno).unwrap_or(5))),
             Err(error) => Err(refused(name, "create", &error)),
@@ -160,9 +147,7 @@ impl Link {
     pub fn remove(&self, name: &str) {
         // What cannot be removed stays: no name leads to it, and the next opening of the
         // directory tries again.
-        if let Ok(mut control) = self.control() {
-            let _ = control.postern_remove(&PosternRemoveRequest { name: name.into() });
-        }
+        let _ = self.control.lock().postern_remove(&PosternRemoveRequest { name: name.into() });
     }
 
     /// Ids of the host files in a directory of the daemon: a page of those above `after`, each of
@@ -173,7 +158,7 @@ impl Link {
     pub fn list(&self, name: &str, after: &str) -> Result<Vec<u8>, Errno> {
         const ROOM: u64 = 32 * 4096;
         let request = PosternListRequest { name: name.into(), after: after.into(), capacity: ROOM };
-        match self.control()?.postern_list(&request) {
+        match self.control.lock().postern_list(&request) {
             Ok(reply) => Ok(reply.ids),
             Err(CallError::Refused(errno)) => Err(Errno(i32::try_from(errno).unwrap_or(5))),
             Err(error) => Err(refused(name, "list", &error)),
@@ -183,9 +168,7 @@ impl Link {
     /// Gives a host file back.
     pub fn close(&self, handle: u32) {
         // A daemon that refuses or has gone: nothing is left to give back.
-        if let Ok(mut control) = self.control() {
-            let _ = control.postern_close(&PosternCloseRequest { handle });
-        }
+        let _ = self.control.lock().postern_close(&PosternCloseRequest { handle });
     }
 
     /// Doorbells A (driver) and B (service) and the control socket: what sleepers watch.

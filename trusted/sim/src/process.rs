@@ -10,8 +10,8 @@
 
 use core::{
     future::Future,
-    pin::{Pin, pin},
-    sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicU64, Ordering},
+    pin::pin,
+    sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU64, Ordering},
     task::{Context, Poll, Waker},
 };
 use std::{sync::Arc, task::Wake};
@@ -60,12 +60,6 @@ pub struct Process {
     disks: Lock<Vec<Option<(u32, LaneFile)>>>,
     /// Rings when a hidden context of the kernel has events; -1 before there is one.
     aio_bell: AtomicI32,
-    /// The process that finishes this one's work if it is killed, or 0.
-    pub heir: AtomicU32,
-    /// Becomes readable when the process has ended: what its heir waits for. -1 before there is one.
-    pub end: AtomicI32,
-    /// What threads wait for in [`Self::block_on`].
-    waiting: Lock<Vec<Waiting>>,
     /// What `aio-nr` holds for this process's contexts.
     pub aio_charged: AtomicU64,
     /// Times that somebody drove.
@@ -216,9 +210,6 @@ impl Process {
             attaching: Lock::new(()),
             disks: Lock::new(Vec::new()),
             aio_bell: AtomicI32::new(-1),
-            heir: AtomicU32::new(0),
-            end: AtomicI32::new(-1),
-            waiting: Lock::new(Vec::with_capacity(16)),
             aio_charged: AtomicU64::new(0),
             drives: AtomicU64::new(0),
             requests: AtomicU64::new(0),
@@ -234,8 +225,7 @@ impl Process {
     fn descriptors(&self) -> Vec<i32> {
         let mut all = self.sleepers.descriptors();
         all.extend(self.service.descriptors());
-        let late = [self.aio_bell.load(Ordering::Relaxed), self.end.load(Ordering::Relaxed)];
-        all.extend(late.into_iter().filter(|descriptor| *descriptor >= 0));
+        all.extend(Some(self.aio_bell.load(Ordering::Relaxed)).filter(|bell| *bell >= 0));
         if let Some(link) = self.link.get() {
             all.extend(link.descriptors());
         }
@@ -430,7 +420,6 @@ impl Process {
         if take_over {
             self.drive();
         } else if started && self.sleepers.sleeping() == 0 {
-            let _active = self.executor.activate();
             self.executor.run(1);
         }
     }
@@ -476,70 +465,19 @@ impl Process {
         });
         let waker = Waker::from(flag.clone());
         let mut context = Context::from_waker(&waker);
-        let mut job = Job { future: pin!(future), output: None };
-        let at: *mut (dyn GoOn + '_) = &raw mut job;
-        // SAFETY: only the lifetime changes; what is noted is struck before `job` goes.
-        let at: *mut (dyn GoOn + 'static) = unsafe { core::mem::transmute(at) };
-        self.waiting.lock().push(Waiting(at));
+        let mut future = pin!(future);
         loop {
             let _active = self.executor.activate();
-            // SAFETY: `job` lives on this stack; an heir uses it only when this thread is dead.
-            if flag.woken.swap(false, Ordering::AcqRel) && unsafe { (*at).go_on(&mut context) } {
-                break;
+            if flag.woken.swap(false, Ordering::AcqRel)
+                && let Poll::Ready(output) = future.as_mut().poll(&mut context)
+            {
+                return output;
             }
             if self.drive() || flag.woken.load(Ordering::Acquire) {
                 continue;
             }
             drop(_active);
             self.sleep(&|| flag.woken.load(Ordering::Acquire), None, Signals::Held);
-        }
-        self.waiting.lock().retain(|other| !core::ptr::addr_eq(other.0, at));
-        // The loop ends with an output.
-        job.output.unwrap_or_else(|| abort())
-    }
-
-    /// Whether a thread was killed while it worked on something that others see.
-    #[must_use]
-    pub fn is_torn(&self) -> bool {
-        self.executor.is_active()
-    }
-
-    /// Whether nothing was under way when the process ended.
-    #[must_use]
-    pub fn is_idle(&self) -> bool {
-        let nobody_waits = self.waiting.try_lock().is_some_and(|waiting| waiting.is_empty());
-        nobody_waits && !self.is_torn() && self.executor.live() == 0
-    }
-
-    /// Whether the daemon is gone for this process.
-    #[must_use]
-    pub fn is_cut_off(&self) -> bool {
-        self.link.get().is_some_and(|link| link.lane.fault().is_some())
-    }
-
-    /// For an heir, the only one to use this process now: brings to its end what threads waited
-    /// for and what is in flight. Without the daemon only what ends by itself soon.
-    pub fn finish(&self) {
-        const ROUNDS_WITHOUT_DAEMON: u32 = 1000;
-        let mut lost = 0;
-        loop {
-            let mut left = core::mem::take(&mut *self.waiting.lock());
-            let active = self.executor.activate();
-            let mut context = Context::from_waker(Waker::noop());
-            // SAFETY: the stack of a thread that died asleep: its memory is still there, what lies
-            // on it is whole, and nobody else uses it.
-            left.retain(|job| unsafe { !(*job.0).go_on(&mut context) });
-            drop(active);
-            let done = left.is_empty() && self.executor.live() == 0;
-            *self.waiting.lock() = left;
-            if let Some(link) = self.link.get() {
-                link.check_daemon();
-            }
-            lost += u32::from(self.is_cut_off());
-            if done || lost > ROUNDS_WITHOUT_DAEMON {
-                return;
-            }
-            pause();
         }
     }
 
@@ -595,35 +533,6 @@ impl Process {
         end
     }
 }
-
-/// A future that a thread waits for, and what came of it.
-struct Job<'a, F: Future> {
-    future: Pin<&'a mut F>,
-    output: Option<F::Output>,
-}
-
-/// A [`Job`] of whatever future.
-trait GoOn {
-    /// Polls it; answers whether it is done.
-    fn go_on(&mut self, context: &mut Context<'_>) -> bool;
-}
-
-impl<F: Future> GoOn for Job<'_, F> {
-    fn go_on(&mut self, context: &mut Context<'_>) -> bool {
-        if self.output.is_none()
-            && let Poll::Ready(output) = self.future.as_mut().poll(context)
-        {
-            self.output = Some(output);
-        }
-        self.output.is_some()
-    }
-}
-
-/// A job on the stack of a thread of the process that notes it.
-struct Waiting(*mut (dyn GoOn + 'static));
-
-// SAFETY: used by its own thread, and by an heir when that is dead.
-unsafe impl Send for Waiting {}
 
 /// Wakes a thread that waits for one future.
 struct Flag {

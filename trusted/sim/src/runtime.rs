@@ -6,7 +6,7 @@ use std::sync::Arc;
 use postern_trusted::{errno::Errno, platform::Buffer, volume::Volume};
 
 pub use crate::family::OpenVolume;
-use crate::{family::family, files, heir, host, identity, inheritance, process, service, wait};
+use crate::{family::family, files, host, identity, inheritance, process, service, wait};
 
 /// Whether `postern run` started this program: otherwise every symbol just passes on.
 #[must_use]
@@ -118,20 +118,6 @@ pub fn exit_drain() {
     // From here on nobody starts background work that would not be finished.
     service::park();
     leave();
-    heir::dismiss();
-}
-
-/// For an heir: gives back what its process had open, and waits until all is closed. `ended`: the
-/// process has, and did not become another program, which inherits.
-pub fn depart(process: &process::Process, ended: bool) {
-    if ended {
-        inheritance::settle();
-    }
-    files::set_executing(!ended);
-    files::close_all();
-    while process.executor.live() > 0 && !process.is_cut_off() {
-        process::pause();
-    }
 }
 
 /// Before exec: as [`exit_drain`], but what the next program inherits stays open. A failure of the
@@ -152,7 +138,6 @@ pub fn exec_drain() {
     }
     files::set_executing(true);
     leave();
-    heir::dismiss();
     inheritance::hand_over(files);
 }
 

@@ -13,7 +13,7 @@ use postern_trusted::port::Sleeper;
 
 use crate::{
     family::{self, Family},
-    heir, host, identity, posix_aio,
+    host, identity, posix_aio,
     process::{self, Process},
     sys,
     wait::{self, Signals, now_ns},
@@ -115,7 +115,6 @@ fn run() {
     let mut drives = 0;
     loop {
         stay_parked();
-        heir::appoint(process);
         let now = now_ns();
         // Silent since the last look, and nobody sleeps inside a call: then nobody else drives.
         let silent = process.drives() == drives && process.sleepers.sleeping() == 0;

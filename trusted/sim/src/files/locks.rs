@@ -210,15 +210,6 @@ impl Locks {
         }
     }
 
-    /// Ends the locks of process `id`, which has died, and its waits.
-    pub fn end_process(&self, id: u32) {
-        self.waits.lock().retain(|(waiter, _)| *waiter != id);
-        for file in self.files.lock().values_mut() {
-            file.ranges.retain(|held| held.owner != Owner::Process(id));
-        }
-        self.changed();
-    }
-
     /// Ends the locks of processes that have died.
     pub fn reap(&self) {
         let mut ended = false;

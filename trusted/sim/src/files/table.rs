@@ -177,7 +177,7 @@ impl<T: Send + Sync> Table<T> {
         self.writer.store(0, Ordering::Release);
     }
 
-    /// After the fork, in the child, or in an heir: opens what other threads held at that moment.
+    /// After the fork, in the child: opens what other threads of the parent held at that moment.
     pub fn fork_child(&self) {
         for word in self.used() {
             word.fetch_and(!LOCKED, Ordering::AcqRel);
