@@ -258,14 +258,8 @@ impl Executor {
         self.0.live.load(Ordering::Relaxed)
     }
 
-    /// Whether a thread is between [`Self::activate`] and the drop of what it answered.
-    #[must_use]
-    pub fn is_active(&self) -> bool {
-        self.0.active.load(Ordering::SeqCst) > 0
-    }
-
-    /// Whether a task is ready to run. Takes no lock: spinning threads look here all the time, and one
-    /// that is killed must not be found holding anything.
+    /// Whether a task is ready to run. Takes no lock: spinning threads look here all the time, and
+    /// one that is killed must not be found holding anything.
     #[must_use]
     pub fn has_ready(&self) -> bool {
         // Pairs with the fence in `push`: whoever announced that it will sleep sees the task here,
