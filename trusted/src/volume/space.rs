@@ -308,6 +308,13 @@ impl Space {
         Ok(None)
     }
 
+    /// Gives out a free run of `least..=most` blocks in `from..to`, to be given back: not to hold
+    /// anything.
+    pub(crate) fn claim(&mut self, from: u64, to: u64, least: u64, most: u64) -> Option<Run> {
+        let run = self.search(from, to.min(self.limit), least, most).ok().flatten()?;
+        Some(self.take(run))
+    }
+
     /// Searches all pages in memory, from the cursor on, around.
     fn anywhere(&mut self, least: u64, most: u64) -> Option<Run> {
         if least > self.longest {
