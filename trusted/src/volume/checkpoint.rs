@@ -432,6 +432,10 @@ impl Volume {
         let core = &mut *guard;
         let frozen = core.frozen.take();
         core.map = Map { root: superblock.map_root, levels: superblock.map_levels, cut: cut.order };
+        if core.discards.wanted() {
+            let unnamed = core.space.unnamed(&space.changed);
+            core.discards.freed(unnamed);
+        }
         core.space.complete(space.changed, space.root, space.free);
         core.journal.start = cut.start;
         core.journal.drop_pending(|pending| pending.interval < cut.interval);
