@@ -19,6 +19,7 @@ mod reader;
 mod rekey;
 mod run;
 mod slots;
+mod small;
 mod space;
 mod tamper;
 mod usage;
