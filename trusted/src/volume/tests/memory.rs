@@ -17,6 +17,9 @@ use crate::{
     volume::{Chore, FormatOptions, OpenOptions, Volume},
 };
 
+/// Places and counts of blocks.
+pub(super) type Given = Vec<(u64, u64)>;
+
 /// A host file in memory that answers at once.
 #[derive(Clone, Default)]
 pub(super) struct MemDisk {
@@ -27,7 +30,7 @@ pub(super) struct MemDisk {
     /// Places that were written, and how many more the host has room for.
     pub(super) warm: Arc<Mutex<(BTreeSet<u64>, u64)>>,
     /// What was given back: place and blocks; or the host cannot.
-    pub(super) discards: Arc<Mutex<Option<Vec<(u64, u64)>>>>,
+    pub(super) discards: Arc<Mutex<Option<Given>>>,
     pub(super) size: u64,
     pub(super) seed: Arc<Mutex<u64>>,
 }
@@ -70,7 +73,7 @@ impl Disk for MemDisk {
         let mut discards = self.discards.lock().unwrap();
         discards.as_mut().ok_or(HostError::Errno(95))?.push((place, count));
         let mut blocks = self.blocks.lock().unwrap();
-        (place..place + count).for_each(|at| drop(blocks.insert(at, [0x5a; BLOCK])));
+        blocks.extend((place..place + count).map(|at| (at, [0x5a; BLOCK])));
         Ok(())
     }
 
