@@ -112,10 +112,10 @@ def report(volume, target, audit):
     return said
 
 
-def read_volume(path, secret, target, audit):
-    """The report on the volume in the host file `path`."""
+def read_volume(path, secret, target, audit, check=None):
+    """The report on the volume in the host file `path`, if it passes the check."""
     with open(path, "rb") as file:
-        return report(Volume(file, secret), target, audit)
+        return report(Volume(file, secret, check), target, audit)
 
 
 def read_directory(path, secret, target, audit):
@@ -131,7 +131,12 @@ def read_directory(path, secret, target, audit):
         said[os.fsdecode(name)] = entry = {"inode": record.inode, "mode": record.mode}
         if record.kind == directory.FILE:
             key = (KIND_KEY_FILE, index.header.file_key(record.id))
-            entry.update(read_volume(os.path.join(path, record.id.hex()), key, out, audit))
+            file = os.path.join(path, record.id.hex())
+
+            def check(volume, chain, state=record.state):
+                return directory.check_state(volume, chain, state)
+
+            entry.update(read_volume(file, key, out, audit, check))
             damaged += entry["damaged"]
     return {"files": said, "damaged": damaged}
 

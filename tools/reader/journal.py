@@ -117,6 +117,8 @@ def replay(volume):
     tail.last = superblock.replay + len(chain) - 1
     tail.certain = max([superblock.durable] + [block.durable for block in found.values()])
     newest = max([superblock.generation] + [block.generation for block in found.values()])
+    if volume.check:
+        tail.certain = max(tail.certain, volume.check(volume, chain))
     if tail.last < tail.certain:
         raise Refused(f"the journal ends at {tail.last}, but {tail.certain} was durable")
     if newest > superblock.generation:

@@ -44,11 +44,11 @@ class Pointer:
 class Superblock:
     """An authentic superblock; the fields are those of the document."""
 
-    def __init__(self, data, slot):
+    def __init__(self, data, slot, raw):
         def at(offset, size=8):
             return number(data, offset, size)
 
-        self.slot = slot
+        self.slot, self.raw = slot, raw
         self.version, self.features = at(48, 4), at(52, 4)
         if self.version not in (1, 2):
             raise Refused(f"version {self.version} of the superblock is unknown")
@@ -68,6 +68,11 @@ class Superblock:
         self.birth = at(400, 4)
         self.replay, self.before = at(368), bytes(data[376:392])
         self.durable = at(392)
+        flags = at(448)
+        self.bound = bool(flags & 1)
+        self.records = [
+            bytes(data[place:][:40]) if flags & bit else None for place, bit in ((408, 2), (4056, 4))
+        ]
         self.epochs = {}
         for index in range(min(at(404, 4), 32)):
             entry = data[640 + 32 * index :][:32]
@@ -99,9 +104,10 @@ class Superblock:
 class Volume:
     """A volume opened for reading, its journal replayed in memory."""
 
-    def __init__(self, file, secret):
-        """`file`: open for reading in binary. `secret`: (slot kind, key or passphrase)."""
-        self.file = file
+    def __init__(self, file, secret, check=None):
+        """`file`: open for reading in binary. `secret`: (slot kind, key or passphrase). `check`
+        refuses what is not the newest state, or says up to which journal block it vouches."""
+        self.file, self.check = file, check
         self.header = header.read(file, secret)
         self.keys = {}
         self.nodes = {}
@@ -131,7 +137,7 @@ class Volume:
                     body = unseal(key, ZERO_NONCE, block[64:], block[24:40], associated, "")
                 except Damaged:
                     continue
-                found.append(Superblock(block[:64] + body, slot))
+                found.append(Superblock(block[:64] + body, slot, block))
         if not found:
             raise Refused("no authentic superblock")
         return max(found, key=lambda superblock: superblock.generation)

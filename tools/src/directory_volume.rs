@@ -15,6 +15,7 @@ use serde_json::json;
 use crate::{
     cli::{RunArgs, VolumeArgs},
     counter::Source,
+    directory_records::Recorded,
     disk::{Access, FileDisk},
     error::{Exit, Failure},
     key::{self, KeySource},
@@ -166,7 +167,8 @@ pub fn verify(args: &VolumeArgs) -> Result<bool, Failure> {
         files += 1;
         let host_file = args.host_file.join(host_name(id));
         let key = file_key(&looked.index, id);
-        match volume::open_to_read(&host_file, &key, None, looked.access) {
+        let recorded = Recorded::new(node.record).used();
+        match volume::open_file_to_read(&host_file, &key, recorded, looked.access) {
             Err(failure) if failure.exit == Exit::InUse => return Err(failure),
             Err(failure) => damage.push((path, failure.to_string())),
             Ok((disk, volume, report)) => {

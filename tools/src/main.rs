@@ -6,6 +6,7 @@
 mod cli;
 mod control;
 mod counter;
+mod directory_records;
 mod directory_volume;
 mod disk;
 mod error;

@@ -15,7 +15,12 @@
 //! counter is trusted for the freshness of volumes, not with any content.
 
 use alloc::boxed::Box;
-use core::{fmt, future::Future, pin::Pin};
+use core::{
+    fmt,
+    future::Future,
+    pin::Pin,
+    task::{Context, Poll},
+};
 
 /// What a counter holds: which state of a volume is the newest that was registered.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -92,6 +97,28 @@ pub trait Counter: Send + Sync {
 
     /// Changes it from `old` (`None`: from nothing) to `new`, or not at all.
     fn swap(&self, old: Option<Record>, new: Record) -> Answer<'_, Swapped>;
+
+    /// Whether this is a record inside the same enclave, whose moves become durable later and in
+    /// batches. Nobody else can move such a one, and [`Self::swap`] answers at once.
+    fn is_batched(&self) -> bool {
+        false
+    }
+
+    /// Of a batched one: what it holds if the power goes now, and what it holds now. Pending while
+    /// yet another record may be found after a power cut.
+    fn lasting(&self, cx: &mut Context<'_>) -> Poll<Option<Lasting>> {
+        let _ = cx;
+        Poll::Ready(None)
+    }
+}
+
+/// What a batched counter may hold after a power cut.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Lasting {
+    /// The durable record.
+    pub durable: Option<Record>,
+    /// The newest one; the same if it is durable.
+    pub newest: Option<Record>,
 }
 
 /// How often the counter moves: what a rollback can take back unnoticed, against what it costs.

@@ -13,8 +13,12 @@ pub mod cwd;
 mod look;
 mod open;
 mod ops;
+mod records;
 
-use core::sync::atomic::{AtomicI64, AtomicU32, Ordering};
+use core::{
+    sync::atomic::{AtomicI64, AtomicU32, Ordering},
+    task::Waker,
+};
 use std::{collections::BTreeMap, sync::Arc};
 
 pub use look::{Entry, Facts, Listing, access, check_search, stat};
@@ -29,6 +33,8 @@ use postern_trusted::{
     port::LaneFile,
     sync::Lock,
 };
+pub(crate) use records::FileRecord;
+use records::Records;
 
 use crate::{
     config::DirectoryConfig,
@@ -63,6 +69,8 @@ struct Loaded {
     failed: bool,
     /// Sizes of files that are not open, as far as known.
     sizes: BTreeMap<u64, u64>,
+    /// Which records of files are not durable yet.
+    records: Records,
 }
 
 /// What an open volume knows of the directory that its file is in.
@@ -207,6 +215,7 @@ impl Directory {
             dirty: false,
             failed: false,
             sizes: BTreeMap::new(),
+            records: Records::default(),
         });
         Ok(())
     }
@@ -261,6 +270,7 @@ impl Directory {
         let loaded = loaded.filter(|loaded| !loaded.failed).ok_or(Errno::EIO)?;
         loaded.sequence += 1;
         loaded.dirty = false;
+        loaded.records.take_off(&loaded.table);
         let image = loaded.table.encode(loaded.sequence);
         Ok((Memory::new(image), slot_offset(loaded.sequence)))
     }
@@ -273,10 +283,12 @@ impl Directory {
             Ok(_) => Err(Errno::EIO),
             Err(errno) => Err(errno),
         };
+        let wakers = self.state.lock().as_mut().map(|loaded| {
+            loaded.failed |= written.is_err();
+            loaded.records.land(&mut loaded.table, written.is_ok())
+        });
+        wakers.into_iter().flatten().for_each(Waker::wake);
         written.inspect_err(|errno| {
-            if let Some(loaded) = self.state.lock().as_mut() {
-                loaded.failed = true;
-            }
             let path = &self.config.guest_path;
             message::say(&format!(
                 "{path}: the name table cannot be written: {errno}; names do not change any more"

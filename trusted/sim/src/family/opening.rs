@@ -6,15 +6,21 @@ use core::sync::atomic::AtomicBool;
 use std::sync::Arc;
 
 use postern_trusted::{
+    counter::Moves,
     directory::{INDEX_NAME, file_key, host_name},
     errno::Errno,
-    volume::{CounterUse, OpenOptions, SlotKey, Volume, VolumeError},
+    volume::{CounterUse, OpenOptions, OpenReport, SlotKey, Volume, VolumeError},
 };
 
 use zeroize::Zeroizing;
 
 use super::{FILE_CACHE, Family, OpenVolume, Source, Wanted, keys::wipe_stack};
-use crate::{config, directory::Member, freshness::RunCounter, message, process, runtime};
+use crate::{
+    config,
+    directory::{FileRecord, Member},
+    freshness::RunCounter,
+    message, process, runtime,
+};
 
 impl Family {
     /// Name at the daemon of a volume.
@@ -52,7 +58,7 @@ impl Family {
         let config = match source {
             Source::Volume(config) => config.counter,
             Source::Index(number) => self.directories[*number].config.counter,
-            Source::File(_) => None,
+            Source::File(file) => return Some(recorded(file)),
         }?;
         let counter = Arc::new(RunCounter::new(config.index, self.path_of(source)));
         Some(CounterUse { counter, moves: config.moves.into(), adopt: false })
@@ -172,6 +178,7 @@ impl Family {
         let names = self.acquire(self.directories[wanted.directory].entry)?;
         let key = file_key(&names.volume, &wanted.id);
         runtime::close_volume(&names);
+        let counter = Some(recorded(&wanted));
         let name = self.place_of(&Source::File(wanted));
         let failed = |what: &dyn core::fmt::Display| {
             message::say(&format!("{path}: {name}: {what}"));
@@ -179,13 +186,23 @@ impl Family {
         };
         let file = process.open_host_file(&name).map_err(|errno| failed(&errno))?;
         let size = process.lane_file(file.handle, file.blocks).and_then(|disk| {
-            let options = OpenOptions { read_only: true, ..OpenOptions::default() };
+            let options = OpenOptions { read_only: true, counter, ..OpenOptions::default() };
             let opened = process.block_on(Volume::open(&disk, &key, &options));
-            opened.map(|(volume, _)| volume.size()).map_err(|error| failed(&error))
+            match opened {
+                Ok((_, OpenReport { loss: Some(loss), .. })) => Err(failed(&loss)),
+                Ok((volume, _)) => Ok(volume.size()),
+                Err(error) => Err(failed(&error)),
+            }
         });
         process.give_back(file.handle);
         size
     }
+}
+
+/// What the index records of a file, in place of a counter.
+fn recorded(file: &Wanted) -> CounterUse {
+    let counter = Arc::new(FileRecord { directory: file.directory, inode: file.inode });
+    CounterUse { counter, moves: Moves::Checkpoint, adopt: false }
 }
 
 /// Reads the key of the volume at `path`.

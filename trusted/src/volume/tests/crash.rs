@@ -12,6 +12,7 @@ use super::{
     disk::{Faults, Image, Rng, SimDisk},
     model::{Model, SECTOR},
     nonces,
+    recorded::SimIndex,
     run::Runner,
 };
 use crate::{
@@ -125,6 +126,8 @@ struct Sim {
     left: Vec<Image>,
     /// With a monotonic counter: how often it moves, and how often it gives no answer.
     moves: Option<(Moves, f64)>,
+    /// What the host has kept of the file, and the records that its superblock may name.
+    aside: Vec<(Image, [Option<Record>; 2])>,
     /// What the host has kept of earlier openings, and what the counter held then.
     kept: Vec<(Image, Option<Record>)>,
     /// Snapshots by name: what they hold, and whether they are certainly there.
@@ -186,6 +189,10 @@ impl Sim {
             Canary::NoFence => Some((Moves::Sync, 30.0)),
             _ => None,
         };
+        let in_directory = match canary {
+            Canary::None => seed % 4 == 1,
+            _ => canary == Canary::NoDurable,
+        };
         let mut sim = Self {
             rng,
             plan,
@@ -194,11 +201,13 @@ impl Sim {
             host_blocks: geometry.host_blocks,
             left: Vec::new(),
             moves,
+            aside: Vec::new(),
             kept: Vec::new(),
             snapshots: BTreeMap::new(),
             made: 0,
             cut_short: false,
         };
+        sim.runner.index = in_directory.then(SimIndex::default);
         if moves.is_some() {
             sim.bind(seed);
         }
@@ -220,6 +229,9 @@ impl Sim {
         if power || self.plan.faults.flush > 0.0 {
             self.model.lock().unwrap().power_lost();
         }
+        if let Some(index) = &self.runner.index {
+            index.crash(&mut self.rng);
+        }
         self.left.push(self.runner.disk.image());
     }
 
@@ -237,6 +249,9 @@ impl Sim {
                     self.model.lock().unwrap().check_crash(volume.size(), &bytes);
                     if self.plan.snapshots > 0.0 {
                         self.check_snapshots(&volume);
+                    }
+                    if let Some(index) = &self.runner.index {
+                        self.aside.push((self.runner.disk.image(), index.lasting()));
                     }
                     if self.moves.is_some() {
                         self.kept.push((self.runner.disk.image(), self.held()));
@@ -383,6 +398,9 @@ impl Sim {
             if self.rng.chance(0.5) {
                 self.runner.disk.state().now += 31_000_000_000;
             }
+            if let Some(index) = self.runner.index.as_ref().filter(|_| self.rng.chance(10.0)) {
+                index.step();
+            }
             let now = self.runner.disk.state().now;
             if let Some(chore) = volume.due(now) {
                 let (disk, volume) = (self.disk(), volume.clone());
@@ -429,6 +447,7 @@ impl Sim {
         let volume = self.reopen();
         self.close_cleanly(&volume);
         self.try_old_states();
+        self.try_unrecorded_states();
     }
 
     fn close_cleanly(&mut self, volume: &Arc<Volume>) {

@@ -16,6 +16,7 @@ mod golden;
 mod memory;
 mod model;
 mod reader;
+mod recorded;
 mod rekey;
 mod run;
 mod slots;
@@ -62,6 +63,8 @@ pub(crate) enum Canary {
     NoAttempted,
     /// An opening does not shut out late moves of the one before.
     NoFence,
+    /// A superblock of a directory's file names the newest record alone, not the durable one.
+    NoDurable,
 }
 
 std::thread_local! {
