@@ -32,6 +32,12 @@ impl Recorded {
         CounterUse { counter: Arc::new(self.clone()), moves: Moves::Open, adopt: false }
     }
 
+    /// What it is now.
+    #[must_use]
+    pub fn newest(&self) -> Option<Record> {
+        *self.held()
+    }
+
     fn held(&self) -> MutexGuard<'_, Option<Record>> {
         self.newest.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -14,6 +14,7 @@ mod key;
 mod key_slots;
 mod passphrase;
 mod rekey;
+mod rekey_directory;
 mod resize;
 mod run;
 mod size;

@@ -12,13 +12,14 @@ use std::{
 };
 
 use postern_trusted::{
+    directory::FileKeys,
     disk::{BLOCK, Disk as _, HostError},
     errno::Errno,
     exec::run_to_end,
     platform::Memory,
     volume::{
-        CounterUse, Damage, FormatOptions, Freshness, Misuse, OpenOptions, OpenReport, SlotKey, SnapshotInfo,
-        Volume, VolumeError,
+        CounterUse, Damage, FormatOptions, Freshness, Misuse, OpenOptions, OpenReport, SlotKey,
+        SnapshotInfo, Volume, VolumeError,
     },
 };
 use serde_json::json;
@@ -162,12 +163,14 @@ pub fn open_to_read(
 /// As [`check`].
 pub fn open_file_to_read(
     path: &Path,
-    key: &SlotKey,
+    keys: &FileKeys,
     recorded: CounterUse,
     access: Access,
 ) -> Result<(FileDisk, Volume, OpenReport), Failure> {
     let disk = FileDisk::open(path, access)?;
-    let (volume, report) = open_with(&disk, key, Some(recorded))
+    let options =
+        OpenOptions { read_only: true, counter: Some(recorded), ..OpenOptions::default() };
+    let (volume, report) = run_to_end(keys.open(&disk, &options))
         .map_err(|error| refused_to_read(path, &disk, &error, None))?;
     Ok((disk, volume, report))
 }

@@ -7,9 +7,10 @@ use super::{
     Chore, Counters, Volume,
     cache::NodeCache,
     core::{Checkpoints, Core, Expect, Flushes, Health, Journal, Map, Timers, Waiters, wake},
-    crypto::{EpochKey, Salt, Secret, VolumeKey},
+    crypto::{EpochKey, Salt, VolumeKey},
     delta::Delta,
     freshness::Fresh,
+    header::Derivation,
     layout::{BLOCK_BYTES, RING_RESERVE},
     ranges::{EOF, RangeLocks},
     space::Space,
@@ -193,7 +194,7 @@ impl Core {
 }
 
 impl Volume {
-    pub(crate) fn new(key: VolumeKey, derivation: Secret, core: Core) -> Self {
+    pub(crate) fn new(key: VolumeKey, derivation: Derivation, core: Core) -> Self {
         Self {
             geometry: core.geometry,
             key,

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use postern_trusted::{
     counter::Moves,
-    directory::{INDEX_NAME, file_key, host_name},
+    directory::{FileKeys, INDEX_NAME, file_keys, host_name},
     errno::Errno,
     volume::{CounterUse, OpenOptions, OpenReport, SlotKey, Volume, VolumeError},
 };
@@ -73,24 +73,24 @@ impl Family {
     #[inline(never)]
     fn open_by(&self, index: usize, source: &Source) -> Result<OpenVolume, Errno> {
         let Source::File(file) = source else {
-            let key = self.key_of(source)?;
-            return self.open_with(index, source, &key, None, None);
+            let keys = FileKeys { now: self.key_of(source)?, former: None };
+            return self.open_with(index, source, &keys, None, None);
         };
         let directory = &self.directories[file.directory];
         let names = self.acquire(directory.entry)?;
-        let key = file_key(&names.volume, &file.id);
+        let keys = file_keys(&names.volume, &file.id);
         let capacity = file.fresh.then_some(directory.config.file_capacity);
         let member = Member::new(file.directory, file.inode, names.clone());
-        self.open_with(index, source, &key, capacity, Some(member))
+        self.open_with(index, source, &keys, capacity, Some(member))
             .inspect_err(|_| runtime::close_volume(&names))
     }
 
-    /// Opens a volume with `key`; makes it first if it is given a `capacity`.
+    /// Opens a volume with its keys; makes it first if it is given a `capacity`.
     fn open_with(
         &self,
         index: usize,
         source: &Source,
-        key: &SlotKey,
+        keys: &FileKeys,
         capacity: Option<u64>,
         member: Option<Member>,
     ) -> Result<OpenVolume, Errno> {
@@ -119,10 +119,10 @@ impl Family {
         let opened = disk.and_then(|disk| {
             let opening = async {
                 if let Some(capacity) = capacity {
-                    Volume::format_empty(&disk, key, capacity).await?;
+                    Volume::format_empty(&disk, &keys.now, capacity).await?;
                 }
                 let counter = self.counter_of(source);
-                Volume::open(&disk, key, &OpenOptions { counter, ..OpenOptions::default() }).await
+                keys.open(&disk, &OpenOptions { counter, ..OpenOptions::default() }).await
             };
             process.block_on(opening).map_err(|error: VolumeError| {
                 message::say(&format!("{path}: {error}"));
@@ -176,7 +176,7 @@ impl Family {
         let process = process::current();
         let path = wanted.path.clone();
         let names = self.acquire(self.directories[wanted.directory].entry)?;
-        let key = file_key(&names.volume, &wanted.id);
+        let keys = file_keys(&names.volume, &wanted.id);
         runtime::close_volume(&names);
         let counter = Some(recorded(&wanted));
         let name = self.place_of(&Source::File(wanted));
@@ -187,7 +187,7 @@ impl Family {
         let file = process.open_host_file(&name).map_err(|errno| failed(&errno))?;
         let size = process.lane_file(file.handle, file.blocks).and_then(|disk| {
             let options = OpenOptions { read_only: true, counter, ..OpenOptions::default() };
-            let opened = process.block_on(Volume::open(&disk, &key, &options));
+            let opened = process.block_on(keys.open(&disk, &options));
             match opened {
                 Ok((_, OpenReport { loss: Some(loss), .. })) => Err(failed(&loss)),
                 Ok((volume, _)) => Ok(volume.size()),
