@@ -76,7 +76,7 @@ class Superblock:
         self.epochs = {}
         for index in range(min(at(404, 4), 32)):
             entry = data[640 + 32 * index :][:32]
-            self.epochs[number(entry, 24, 4)] = bytes(entry[:24])
+            self.epochs[number(entry, 24, 4)] = (bytes(entry[:24]), number(entry, 28, 2))
         self._bound(at(72, 4))
 
     def _bound(self, written_to):
@@ -131,23 +131,24 @@ class Volume:
                 block = self.place(place)
                 if block[40:48] != b"PSTRNSUP":
                     continue
-                key = self.header.superblock_key(block[:24])
                 associated = block[40:64] + bytes([slot]) + bytes(7)
-                try:
-                    body = unseal(key, ZERO_NONCE, block[64:], block[24:40], associated, "")
-                except Damaged:
-                    continue
-                found.append(Superblock(block[:64] + body, slot, block))
+                for version in self.header.versions():
+                    key = self.header.superblock_key(block[:24], version)
+                    try:
+                        body = unseal(key, ZERO_NONCE, block[64:], block[24:40], associated, "")
+                    except Damaged:
+                        continue
+                    found.append(Superblock(block[:64] + body, slot, block))
         if not found:
             raise Refused("no authentic superblock")
         return max(found, key=lambda superblock: superblock.generation)
 
-    def epoch_key(self, epoch, salt=None):
-        """The key of an epoch; without `salt` from the epoch list, the journal or the table."""
-        salt = salt or self.salts.get(epoch) or self._salt_in_table(epoch)
-        if (epoch, salt) not in self.keys:
-            self.keys[epoch, salt] = self.header.epoch_key(epoch, salt)
-        return self.keys[epoch, salt]
+    def epoch_key(self, epoch):
+        """The key of an epoch, by the epoch list, the journal or the table."""
+        if epoch not in self.keys:
+            salt, version = self.salts.get(epoch) or self._salt_in_table(epoch)
+            self.keys[epoch] = self.header.epoch_key(epoch, salt, version)
+        return self.keys[epoch]
 
     def _salt_in_table(self, epoch):
         pointer = self.superblock.table
@@ -160,7 +161,7 @@ class Volume:
                 raise Damaged(f"epoch table, level {level}, node {index}")
             entry = node[32 + 32 * (epoch // TABLE_FANOUT**level % TABLE_FANOUT) :][:32]
             if level == 0 and number(entry, 24, 4) == epoch:
-                self.salts[epoch] = bytes(entry[:24])
+                self.salts[epoch] = (bytes(entry[:24]), number(entry, 28, 2))
                 return self.salts[epoch]
             pointer = Pointer(entry)
         raise Damaged(f"epoch {epoch} has no salt")
@@ -169,11 +170,13 @@ class Volume:
         """A node of the epoch table, or nothing if it is damaged."""
         block = self.place(pointer.place)
         associated = associated_data(5, level, index)
-        key = self.header.table_key(block[:24])
-        try:
-            return block[:32] + unseal(key, ZERO_NONCE, block[32:], pointer.tag, associated, "")
-        except Damaged:
-            return None
+        for version in self.header.versions():
+            key = self.header.table_key(block[:24], version)
+            try:
+                return block[:32] + unseal(key, ZERO_NONCE, block[32:], pointer.tag, associated, "")
+            except Damaged:
+                continue
+        return None
 
     def open(self, pointer, kind, level, index, what):
         """Reads and opens the block that `pointer` names."""
