@@ -171,6 +171,8 @@ impl Sim {
                 faults: Faults { write: 12.0, ..Faults::default() },
                 ..plan
             },
+            // Needs writes of parts of one block at once.
+            Canary::SharedPartial => Plan { depth: 8, partial: 70.0, hot: 4, resize: 0.0, ..plan },
             // Needs an eager write on its way during a whole checkpoint, and a death soon after.
             Canary::NoCarryWait => {
                 Plan { depth: 3, syncs: 45.0, power: 0.0, newest: 90.0, large: 0.0, ..plan }
@@ -233,6 +235,17 @@ impl Sim {
             index.crash(&mut self.rng);
         }
         self.left.push(self.runner.disk.image());
+        self.check_durable_tree();
+    }
+
+    /// Whatever a recovery decides about the journal, the tree below it is whole.
+    fn check_durable_tree(&self) {
+        let disk = SimDisk::new(7, self.host_blocks, self.runner.disk.image());
+        let options = OpenOptions { read_only: true, ..OpenOptions::default() };
+        let mut runner = Runner::new(disk.clone());
+        let (volume, _) = runner.block_on(open(disk.clone(), options)).expect("it can be read");
+        let whole = runner.block_on(audit::durable_tree(disk, volume));
+        whole.expect("the durable tree is whole after a crash");
     }
 
     /// Opens, at times crashing inside; checks that the file is one it may be.
@@ -404,8 +417,10 @@ impl Sim {
             let now = self.runner.disk.state().now;
             if let Some(chore) = volume.due(now) {
                 let (disk, volume) = (self.disk(), volume.clone());
+                let faulty = self.syncs_may_fail() || self.plan.faults.read > 0.0;
                 self.runner.spawn(async move {
-                    let _ = volume.run_chore(&disk, chore).await;
+                    let done = volume.run_chore(&disk, chore).await;
+                    assert!(faulty || done.is_ok(), "{chore:?} fails on a good disk: {done:?}");
                 });
             }
             if self.plan.snapshots > 0.0 && self.rng.chance(self.plan.snapshots) {

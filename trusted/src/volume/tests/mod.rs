@@ -61,6 +61,8 @@ pub(crate) enum Canary {
     NoRegister,
     /// A superblock forgets a move of the counter that is on its way.
     NoAttempted,
+    /// A write of a part of a block does not keep others off the block.
+    SharedPartial,
     /// An opening does not shut out late moves of the one before.
     NoFence,
     /// A superblock of a directory's file names the newest record alone, not the durable one.
