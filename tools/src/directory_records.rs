@@ -4,7 +4,6 @@
 use std::{
     future,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    task::{Context, Poll},
 };
 
 use postern_trusted::{
@@ -57,11 +56,7 @@ impl Counter for Recorded {
         Box::pin(future::ready(Ok(swapped)))
     }
 
-    fn is_batched(&self) -> bool {
-        true
-    }
-
-    fn lasting(&self, _: &mut Context<'_>) -> Poll<Option<Lasting>> {
-        Poll::Ready(Some(Lasting { durable: self.durable, newest: *self.held() }))
+    fn lasting(&self) -> Option<Lasting> {
+        Some(Lasting { durable: self.durable, newest: *self.held() })
     }
 }

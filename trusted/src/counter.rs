@@ -15,12 +15,7 @@
 //! counter is trusted for the freshness of volumes, not with any content.
 
 use alloc::boxed::Box;
-use core::{
-    fmt,
-    future::Future,
-    pin::Pin,
-    task::{Context, Poll},
-};
+use core::{fmt, future::Future, pin::Pin};
 
 /// What a counter holds: which state of a volume is the newest that was registered.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -98,17 +93,11 @@ pub trait Counter: Send + Sync {
     /// Changes it from `old` (`None`: from nothing) to `new`, or not at all.
     fn swap(&self, old: Option<Record>, new: Record) -> Answer<'_, Swapped>;
 
-    /// Whether this is a record inside the same enclave, whose moves become durable later and in
-    /// batches. Nobody else can move such a one, and [`Self::swap`] answers at once.
-    fn is_batched(&self) -> bool {
-        false
-    }
-
-    /// Of a batched one: what it holds if the power goes now, and what it holds now. Pending while
-    /// yet another record may be found after a power cut.
-    fn lasting(&self, cx: &mut Context<'_>) -> Poll<Option<Lasting>> {
-        let _ = cx;
-        Poll::Ready(None)
+    /// Of a *batched* counter: a record inside the same enclave, whose moves become durable later,
+    /// many at a time. Nobody else can move such a one. No swap ends while a batch is being
+    /// written, so that no third record can be found after a power cut.
+    fn lasting(&self) -> Option<Lasting> {
+        None
     }
 }
 

@@ -270,7 +270,7 @@ impl Directory {
         let loaded = loaded.filter(|loaded| !loaded.failed).ok_or(Errno::EIO)?;
         loaded.sequence += 1;
         loaded.dirty = false;
-        loaded.records.take_off(&loaded.table);
+        loaded.records.take_off();
         let image = loaded.table.encode(loaded.sequence);
         Ok((Memory::new(image), slot_offset(loaded.sequence)))
     }
@@ -285,7 +285,7 @@ impl Directory {
         };
         let wakers = self.state.lock().as_mut().map(|loaded| {
             loaded.failed |= written.is_err();
-            loaded.records.land(&mut loaded.table, written.is_ok())
+            loaded.records.land(written.is_ok())
         });
         wakers.into_iter().flatten().for_each(Waker::wake);
         written.inspect_err(|errno| {

@@ -274,7 +274,7 @@ impl Volume {
             result = result.and(self.sync_to(disk, stamp, queued).await);
         }
         if result.is_ok() {
-            result = self.register().await.map_err(|_| Errno::EIO);
+            result = self.register_close().await.map_err(|_| Errno::EIO);
         }
         let wakers = {
             let mut core = self.core.lock();

@@ -15,11 +15,7 @@
 //! before any other.
 
 use alloc::{collections::VecDeque, sync::Arc};
-use core::{
-    fmt,
-    future::poll_fn,
-    task::{Context, Poll, ready},
-};
+use core::{fmt, future::poll_fn, task::Poll};
 
 use super::{
     OpenOptions, Volume,
@@ -123,7 +119,7 @@ pub(crate) async fn check(
     };
     checked.held = used.counter.load().await.map_err(VolumeError::Counter)?;
     let verdict = match (superblock.counter, checked.held) {
-        (bound, held) if used.counter.is_batched() => {
+        (bound, held) if used.counter.lasting().is_some() => {
             vouch_file(uuid, superblock, bound, id, scan, held)
         }
         (None, _) => Err(VolumeError::NotBound),
@@ -279,22 +275,22 @@ impl Fresh {
     }
 
     /// What a superblock written now says: every record that may be found after a crash.
-    fn bound(&self, cx: &mut Context<'_>, forgets: bool) -> Poll<Bound> {
+    fn bound(&self, careless: bool) -> Bound {
         let attempted = self.attempted.map(|(record, _)| record);
-        Poll::Ready(match ready!(self.used.counter.lasting(cx)) {
-            Some(Lasting { newest, .. }) if forgets => {
+        match self.used.counter.lasting() {
+            Some(Lasting { newest, .. }) if careless => {
                 Bound { registered: newest, attempted: None }
             }
             Some(Lasting { durable, newest }) => {
                 Bound { registered: durable, attempted: newest.filter(|_| newest != durable) }
             }
             None => Bound { registered: self.registered, attempted },
-        })
+        }
     }
 
-    /// Whether nobody outside this enclave can move the counter.
+    /// Whether nobody outside this enclave can move the counter, and its moves last later.
     fn is_batched(&self) -> bool {
-        self.used.counter.is_batched()
+        self.used.counter.lasting().is_some()
     }
 
     /// Whether syncs wait for the counter; then no record is published before its data.
@@ -370,6 +366,16 @@ impl Volume {
         match planned {
             Some(planned) => self.make(planned).await,
             None => Ok(()),
+        }
+    }
+
+    /// After a clean close. A record in an index that cannot be written now stays as it is: the
+    /// file opens all the same.
+    pub(crate) async fn register_close(&self) -> Result<(), Stuck> {
+        let batched = self.core.lock().fresh.as_ref().is_some_and(Fresh::is_batched);
+        match self.register().await {
+            Err(Stuck::Counter(_)) if batched => Ok(()),
+            done => done,
         }
     }
 
@@ -457,6 +463,8 @@ impl Volume {
                 fresh.tags.retain(|(seq, _)| *seq >= reach.seq);
             }
             Err(Stuck::Lost) => wakers.extend(core.fail()),
+            // It has not happened, and means a state that a superblock may leave behind.
+            Err(_) if fresh.is_batched() => fresh.attempted = None,
             Err(_) => {}
         }
         drop(guard);
@@ -471,7 +479,12 @@ impl Volume {
             let forgets = core.is(canary!(NoAttempted));
             let careless = core.is(canary!(NoDurable));
             let Some(fresh) = core.fresh.as_mut() else { return Poll::Ready(None) };
-            let bound = ready!(fresh.bound(cx, careless));
+            if fresh.moving && fresh.is_batched() {
+                // Not to be durable before it is a record that this superblock names.
+                fresh.waiters.add(cx.waker());
+                return Poll::Pending;
+            }
+            let bound = fresh.bound(careless);
             fresh.committing = true;
             let attempted = bound.attempted.filter(|_| !forgets);
             Poll::Ready(Some(Bound { attempted, ..bound }))

@@ -196,10 +196,10 @@ impl Replay {
         self.open(&format!("event {at}, nothing of the unflushed"), |_, _| false)?;
         let seed = draw(&mut self.drawn);
         // Whole writes, or sectors of them.
-        let torn = seed % 2 == 0;
+        let torn = seed.is_multiple_of(2);
         self.open(&format!("event {at}, part {seed:#x} of the unflushed"), |write, sector| {
             let mut one = seed ^ (write << 32 | if torn { sector + 1 } else { 0 });
-            draw(&mut one) % 2 == 0
+            draw(&mut one).is_multiple_of(2)
         })?;
         Ok(3)
     }

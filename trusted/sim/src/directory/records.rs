@@ -1,16 +1,16 @@
 //! What the index records of each file: which state of its volume is the newest.
 //!
-//! A record stands in for a monotonic counter of the file. It changes in memory at once, when the
-//! file makes a checkpoint or is closed, and becomes durable with the name table. Until then a
-//! superblock of the file names the durable record and the newest one, so that the file opens
-//! again whichever of them a crash leaves.
+//! A record stands in for a monotonic counter of the file. It changes in memory, when the file makes
+//! a checkpoint or is closed, and becomes durable with the name table. Until then a superblock of
+//! the file names the durable record and the newest one, so that the file opens again whichever of
+//! them a crash leaves.
 //!
-//! Holds: of one file no more than two records can be found after a crash when one of its
-//! superblocks is written; a record that will never be written is not the newest one any more.
+//! Holds: of one file no more than two records can be found after a crash, for none changes while
+//! the table is being written, or after a table of which nobody knows whether it was.
 
 use core::{
-    future,
-    task::{Context, Poll, Waker},
+    future::{self, poll_fn},
+    task::{Poll, Waker},
 };
 use std::collections::BTreeMap;
 
@@ -21,14 +21,16 @@ use postern_trusted::{
 
 use super::{Loaded, number};
 
-/// Records that are not durable yet, by inode.
+/// Records that are not durable yet.
 #[derive(Default)]
 pub(super) struct Records {
-    /// What the durable table has in their place.
+    /// What the durable table has in their place, by inode.
     durable: BTreeMap<u64, Option<Record>>,
-    /// What the table that is being written has.
-    flying: Option<BTreeMap<u64, Option<Record>>>,
-    /// Superblocks that wait for the table being written.
+    /// A table is being written.
+    flying: bool,
+    /// The last one written may be there or not.
+    doubtful: bool,
+    /// Changes that wait for the table being written.
     waiters: Vec<Waker>,
 }
 
@@ -37,23 +39,16 @@ fn newest(table: &Table, inode: u64) -> Option<Record> {
 }
 
 impl Records {
-    /// The table is about to be written.
-    pub(super) fn take_off(&mut self, table: &Table) {
-        let now = |inode: &u64| (*inode, newest(table, *inode));
-        self.flying = Some(self.durable.keys().map(now).collect());
+    /// The table is about to be written, as it is now.
+    pub(super) fn take_off(&mut self) {
+        self.flying = true;
     }
 
-    /// It was written, or will never be. Answers who is to be woken.
-    pub(super) fn land(&mut self, table: &mut Table, written: bool) -> Vec<Waker> {
-        for (inode, record) in self.flying.take().unwrap_or_default() {
-            if !written {
-                // Either may be found; nothing newer ever will.
-                table.set_record(inode, record);
-            } else if newest(table, inode) == record {
-                self.durable.remove(&inode);
-            } else {
-                self.durable.insert(inode, record);
-            }
+    /// It was written and synced, or nobody knows. Answers who is to be woken.
+    pub(super) fn land(&mut self, written: bool) -> Vec<Waker> {
+        (self.flying, self.doubtful) = (false, !written);
+        if written {
+            self.durable.clear();
         }
         core::mem::take(&mut self.waiters)
     }
@@ -63,15 +58,9 @@ impl Records {
         table.set_record(inode, Some(record));
     }
 
-    fn lasting(&mut self, table: &Table, inode: u64, cx: &Context<'_>) -> Poll<Lasting> {
+    fn lasting(&self, table: &Table, inode: u64) -> Lasting {
         let newest = newest(table, inode);
-        let durable = self.durable.get(&inode).copied().unwrap_or(newest);
-        let flying = self.flying.as_ref().and_then(|flying| flying.get(&inode));
-        if flying.is_some_and(|flying| *flying != newest && *flying != durable) {
-            self.waiters.push(cx.waker().clone());
-            return Poll::Pending;
-        }
-        Poll::Ready(Lasting { durable, newest })
+        Lasting { durable: self.durable.get(&inode).copied().unwrap_or(newest), newest }
     }
 }
 
@@ -89,6 +78,28 @@ impl FileRecord {
         let directory = number(self.directory).map_err(|_| CounterError::Unreachable)?;
         directory.state.lock().as_mut().map(look).ok_or(CounterError::Unreachable)
     }
+
+    fn try_swap(
+        &self,
+        loaded: &mut Loaded,
+        (old, new): (Option<Record>, Record),
+        waker: &Waker,
+    ) -> Poll<Result<Swapped, CounterError>> {
+        let held = newest(&loaded.table, self.inode);
+        if held != old {
+            return Poll::Ready(Ok(Swapped::Lost(held)));
+        }
+        if loaded.failed || loaded.records.doubtful {
+            return Poll::Ready(Err(CounterError::Unreachable));
+        }
+        if loaded.records.flying {
+            loaded.records.waiters.push(waker.clone());
+            return Poll::Pending;
+        }
+        loaded.records.change(&mut loaded.table, self.inode, new);
+        loaded.dirty = true;
+        Poll::Ready(Ok(Swapped::Done))
+    }
 }
 
 impl Counter for FileRecord {
@@ -98,27 +109,16 @@ impl Counter for FileRecord {
     }
 
     fn swap(&self, old: Option<Record>, new: Record) -> Answer<'_, Swapped> {
-        let swapped = self.with(|loaded| {
-            let held = newest(&loaded.table, self.inode);
-            if held != old {
-                return Ok(Swapped::Lost(held));
+        Box::pin(poll_fn(move |cx| {
+            match self.with(|loaded| self.try_swap(loaded, (old, new), cx.waker())) {
+                Ok(answer) => answer,
+                Err(error) => Poll::Ready(Err(error)),
             }
-            if loaded.failed {
-                return Err(CounterError::Unreachable);
-            }
-            loaded.records.change(&mut loaded.table, self.inode, new);
-            loaded.dirty = true;
-            Ok(Swapped::Done)
-        });
-        Box::pin(future::ready(swapped.and_then(|swapped| swapped)))
+        }))
     }
 
-    fn is_batched(&self) -> bool {
-        true
-    }
-
-    fn lasting(&self, cx: &mut Context<'_>) -> Poll<Option<Lasting>> {
-        let lasting = self.with(|loaded| loaded.records.lasting(&loaded.table, self.inode, cx));
-        lasting.map_or(Poll::Ready(None), |lasting| lasting.map(Some))
+    fn lasting(&self) -> Option<Lasting> {
+        let lasting = self.with(|loaded| loaded.records.lasting(&loaded.table, self.inode));
+        Some(lasting.unwrap_or_default())
     }
 }

@@ -20,7 +20,7 @@ use crate::{
     errno::Errno,
     platform::Memory,
     volume::{
-        OpenOptions, OpenReport, SlotKey, Volume, VolumeError,
+        Chore, OpenOptions, OpenReport, SlotKey, Volume, VolumeError,
         core::Health,
         format,
         layout::{BLOCK_BYTES, FANOUT, Geometry, RING_START},
@@ -264,7 +264,7 @@ impl Sim {
                         self.check_snapshots(&volume);
                     }
                     if let Some(index) = &self.runner.index {
-                        self.aside.push((self.runner.disk.image(), index.lasting()));
+                        self.aside.push((self.runner.disk.image(), index.pair()));
                     }
                     if self.moves.is_some() {
                         self.kept.push((self.runner.disk.image(), self.held()));
@@ -417,7 +417,9 @@ impl Sim {
             let now = self.runner.disk.state().now;
             if let Some(chore) = volume.due(now) {
                 let (disk, volume) = (self.disk(), volume.clone());
-                let faulty = self.syncs_may_fail() || self.plan.faults.read > 0.0;
+                // A record that cannot change now does so later.
+                let waits = chore == Chore::Register && self.runner.index.is_some();
+                let faulty = waits || self.syncs_may_fail() || self.plan.faults.read > 0.0;
                 self.runner.spawn(async move {
                     let done = volume.run_chore(&disk, chore).await;
                     assert!(faulty || done.is_ok(), "{chore:?} fails on a good disk: {done:?}");

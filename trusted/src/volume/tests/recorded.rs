@@ -5,8 +5,8 @@
 
 use alloc::{boxed::Box, sync::Arc, vec, vec::Vec};
 use core::{
-    future,
-    task::{Context, Poll, Waker},
+    future::{self, poll_fn},
+    task::{Poll, Waker},
 };
 use std::sync::Mutex;
 
@@ -17,7 +17,7 @@ use super::{
     run::Runner,
 };
 use crate::{
-    counter::{Answer, Counter, Lasting, Moves, Record, Swapped},
+    counter::{Answer, Counter, CounterError, Lasting, Moves, Record, Swapped},
     disk::BLOCK,
     platform::Memory,
     volume::{Chore, CounterUse, OpenOptions, Volume, VolumeError},
@@ -29,6 +29,9 @@ struct State {
     newest: Option<Record>,
     /// What the image that is being written has.
     flying: Option<Option<Record>>,
+    /// What an image has of which nobody knows whether it was written.
+    doubtful: Option<Option<Record>>,
+    landings: u64,
     waiters: Vec<Waker>,
 }
 
@@ -43,7 +46,14 @@ impl SimIndex {
             let mut state = self.0.lock().unwrap();
             match state.flying.take() {
                 None => state.flying = Some(state.newest),
-                Some(written) => state.durable = written,
+                Some(written) => {
+                    state.landings += 1;
+                    // At times it fails, and may be there all the same.
+                    state.doubtful = state.landings.is_multiple_of(5).then_some(written);
+                    if state.doubtful.is_none() {
+                        state.durable = written;
+                    }
+                }
             }
             core::mem::take(&mut state.waiters)
         };
@@ -61,7 +71,7 @@ impl SimIndex {
 
     /// Writes the table down.
     pub(super) fn settle(&self) {
-        while self.lasting() != [self.newest(); 2] {
+        while self.pair() != [self.newest(); 2] {
             self.step();
         }
     }
@@ -69,7 +79,8 @@ impl SimIndex {
     /// The enclave dies: what was being written is there or not.
     pub(super) fn crash(&self, rng: &mut Rng) {
         let mut state = self.0.lock().unwrap();
-        if let Some(written) = state.flying.take()
+        let doubtful = state.doubtful.take();
+        if let Some(written) = state.flying.take().or(doubtful)
             && rng.chance(50.0)
         {
             state.durable = written;
@@ -83,7 +94,7 @@ impl SimIndex {
     }
 
     /// The two that a superblock names.
-    pub(super) fn lasting(&self) -> [Option<Record>; 2] {
+    pub(super) fn pair(&self) -> [Option<Record>; 2] {
         let state = self.0.lock().unwrap();
         [state.durable, state.newest]
     }
@@ -101,24 +112,24 @@ impl Counter for SimIndex {
     }
 
     fn swap(&self, old: Option<Record>, new: Record) -> Answer<'_, Swapped> {
-        let mut state = self.0.lock().unwrap();
-        assert_eq!(state.newest, old, "one file has one writer");
-        state.newest = Some(new);
-        Box::pin(future::ready(Ok(Swapped::Done)))
+        Box::pin(poll_fn(move |cx| {
+            let mut state = self.0.lock().unwrap();
+            if state.flying.is_some() {
+                state.waiters.push(cx.waker().clone());
+                return Poll::Pending;
+            }
+            assert_eq!(state.newest, old, "one file has one writer");
+            if state.doubtful.is_some() {
+                return Poll::Ready(Err(CounterError::Unreachable));
+            }
+            state.newest = Some(new);
+            Poll::Ready(Ok(Swapped::Done))
+        }))
     }
 
-    fn is_batched(&self) -> bool {
-        true
-    }
-
-    fn lasting(&self, cx: &mut Context<'_>) -> Poll<Option<Lasting>> {
-        let mut state = self.0.lock().unwrap();
-        let State { durable, newest, .. } = *state;
-        if state.flying.is_some_and(|flying| flying != durable && flying != newest) {
-            state.waiters.push(cx.waker().clone());
-            return Poll::Pending;
-        }
-        Poll::Ready(Some(Lasting { durable, newest }))
+    fn lasting(&self) -> Option<Lasting> {
+        let State { durable, newest, .. } = *self.0.lock().unwrap();
+        Some(Lasting { durable, newest })
     }
 }
 
@@ -136,7 +147,9 @@ impl World {
 
     fn runner(&mut self, image: &Image) -> Runner {
         self.seed += 1;
-        Runner::new(SimDisk::new(self.seed, tiny().host_blocks, image.clone()))
+        let mut runner = Runner::new(SimDisk::new(self.seed, tiny().host_blocks, image.clone()));
+        runner.index = Some(self.index.clone());
+        runner
     }
 
     /// Writes `byte` to a block, syncs, makes a checkpoint at times, closes at times; what the
@@ -151,7 +164,8 @@ impl World {
             volume.sync(&disk).await.unwrap();
             if checkpoint {
                 volume.run_chore(&disk, Chore::Checkpoint).await.unwrap();
-                volume.run_chore(&disk, Chore::Register).await.unwrap();
+                // Refused after a table of which nobody knows whether it was written.
+                let _ = volume.run_chore(&disk, Chore::Register).await;
             }
             if close {
                 volume.close(&disk).await.unwrap();
@@ -220,9 +234,6 @@ fn a_file_that_is_newer_than_its_record_opens_however_often_the_record_was_lost(
             }
             if rng.below(2) == 0 {
                 world.index.crash(&mut rng);
-            } else if world.index.0.lock().unwrap().flying.is_some() {
-                // Whoever opens the file next waits for the table.
-                world.index.step();
             }
             assert_eq!(world.read(&image), Ok(byte), "seed {seed}");
         }
