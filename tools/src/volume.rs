@@ -308,6 +308,12 @@ pub fn format(args: &FormatArgs) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Bytes of a mean number of blocks, rounded down.
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss)]
+fn mean(blocks: f64) -> u64 {
+    (blocks * BLOCK as f64) as u64
+}
+
 /// Runs `postern info`.
 ///
 /// # Errors
@@ -316,8 +322,10 @@ pub fn info(args: &VolumeArgs) -> Result<(), Failure> {
     if args.host_file.is_dir() {
         return directory_volume::info(args);
     }
-    let (_disk, volume, report) = look(args)?;
+    let (disk, volume, report) = look(args)?;
     let info = volume.info();
+    let usage = run_to_end(volume.usage(&disk));
+    let allocated = disk.allocated();
     let uuid: String = info.uuid.iter().map(|byte| format!("{byte:02x}")).collect();
     let bytes = |blocks: u64| blocks * BLOCK as u64;
     if args.json {
@@ -330,6 +338,13 @@ pub fn info(args: &VolumeArgs) -> Result<(), Failure> {
             "used_bytes": bytes(info.used_blocks),
             "held_bytes": bytes(info.held_blocks),
             "free_bytes": bytes(info.free_blocks),
+            "allocated_bytes": allocated,
+            "used_runs": usage.used_runs,
+            "mean_used_run_bytes": mean(usage.mean_used()),
+            "free_runs": usage.free_runs,
+            "mean_free_run_bytes": mean(usage.mean_free()),
+            "longest_free_run_bytes": bytes(usage.longest_free),
+            "unreadable_regions": usage.unreadable,
             "journal_bytes": bytes(info.journal_blocks),
             "map_levels": info.map_levels,
             "generation": info.generation,
@@ -356,6 +371,17 @@ pub fn info(args: &VolumeArgs) -> Result<(), Failure> {
         size::show(bytes(info.used_blocks)),
         size::show(bytes(info.free_blocks)),
         size::show(bytes(info.journal_blocks))
+    );
+    if let Some(allocated) = allocated {
+        println!("takes     {} of the host's file system", size::show(allocated));
+    }
+    println!(
+        "pieces    {} used, {} long on average; {} free, {} on average, the longest {}",
+        usage.used_runs,
+        size::show(mean(usage.mean_used())),
+        usage.free_runs,
+        size::show(mean(usage.mean_free())),
+        size::show(bytes(usage.longest_free))
     );
     if info.held_blocks > 0 {
         println!("snapshots hold {} of it", size::show(bytes(info.held_blocks)));

@@ -39,7 +39,7 @@ use self::{
     warden::Warden,
 };
 use crate::{
-    cli::RunArgs,
+    cli::{DiscardArg, RunArgs},
     counter::{Server, Source},
     directory_volume,
     disk::Access,
@@ -98,7 +98,7 @@ pub fn run(args: &RunArgs) -> Result<u8, Failure> {
         Server::start(&counter_socket, counters)
             .map_err(|error| Failure::io("cannot serve the counters of", "this run", &error))?;
     }
-    let config = run_config(&socket, &volumes, args.file_capacity, counted.as_ref())?;
+    let config = run_config(&socket, &volumes, &Settings::of(args), counted.as_ref())?;
     let run_file = directory.write("run.json", &config)?;
     let mut guest = start(args, &plan, &volumes, &run_file, &signals)?;
     let status = attend(&mut guest, daemon.as_mut(), &signals)?;
@@ -238,10 +238,23 @@ struct Counted<'a> {
     moves: MovesConfig,
 }
 
+/// What the command line says about all volumes.
+struct Settings {
+    file_capacity: u64,
+    cache: u64,
+    discard: Option<DiscardArg>,
+}
+
+impl Settings {
+    const fn of(args: &RunArgs) -> Self {
+        Self { file_capacity: args.file_capacity, cache: args.cache, discard: args.discard }
+    }
+}
+
 fn run_config(
     socket: &Path,
     volumes: &[ReadyVolume],
-    file_capacity: u64,
+    settings: &Settings,
     counted: Option<&Counted<'_>>,
 ) -> Result<Vec<u8>, Failure> {
     let counter_of = |number: usize| {
@@ -263,6 +276,7 @@ fn run_config(
     };
     let config = RunConfig {
         socket: text(socket)?,
+        cache_bytes: usize::try_from(settings.cache).unwrap_or(usize::MAX),
         counter_socket: counted.map_or(Ok(String::new()), |counted| text(counted.socket))?,
         volumes: volumes
             .iter()
@@ -274,6 +288,7 @@ fn run_config(
                     name: volume.name.clone(),
                     key_file: key_file(volume)?,
                     key_memory: key_memory(volume),
+                    discard: DiscardArg::applies(settings.discard, false),
                     counter: counter_of(number),
                 })
             })
@@ -288,7 +303,8 @@ fn run_config(
                     name: volume.name.clone(),
                     key_file: key_file(volume)?,
                     key_memory: key_memory(volume),
-                    file_capacity,
+                    file_capacity: settings.file_capacity,
+                    discard: DiscardArg::applies(settings.discard, true),
                     counter: counter_of(number),
                 })
             })
@@ -413,7 +429,8 @@ mod tests {
             directory,
         };
         let volumes = [volume("/sealed/data", "v0", false), volume("/data", "v1", true)];
-        let bytes = run_config(Path::new("/r/daemon.sock"), &volumes, 4096, None).unwrap();
+        let settings = Settings { file_capacity: 4096, cache: 1 << 20, discard: None };
+        let bytes = run_config(Path::new("/r/daemon.sock"), &volumes, &settings, None).unwrap();
         let json: serde_json::Value = serde_json::from_slice(&bytes).unwrap();
         assert_eq!(json["socket"], "/r/daemon.sock");
         assert_eq!(json["volumes"][0]["guest_path"], "/sealed/data");
@@ -422,5 +439,9 @@ mod tests {
         assert_eq!(json["directories"][0]["guest_path"], "/data");
         assert_eq!(json["directories"][0]["name"], "v1");
         assert_eq!(json["directories"][0]["file_capacity"], 4096);
+        assert_eq!(json["cache_bytes"], 1 << 20);
+        // Without the option files of a directory give space back, a volume keeps it.
+        assert_eq!(json["volumes"][0]["discard"], false);
+        assert_eq!(json["directories"][0]["discard"], true);
     }
 }

@@ -18,13 +18,15 @@ mod removal;
 use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::Arc;
 
-use postern_trusted::{directory::FileId, errno::Errno, sync::Lock, volume::Volume};
+use postern_trusted::{
+    directory::FileId, errno::Errno, port::LaneFile, sync::Lock, volume::Volume,
+};
 
 use self::keys::Keys;
 use crate::{
     arena,
     config::{self, RunConfig, VolumeConfig},
-    directory::{Directory, Member},
+    directory::{Directory, HostFile, Member},
     files::{self, attributes::Changes, locks::Locks},
     identity,
     inheritance::Inheritance,
@@ -427,26 +429,57 @@ impl Family {
                 if let Source::Index(number) = entry.source {
                     self.directories[number].publish_rest(&volume, &disk).await;
                 }
-                let size = volume.size();
-                if let Err(errno) = volume.volume.close(&disk).await {
+                if let Err(errno) = self.put_away(&volume, &disk).await {
                     volume.report(&self.path_of(&entry.source), "closing failed", errno);
-                } else if let Some(member) = &volume.member {
-                    self.directories[member.directory].remember(member, size);
+                    process::current().give_back(volume.handle);
                 }
-                process::current().give_back(volume.handle);
             }
             Err(errno) => volume.report(&self.path_of(&entry.source), "closing failed", errno),
         }
         entry.slot.lock().state = State::Closed;
         self.retire(index, &entry);
         if let Some(member) = &volume.member {
-            self.directories[member.directory].reap(self, member.inode);
+            let directory = &self.directories[member.directory];
+            directory.reap(self, member.inode);
+            if directory.is_crowded()
+                && let Ok(disk) = process::current().disk(&member.index)
+            {
+                // Said by the directory itself.
+                let _ = directory.publish(&member.index, &disk, false).await;
+            }
             if self.release(&member.index) {
                 // One level: an index is no member.
                 Box::pin(self.close(member.index.index)).await;
             }
         }
         self.closing.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// Closes a volume that nobody uses; on success its host file is given back, or left to the
+    /// directory.
+    async fn put_away(&self, volume: &OpenVolume, disk: &LaneFile) -> Result<(), Errno> {
+        let (handle, blocks) = (volume.handle, volume.host_blocks);
+        let Some(member) = &volume.member else {
+            volume.volume.close(disk).await?;
+            process::current().give_back(handle);
+            return Ok(());
+        };
+        let directory = &self.directories[member.directory];
+        let size = volume.size();
+        let unflushed = if volume.volume.may_rest() {
+            volume.volume.rest(disk).await?
+        } else {
+            volume.volume.close(disk).await?;
+            false
+        };
+        directory.remember(member, size);
+        if unflushed {
+            directory.lay_down(member.inode, HostFile { handle, blocks });
+        } else {
+            directory.closed(member.inode);
+            process::current().give_back(handle);
+        }
+        Ok(())
     }
 
     /// Waits until nothing is being closed any more, by whichever process.

@@ -336,7 +336,7 @@ impl Work {
         let Self { file, disk, request, done } = self;
         let answer = match request.op {
             Op::Read | Op::Write => file.transfer(&disk, request).await,
-            Op::Fsync | Op::Fdatasync => file.volume().volume.sync(&disk).await.map(|()| 0),
+            Op::Fsync | Op::Fdatasync => file.volume().make_durable(&disk).await.map(|()| 0),
         };
         done.finish(answer);
     }
@@ -461,7 +461,7 @@ impl OpenFile {
             volume.write(disk, offset, buffer).await?
         };
         if flags.dsync() {
-            volume.sync(disk).await?;
+            self.volume().make_durable(disk).await?;
         }
         Ok(length)
     }

@@ -34,6 +34,8 @@ const DATA_BYTES: usize = 16 << 20;
 pub struct Link {
     /// The port.
     pub lane: Lane,
+    /// The daemon takes freed space back.
+    pub discards: bool,
     control: Lock<Enclave<Connection>>,
     socket: i32,
     bells: [i32; 3],
@@ -98,7 +100,7 @@ impl Link {
         let mut control = Enclave(connection);
         let attached = control.postern_attach(&PosternAttachRequest {
             version: postern_edl::VERSION,
-            features: 0,
+            features: postern_edl::FEATURE_DISCARD,
             session: session.map_or(0, |s| s.number),
             token: session.map_or([0; 2], |s| s.token),
             port: 0,
@@ -114,7 +116,9 @@ impl Link {
         };
         *session = Some(Session { number: attached.session, token: attached.token });
         drop(session);
-        Ok(Self { lane, control: Lock::new(control), socket, bells, told: AtomicBool::new(false) })
+        let discards = attached.features & postern_edl::FEATURE_DISCARD != 0;
+        let (control, told) = (Lock::new(control), AtomicBool::new(false));
+        Ok(Self { lane, discards, control, socket, bells, told })
     }
 
     /// Opens a host file by its name at the daemon.

@@ -428,6 +428,9 @@ impl Process {
     fn chores(&'static self, family: &'static Family) -> bool {
         let now = wait::now_ns();
         let mut started = false;
+        for directory in &family.directories {
+            started |= directory.tend(self, family);
+        }
         for volume in family.open_volumes() {
             let Some(chore) = volume.volume.due(now) else { continue };
             // A volume that is about to be closed needs no chores; during one it must not be.

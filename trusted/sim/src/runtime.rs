@@ -69,7 +69,9 @@ impl OpenVolume {
     /// # Errors
     /// `EIO` if it cannot be made durable.
     pub fn sync(&self) -> Result<(), Errno> {
-        self.run(async |volume, disk| volume.sync(disk).await)
+        let process = process::current();
+        let disk = process.disk_for_guest(self, wait::now_ns())?;
+        process.block_on(self.make_durable(&disk))
     }
 
     /// ftruncate(2).

@@ -32,6 +32,7 @@ mod chores;
 mod core;
 mod crypto;
 mod delta;
+mod discard;
 mod epochs;
 mod error;
 mod format;
@@ -58,6 +59,7 @@ mod sync;
 #[cfg(test)]
 mod tests;
 mod tree;
+mod usage;
 mod verify;
 mod write;
 
@@ -82,6 +84,7 @@ pub use self::{
     rekey::RekeyReport,
     slots::{SlotInfo, SlotKey, SlotKind, Stretch},
     snapshots::SnapshotInfo,
+    usage::Usage,
     verify::{Damage, SpaceReport, VerifyReport},
 };
 
@@ -134,6 +137,8 @@ pub enum Chore {
     Checkpoint,
     /// Move the monotonic counter.
     Register,
+    /// Give freed places back to the host.
+    Discard,
 }
 
 /// An open volume, shared by all processes and threads of one enclave.

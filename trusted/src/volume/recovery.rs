@@ -400,6 +400,31 @@ pub(crate) struct Opening {
 }
 
 impl Opening {
+    /// Of a volume that has just been made, with the epoch that goes on.
+    pub(crate) fn of_new(superblock: Superblock) -> Self {
+        Self {
+            superblock,
+            slot: 0,
+            scan: Scan::default(),
+            read_only: false,
+            lost: false,
+            fresh: None,
+            fence: false,
+        }
+    }
+
+    /// The volume, in its last epoch, whose salt is `salt`.
+    pub(crate) fn begin(self, opened: header::Opened, salt: Salt) -> Volume {
+        let id = self.superblock.epochs.last().map_or(1, |epoch| epoch.id);
+        let key = Arc::new(opened.key.epoch(id, &salt));
+        let mut core = self.core(key.clone(), salt);
+        // The first sync flushes, whether anything was written or not.
+        core.stamp = 1;
+        let volume = Volume::new(opened.key, opened.derivation, core);
+        volume.remember(key);
+        volume
+    }
+
     fn core(&self, key: Arc<EpochKey>, salt: Salt) -> Core {
         let superblock = &self.superblock;
         let tip = self.scan.tip(superblock);

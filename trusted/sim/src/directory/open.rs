@@ -8,7 +8,7 @@ use postern_trusted::{
 };
 
 use super::{
-    Caller, Listing, Place, Visit, fresh_id, number, ops::masked, resolve, resolve_parent,
+    Caller, HostFile, Listing, Place, Visit, fresh_id, number, ops::masked, resolve, resolve_parent,
 };
 use crate::{
     family::{self, OpenVolume},
@@ -196,6 +196,10 @@ fn make_volume(
             table.forget(inode);
             Ok(())
         });
+    }
+    if let Ok(volume) = &made {
+        let file = HostFile { handle: volume.handle, blocks: volume.host_blocks };
+        visit.directory.born(inode, file);
     }
     made
 }

@@ -5,6 +5,7 @@
 use core::sync::atomic::AtomicBool;
 use std::sync::Arc;
 
+use postern_edl::calls::PosternFile;
 use postern_trusted::{
     counter::Moves,
     directory::{FileKeys, INDEX_NAME, file_keys, host_name},
@@ -17,7 +18,7 @@ use zeroize::Zeroizing;
 use super::{FILE_CACHE, Family, OpenVolume, Source, Wanted, keys::wipe_stack};
 use crate::{
     config,
-    directory::{FileRecord, Member},
+    directory::{FileRecord, HostFile, Member},
     freshness::RunCounter,
     message, process, runtime,
 };
@@ -99,7 +100,7 @@ impl Family {
         let name = &self.place_of(source);
         let host = match capacity {
             Some(capacity) => process.create_host_file(name, Volume::small_host_blocks(capacity)),
-            None => process.open_host_file(name),
+            None => self.host_file_of(source, name),
         };
         let file = host.map_err(|errno| {
             let hint = match errno {
@@ -119,7 +120,8 @@ impl Family {
         let opened = disk.and_then(|disk| {
             let opening = async {
                 if let Some(capacity) = capacity {
-                    Volume::format_empty(&disk, &keys.now, capacity).await?;
+                    let made = Volume::make_open(&disk, &keys.now, capacity).await?;
+                    return Ok((made, OpenReport::default()));
                 }
                 let counter = self.counter_of(source);
                 keys.open(&disk, &OpenOptions { counter, ..OpenOptions::default() }).await
@@ -131,16 +133,14 @@ impl Family {
         });
         match opened {
             Ok((volume, report)) => {
-                if !report.clean && report.journal_blocks > 0 {
+                if !report.clean && report.journal_blocks > 0 && !self.rested(source, &member) {
                     message::say(&format!(
                         "{path}: recovered after a crash: {} journal blocks replayed, {} records \
                          applied, {} unsynced ones skipped",
                         report.journal_blocks, report.records_applied, report.records_skipped
                     ));
                 }
-                if member.is_some() {
-                    volume.limit_cache(FILE_CACHE);
-                }
+                self.tune(source, &volume, process.linked().is_some_and(|link| link.discards));
                 Ok(OpenVolume {
                     index,
                     volume,
@@ -159,6 +159,38 @@ impl Family {
                 Err(errno)
             }
         }
+    }
+
+    /// Opens the host file of a volume, unless its directory has it open still.
+    fn host_file_of(&self, source: &Source, name: &str) -> Result<PosternFile, Errno> {
+        if let Source::File(file) = source
+            && let Some(kept) = self.directories[file.directory].wake(file.inode)
+        {
+            let HostFile { handle, blocks } = kept;
+            return Ok(PosternFile { handle, blocks, flags: 0, alignment: 0 });
+        }
+        process::current().open_host_file(name)
+    }
+
+    /// Whether a volume has a journal to replay because it rests, not because of a crash.
+    fn rested(&self, source: &Source, member: &Option<Member>) -> bool {
+        let clean = member.as_ref().is_some_and(|member| member.index.clean);
+        clean || matches!(source, Source::File(f) if self.directories[f.directory].knows(f.inode))
+    }
+
+    /// Sets what the run file says about memory and space.
+    fn tune(&self, source: &Source, volume: &Volume, discards: bool) {
+        let volumes = self.config.volumes.len() + self.config.directories.len();
+        let share = self.config.cache_bytes / volumes.max(1);
+        let (cache, wanted) = match source {
+            Source::Volume(config) => (share, config.discard),
+            Source::Index(_) => (share, false),
+            Source::File(file) => {
+                (share.min(FILE_CACHE), self.directories[file.directory].config.discard)
+            }
+        };
+        volume.limit_cache(cache);
+        volume.discard_freed(wanted && discards);
     }
 
     /// Bytes in a file of a protected directory that is not open. Writes nothing.

@@ -266,7 +266,7 @@ impl OpenFile {
             None => volume.append_somewhere(&disk, buffer).await?,
         };
         if sync {
-            volume.sync(&disk).await?;
+            self.volume.make_durable(&disk).await?;
         }
         self.volume.touch();
         Ok(written)

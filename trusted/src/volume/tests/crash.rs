@@ -132,6 +132,8 @@ struct Sim {
     kept: Vec<(Image, Option<Record>)>,
     /// Snapshots by name: what they hold, and whether they are certainly there.
     snapshots: BTreeMap<String, (Vec<u8>, bool)>,
+    /// Freed places are given back to the host.
+    discards: bool,
     made: u32,
     /// A change of the snapshots was cut short: only a crash can follow.
     cut_short: bool,
@@ -206,6 +208,10 @@ impl Sim {
             aside: Vec::new(),
             kept: Vec::new(),
             snapshots: BTreeMap::new(),
+            discards: match canary {
+                Canary::None => seed % 3 == 1,
+                canary => matches!(canary, Canary::EarlyDiscard | Canary::DiscardUnheld),
+            },
             made: 0,
             cut_short: false,
         };
@@ -402,6 +408,9 @@ impl Sim {
     }
 
     fn live(&mut self, volume: &Arc<Volume>) {
+        if self.discards {
+            volume.discard_at_once();
+        }
         self.set_faults(true);
         self.runner.disk.state().newest = self.plan.newest;
         for _ in 0..5 + self.rng.below(250) {

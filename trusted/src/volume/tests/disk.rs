@@ -94,6 +94,8 @@ pub(super) struct State {
     pub(super) written: u64,
     pub(super) flushed: u64,
     pub(super) requests: u64,
+    /// Blocks discarded.
+    pub(super) discarded: u64,
 }
 
 #[derive(Clone)]
@@ -119,6 +121,7 @@ impl SimDisk {
             written: 0,
             flushed: 0,
             requests: 0,
+            discarded: 0,
         })))
     }
 
@@ -244,6 +247,19 @@ impl State {
         self.requests += 1;
         let id = self.next;
         self.ops.push(Op { id, kind: kind(id), waker: None });
+        id
+    }
+
+    /// Issues a write.
+    fn put(&mut self, place: u64, blocks: Vec<Arc<Block>>) -> u64 {
+        let end = place + blocks.len() as u64;
+        assert!(end <= self.host_blocks, "write beyond the host file");
+        let twice = self.cached.iter().any(|w| {
+            w.completed.is_none() && w.place < end && place < w.place + w.blocks.len() as u64
+        });
+        assert!(!twice, "two outstanding writes on place {place}");
+        let id = self.issue(|id| Kind::Write { cached: id });
+        self.cached.push(Cached { id, place, blocks, completed: None });
         id
     }
 
@@ -377,6 +393,23 @@ impl Disk for SimDisk {
         answer.map(|_| ())
     }
 
+    /// As a write of anything: of the old content a part may stay, too.
+    async fn discard(&self, place: u64, blocks: u64) -> Result<(), HostError> {
+        let id = {
+            let mut state = self.state();
+            let anything = (place..place + blocks)
+                .map(|at| match state.rng.below(3) {
+                    0 => Arc::new([0; BLOCK]),
+                    1 => Arc::new([state.rng.next() as u8; BLOCK]),
+                    _ => state.view.get(&at).cloned().unwrap_or_else(|| Arc::new([0; BLOCK])),
+                })
+                .collect();
+            state.discarded += blocks;
+            state.put(place, anything)
+        };
+        self.answer(id).await.map(|_| ())
+    }
+
     fn host_blocks(&self) -> u64 {
         self.state().host_blocks
     }
@@ -410,22 +443,13 @@ impl Transfer for SimTransfer {
     async fn write(&mut self, place: u64, blocks: usize) -> Result<(), HostError> {
         let id = {
             let mut state = self.disk.state();
-            assert!(place + blocks as u64 <= state.host_blocks, "write beyond the host file");
-            let end = place + blocks as u64;
-            let twice = state.cached.iter().any(|w| {
-                w.completed.is_none() && w.place < end && place < w.place + w.blocks.len() as u64
-            });
-            assert!(!twice, "two outstanding writes on place {place}");
             if let Some(slot) = superblock_slot(place, &self.blocks[0]) {
                 let other = |w: &Cached| superblock_slot(w.place, &w.blocks[0]) == Some(1 - slot);
                 let torn = state.cached.iter().any(other);
                 assert!(!torn, "a superblock while the one in the other slot is not durable");
             }
             state.written += blocks as u64;
-            let content = self.blocks[..blocks].iter().map(|b| Arc::new(**b)).collect();
-            let id = state.issue(|id| Kind::Write { cached: id });
-            state.cached.push(Cached { id, place, blocks: content, completed: None });
-            id
+            state.put(place, self.blocks[..blocks].iter().map(|b| Arc::new(**b)).collect())
         };
         self.disk.answer(id).await.map(|_| ())
     }

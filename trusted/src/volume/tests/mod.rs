@@ -20,6 +20,7 @@ mod recorded;
 mod rekey;
 mod run;
 mod slots;
+mod small;
 mod space;
 mod tamper;
 mod usage;
@@ -53,6 +54,10 @@ pub(crate) enum Canary {
     NoCarryWait,
     /// The superblock overwrites the last one.
     SameSlot,
+    /// Places are discarded before the checkpoint that frees them is durable.
+    EarlyDiscard,
+    /// A place is given out while it is being discarded.
+    DiscardUnheld,
     /// What a snapshot holds is freed.
     FreeHeld,
     /// What is written after a snapshot is as old as it.
