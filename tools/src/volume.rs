@@ -12,13 +12,14 @@ use std::{
 };
 
 use postern_trusted::{
+    directory::FileKeys,
     disk::{BLOCK, Disk as _, HostError},
     errno::Errno,
     exec::run_to_end,
     platform::Memory,
     volume::{
-        Damage, FormatOptions, Freshness, Misuse, OpenOptions, OpenReport, SlotKey, SnapshotInfo,
-        Volume, VolumeError,
+        CounterUse, Damage, FormatOptions, Freshness, Misuse, OpenOptions, OpenReport, SlotKey,
+        SnapshotInfo, Volume, VolumeError,
     },
 };
 use serde_json::json;
@@ -116,7 +117,8 @@ pub fn check(
     access: Access,
 ) -> Result<(), Failure> {
     let disk = FileDisk::open(path, access)?;
-    let (_, report) = open_with(&disk, path, key, counter)?;
+    let (_, report) = open_with(&disk, key, used(counter))
+        .map_err(|error| refused_to_read(path, &disk, &error, counter))?;
     match (report.loss, report.freshness) {
         (Some(loss), _) => Err(refused_with(path, &loss, counter.map(|source| &**source))),
         (None, Freshness::Unchecked { sequence }) => {
@@ -149,27 +151,58 @@ pub fn open_to_read(
     access: Access,
 ) -> Result<(FileDisk, Volume, OpenReport), Failure> {
     let disk = FileDisk::open(path, access)?;
-    let (volume, report) = open_with(&disk, path, key, counter)?;
+    let (volume, report) = open_with(&disk, key, used(counter))
+        .map_err(|error| refused_to_read(path, &disk, &error, counter))?;
     Ok((disk, volume, report))
+}
+
+/// The volume of a file of a protected directory, opened for reading only; `recorded` is what the
+/// index says of it.
+///
+/// # Errors
+/// As [`check`].
+pub fn open_file_to_read(
+    path: &Path,
+    keys: &FileKeys,
+    recorded: CounterUse,
+    access: Access,
+) -> Result<(FileDisk, Volume, OpenReport), Failure> {
+    let disk = FileDisk::open(path, access)?;
+    let options =
+        OpenOptions { read_only: true, counter: Some(recorded), ..OpenOptions::default() };
+    let (volume, report) = run_to_end(keys.open(&disk, &options))
+        .map_err(|error| refused_to_read(path, &disk, &error, None))?;
+    Ok((disk, volume, report))
+}
+
+fn used(counter: Option<&Arc<Source>>) -> Option<CounterUse> {
+    counter.map(|source| source.used(false))
 }
 
 fn open_with(
     disk: &FileDisk,
-    path: &Path,
     key: &SlotKey,
+    counter: Option<CounterUse>,
+) -> Result<(Volume, OpenReport), VolumeError> {
+    let options = OpenOptions { read_only: true, counter, ..OpenOptions::default() };
+    run_to_end(Volume::open(disk, key, &options))
+}
+
+fn refused_to_read(
+    path: &Path,
+    disk: &FileDisk,
+    error: &VolumeError,
     counter: Option<&Arc<Source>>,
-) -> Result<(Volume, OpenReport), Failure> {
-    let used = counter.map(|source| source.used(false));
-    let options = OpenOptions { read_only: true, counter: used, ..OpenOptions::default() };
-    run_to_end(Volume::open(disk, key, &options)).map_err(|error| match error {
-        VolumeError::Host { place, .. } if place >= disk.host_blocks() => Failure::new(
+) -> Failure {
+    match error {
+        VolumeError::Host { place, .. } if *place >= disk.host_blocks() => Failure::new(
             Exit::Damaged,
             format_args!("the host file ends before block {place}, which every volume has"),
             path.display(),
             "it is no volume, or was cut off: restore it from a copy",
         ),
-        error => refused_with(path, &error, counter.map(|source| &**source)),
-    })
+        error => refused_with(path, error, counter.map(|source| &**source)),
+    }
 }
 
 /// What a volume's refusal means to the operator, when it was opened with this counter.
@@ -393,7 +426,8 @@ pub fn look(args: &VolumeArgs) -> Result<(FileDisk, Volume, OpenReport), Failure
     let disk = FileDisk::open(&args.host_file, access)?;
     let key = key::present(&args.passphrase, args.key_file.as_deref(), &args.host_file)?;
     let counter = Source::one(&args.counter)?;
-    let (volume, report) = open_with(&disk, &args.host_file, &key, counter.as_ref())?;
+    let (volume, report) = open_with(&disk, &key, used(counter.as_ref()))
+        .map_err(|error| refused_to_read(&args.host_file, &disk, &error, counter.as_ref()))?;
     Ok((disk, volume, report))
 }
 

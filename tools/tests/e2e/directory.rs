@@ -113,6 +113,38 @@ fn exchanged_missing_and_cut_host_files_give_eio_and_name_the_guests_path() {
     end(&mut world.postern(["verify", "d"])).expect(0);
 }
 
+/// The index records the state of each file, whether it has a counter or not.
+#[test]
+fn an_older_state_of_one_file_alone_is_refused_and_the_other_files_go_on() {
+    let Some(world) = World::new() else { return };
+    let directory = world.path("d");
+    shell(&world, &directory, "echo one > /data/one; echo two > /data/two").expect(0);
+    // Sparse: a file's volume takes up to 16 GiB on the host.
+    let copy = |from: &Path, to: &Path| {
+        end(world.command("cp").arg("--sparse=always").arg(from).arg(to)).expect(0);
+    };
+    let old = world.path("old");
+    fs::create_dir(&old).unwrap();
+    volumes(&directory).iter().for_each(|file| copy(file, &old));
+    // Reading is an opening, too.
+    shell(&world, &directory, "echo more >> /data/one; cat /data/two").expect(0);
+    let aside = world.path("aside");
+    for file in volumes(&directory) {
+        copy(&file, &aside);
+        copy(&old.join(file.file_name().unwrap()), &file);
+        let ended = shell(&world, &directory, "cat /data/one /data/two; stat -c %s /data/*");
+        assert_ne!(ended.code(), 0, "{}", ended.stdout);
+        assert!(ended.stderr.contains("the directory's index records"), "{}", ended.stderr);
+        let shown = ["one\nmore\n", "two\n"].map(|text| ended.stdout.contains(text));
+        assert!(shown == [true, false] || shown == [false, true], "{}", ended.stdout);
+        let verified = end(&mut world.postern(["verify", "d"])).expect(DAMAGED);
+        assert!(verified.stdout.contains("the directory's index records"), "{}", verified.stdout);
+        copy(&aside, &file);
+    }
+    let ended = shell(&world, &directory, "cat /data/one /data/two").expect(0);
+    assert_eq!(ended.stdout, "one\nmore\ntwo\n");
+}
+
 #[test]
 fn an_index_of_garbage_is_refused_and_a_shell_shares_its_open_file_with_its_children() {
     let Some(world) = World::new() else { return };

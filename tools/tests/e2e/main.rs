@@ -18,6 +18,7 @@ mod matrix;
 mod memory;
 mod programs;
 mod reader;
+mod record;
 mod refusals;
 mod sight;
 mod tamper;

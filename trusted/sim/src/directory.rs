@@ -14,6 +14,7 @@ mod look;
 mod open;
 mod ops;
 mod publish;
+mod records;
 
 use core::sync::atomic::{AtomicI64, AtomicU32, Ordering};
 use std::{collections::BTreeMap, sync::Arc};
@@ -30,8 +31,12 @@ use postern_trusted::{
     sync::Lock,
 };
 pub(crate) use publish::HostFile;
+pub(crate) use records::FileRecord;
 
-use self::publish::{Backlog, Publishing};
+use self::{
+    publish::{Backlog, Publishing},
+    records::Records,
+};
 use crate::{
     config::DirectoryConfig,
     family::{self, OpenVolume, Wanted},
@@ -69,6 +74,8 @@ struct Loaded {
     backlog: Backlog,
     /// Sizes of files that are not open, as far as known.
     sizes: BTreeMap<u64, u64>,
+    /// Which records of files are not durable yet.
+    records: Records,
 }
 
 /// What an open volume knows of the directory that its file is in.
@@ -216,6 +223,7 @@ impl Directory {
             told: false,
             backlog: Backlog::default(),
             sizes: BTreeMap::new(),
+            records: Records::default(),
         });
         Ok(())
     }

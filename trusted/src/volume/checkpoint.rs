@@ -380,7 +380,7 @@ impl Volume {
         };
         let mut salt: Salt = [0; 24];
         disk.random(&mut salt).map_err(|_| Errno::EIO)?;
-        let superblock = Superblock { counter: self.hold_counter(), ..superblock.clone() };
+        let superblock = Superblock { counter: self.hold_counter().await, ..superblock.clone() };
         let sealed = Box::new(superblock.seal(&self.key, &salt, slot));
         let committed = self.write_superblock(disk, &sealed, slot).await;
         let done = committed.is_ok().then(|| (&superblock, sha256(&*sealed)));

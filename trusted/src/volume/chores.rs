@@ -7,10 +7,11 @@ use super::{
     Chore, Counters, Volume,
     cache::NodeCache,
     core::{Checkpoints, Core, Expect, Flushes, Health, Journal, Map, Timers, Waiters, wake},
-    crypto::{EpochKey, Salt, Secret, VolumeKey},
+    crypto::{EpochKey, Salt, VolumeKey},
     delta::Delta,
     discard::Discards,
     freshness::Fresh,
+    header::Derivation,
     layout::{BLOCK_BYTES, RING_RESERVE},
     ranges::{EOF, RangeLocks},
     space::Space,
@@ -202,7 +203,7 @@ impl Core {
 }
 
 impl Volume {
-    pub(crate) fn new(key: VolumeKey, derivation: Secret, core: Core) -> Self {
+    pub(crate) fn new(key: VolumeKey, derivation: Derivation, core: Core) -> Self {
         Self {
             geometry: core.geometry,
             key,
@@ -287,7 +288,7 @@ impl Volume {
             result = result.and(self.sync_to(disk, stamp, queued).await);
         }
         if result.is_ok() {
-            result = self.register().await.map_err(|_| Errno::EIO);
+            result = self.register_close().await.map_err(|_| Errno::EIO);
             self.discard_rest(disk).await;
         }
         let wakers = {

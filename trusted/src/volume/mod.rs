@@ -68,7 +68,8 @@ use alloc::{collections::BTreeMap, sync::Arc};
 
 use self::{
     core::Core,
-    crypto::{EpochKey, Secret, VolumeKey},
+    crypto::{EpochKey, VolumeKey},
+    header::Derivation,
     layout::Geometry,
 };
 use crate::sync::Lock;
@@ -145,7 +146,7 @@ pub struct Volume {
     geometry: Geometry,
     key: VolumeKey,
     /// What keys for other volumes are derived from.
-    derivation: Secret,
+    derivation: Derivation,
     keys: Lock<BTreeMap<u32, Arc<EpochKey>>>,
     core: Lock<Core>,
     /// The guest syncs after each few writes: a hint for writers.

@@ -529,8 +529,7 @@ impl Opening {
             volume.remember(key);
             let epoch = Epoch { id, salt, key_version, tabled: false };
             self.settle(disk, &volume, epoch, &replay.skipped).await?;
-            // From here on a copy of what was found opens nowhere else.
-            volume.register().await?;
+            volume.register_opening().await?;
         }
         Ok((volume, report))
     }

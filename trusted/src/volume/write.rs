@@ -190,7 +190,11 @@ impl Volume {
 
     /// Waits until blocks `first..=last` may be written; returns the ticket to give back.
     pub(crate) async fn enter(&self, first: u64, last: u64, exclusive: bool) -> u64 {
-        let ticket = self.core.lock().ranges.enter(first, last, exclusive);
+        let ticket = {
+            let mut core = self.core.lock();
+            let exclusive = exclusive && !core.is(canary!(SharedPartial));
+            core.ranges.enter(first, last, exclusive)
+        };
         self.granted(ticket).await;
         ticket
     }

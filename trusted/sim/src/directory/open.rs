@@ -152,8 +152,11 @@ fn new_file(
     })?;
     let made = make_volume(visit, inode, id, &place.path)?;
     let published = visit.change(|table| {
+        let record = table.node(inode).and_then(|node| node.record);
         table.forget(inode);
-        table.create_as(inode, parent, name, id, attributes)
+        table.create_as(inode, parent, name, id, attributes)?;
+        table.set_record(inode, record);
+        Ok(())
     });
     if let Err(errno) = published {
         crate::runtime::close_volume(&made);

@@ -165,6 +165,7 @@ impl Batch {
         let image = named.then(|| {
             loaded.sequence += 1;
             loaded.dirty = false;
+            loaded.records.take_off();
             let image = loaded.table.encode(loaded.sequence);
             (Memory::new(image), slot_offset(loaded.sequence))
         });
@@ -236,6 +237,7 @@ impl Directory {
         let written = batch.write(index, disk).await;
         let process = process::current();
         let done = self.settle(batch, written, began);
+        done.wakers.into_iter().for_each(Waker::wake);
         done.handles.into_iter().for_each(|handle| process.give_back(handle));
         for id in done.doomed {
             process.remove_host_file(&format!("{}/{}", self.config.name, host_name(&id)));
@@ -250,6 +252,9 @@ impl Directory {
         let Some(loaded) = state.as_mut() else { return settled };
         let backlog = &mut loaded.backlog;
         backlog.writing = false;
+        if batch.image.is_some() {
+            settled.wakers = loaded.records.land(written.is_ok());
+        }
         backlog.not_before = now.saturating_add((now.saturating_sub(began)) * (SHARE - 1));
         let Err(errno) = written else {
             for (inode, serial) in batch.rested {
@@ -398,6 +403,7 @@ impl Directory {
 /// What a publication leaves to be done.
 #[derive(Default)]
 struct Settled {
+    wakers: Vec<Waker>,
     handles: Vec<u32>,
     doomed: Vec<FileId>,
 }

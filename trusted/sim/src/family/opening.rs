@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use postern_edl::calls::PosternFile;
 use postern_trusted::{
-    directory::{INDEX_NAME, file_key, host_name},
+    counter::Moves,
+    directory::{FileKeys, INDEX_NAME, file_keys, host_name},
     errno::Errno,
     volume::{CounterUse, OpenOptions, OpenReport, SlotKey, Volume, VolumeError},
 };
@@ -17,7 +18,7 @@ use zeroize::Zeroizing;
 use super::{FILE_CACHE, Family, OpenVolume, Source, Wanted, keys::wipe_stack};
 use crate::{
     config,
-    directory::{HostFile, Member},
+    directory::{FileRecord, HostFile, Member},
     freshness::RunCounter,
     message, process, runtime,
 };
@@ -58,7 +59,7 @@ impl Family {
         let config = match source {
             Source::Volume(config) => config.counter,
             Source::Index(number) => self.directories[*number].config.counter,
-            Source::File(_) => None,
+            Source::File(file) => return Some(recorded(file)),
         }?;
         let counter = Arc::new(RunCounter::new(config.index, self.path_of(source)));
         Some(CounterUse { counter, moves: config.moves.into(), adopt: false })
@@ -73,24 +74,24 @@ impl Family {
     #[inline(never)]
     fn open_by(&self, index: usize, source: &Source) -> Result<OpenVolume, Errno> {
         let Source::File(file) = source else {
-            let key = self.key_of(source)?;
-            return self.open_with(index, source, &key, None, None);
+            let keys = FileKeys { now: self.key_of(source)?, former: None };
+            return self.open_with(index, source, &keys, None, None);
         };
         let directory = &self.directories[file.directory];
         let names = self.acquire(directory.entry)?;
-        let key = file_key(&names.volume, &file.id);
+        let keys = file_keys(&names.volume, &file.id);
         let capacity = file.fresh.then_some(directory.config.file_capacity);
         let member = Member::new(file.directory, file.inode, names.clone());
-        self.open_with(index, source, &key, capacity, Some(member))
+        self.open_with(index, source, &keys, capacity, Some(member))
             .inspect_err(|_| runtime::close_volume(&names))
     }
 
-    /// Opens a volume with `key`; makes it first if it is given a `capacity`.
+    /// Opens a volume with its keys; makes it first if it is given a `capacity`.
     fn open_with(
         &self,
         index: usize,
         source: &Source,
-        key: &SlotKey,
+        keys: &FileKeys,
         capacity: Option<u64>,
         member: Option<Member>,
     ) -> Result<OpenVolume, Errno> {
@@ -119,11 +120,11 @@ impl Family {
         let opened = disk.and_then(|disk| {
             let opening = async {
                 if let Some(capacity) = capacity {
-                    let made = Volume::make_open(&disk, key, capacity).await?;
+                    let made = Volume::make_open(&disk, &keys.now, capacity).await?;
                     return Ok((made, OpenReport::default()));
                 }
                 let counter = self.counter_of(source);
-                Volume::open(&disk, key, &OpenOptions { counter, ..OpenOptions::default() }).await
+                keys.open(&disk, &OpenOptions { counter, ..OpenOptions::default() }).await
             };
             process.block_on(opening).map_err(|error: VolumeError| {
                 message::say(&format!("{path}: {error}"));
@@ -207,8 +208,9 @@ impl Family {
         let process = process::current();
         let path = wanted.path.clone();
         let names = self.acquire(self.directories[wanted.directory].entry)?;
-        let key = file_key(&names.volume, &wanted.id);
+        let keys = file_keys(&names.volume, &wanted.id);
         runtime::close_volume(&names);
+        let counter = Some(recorded(&wanted));
         let name = self.place_of(&Source::File(wanted));
         let failed = |what: &dyn core::fmt::Display| {
             message::say(&format!("{path}: {name}: {what}"));
@@ -216,13 +218,23 @@ impl Family {
         };
         let file = process.open_host_file(&name).map_err(|errno| failed(&errno))?;
         let size = process.lane_file(file.handle, file.blocks).and_then(|disk| {
-            let options = OpenOptions { read_only: true, ..OpenOptions::default() };
-            let opened = process.block_on(Volume::open(&disk, &key, &options));
-            opened.map(|(volume, _)| volume.size()).map_err(|error| failed(&error))
+            let options = OpenOptions { read_only: true, counter, ..OpenOptions::default() };
+            let opened = process.block_on(keys.open(&disk, &options));
+            match opened {
+                Ok((_, OpenReport { loss: Some(loss), .. })) => Err(failed(&loss)),
+                Ok((volume, _)) => Ok(volume.size()),
+                Err(error) => Err(failed(&error)),
+            }
         });
         process.give_back(file.handle);
         size
     }
+}
+
+/// What the index records of a file, in place of a counter.
+fn recorded(file: &Wanted) -> CounterUse {
+    let counter = Arc::new(FileRecord { directory: file.directory, inode: file.inode });
+    CounterUse { counter, moves: Moves::Checkpoint, adopt: false }
 }
 
 /// Reads the key of the volume at `path`.

@@ -53,5 +53,7 @@ canaries! {
     freeing_what_a_snapshot_holds_is_caught => FreeHeld from 1,
     a_birth_number_that_a_snapshot_shares_is_caught => SameBirth from 1,
     a_superblock_that_forgets_a_move_on_its_way_is_caught => NoAttempted from 1,
+    a_partial_write_that_shares_its_block_is_caught => SharedPartial from 1,
+    a_file_that_forgets_the_durable_record_is_caught => NoDurable from 1,
     an_opening_that_a_late_move_can_overtake_is_caught => NoFence from 160,
 }

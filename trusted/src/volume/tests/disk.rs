@@ -8,11 +8,12 @@ use core::{
     future::poll_fn,
     task::{Poll, Waker},
 };
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 
 use crate::{
     disk::{BLOCK, Block, Disk, HostError, Transfer},
     platform::{NoEntropy, Platform},
+    volume::layout::SUPERBLOCKS,
 };
 
 const SECTOR: usize = 512;
@@ -87,6 +88,8 @@ pub(super) struct State {
     next: u64,
     buffers: usize,
     waiting: Vec<Waker>,
+    /// The process has heard of a failed flush.
+    flush_failed: bool,
     /// Host calls since the counters were taken.
     pub(super) written: u64,
     pub(super) flushed: u64,
@@ -114,6 +117,7 @@ impl SimDisk {
             next: 1,
             buffers: BUFFERS,
             waiting: Vec::new(),
+            flush_failed: false,
             written: 0,
             flushed: 0,
             requests: 0,
@@ -122,8 +126,8 @@ impl SimDisk {
     }
 
     pub(super) fn state(&self) -> std::sync::MutexGuard<'_, State> {
-        // A violation found under the lock is to be told, not to end in a second panic.
-        self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        // A rule that was seen broken is told once, and not again by every destructor.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Completes one pending operation at random. `false`: there is none.
@@ -223,6 +227,7 @@ impl State {
         self.ops.clear();
         self.answers.clear();
         self.waiting.clear();
+        self.flush_failed = false;
         self.buffers = BUFFERS;
     }
 
@@ -313,6 +318,12 @@ impl State {
     }
 }
 
+/// The slot that a block goes to, if it is a superblock.
+fn superblock_slot(place: u64, block: &Block) -> Option<usize> {
+    let slot = SUPERBLOCKS.iter().position(|copies| copies.contains(&place))?;
+    (&block[40..48] == b"PSTRNSUP").then_some(slot)
+}
+
 impl Platform for SimDisk {
     fn now_ns(&self) -> u64 {
         self.state().now
@@ -371,12 +382,15 @@ impl Disk for SimDisk {
     async fn flush(&self) -> Result<(), HostError> {
         let id = {
             let mut state = self.state();
+            assert!(!state.flush_failed, "a flush after one that failed proves nothing");
             state.flushed += 1;
             let covers =
                 state.cached.iter().filter(|w| w.completed.is_some()).map(|w| w.id).collect();
             state.issue(|_| Kind::Flush { covers })
         };
-        self.answer(id).await.map(|_| ())
+        let answer = self.answer(id).await;
+        self.state().flush_failed |= answer.is_err();
+        answer.map(|_| ())
     }
 
     /// As a write of anything: of the old content a part may stay, too.
@@ -429,6 +443,11 @@ impl Transfer for SimTransfer {
     async fn write(&mut self, place: u64, blocks: usize) -> Result<(), HostError> {
         let id = {
             let mut state = self.disk.state();
+            if let Some(slot) = superblock_slot(place, &self.blocks[0]) {
+                let other = |w: &Cached| superblock_slot(w.place, &w.blocks[0]) == Some(1 - slot);
+                let torn = state.cached.iter().any(other);
+                assert!(!torn, "a superblock while the one in the other slot is not durable");
+            }
             state.written += blocks as u64;
             state.put(place, self.blocks[..blocks].iter().map(|b| Arc::new(**b)).collect())
         };

@@ -16,6 +16,7 @@ mod golden;
 mod memory;
 mod model;
 mod reader;
+mod recorded;
 mod rekey;
 mod run;
 mod slots;
@@ -65,8 +66,12 @@ pub(crate) enum Canary {
     NoRegister,
     /// A superblock forgets a move of the counter that is on its way.
     NoAttempted,
+    /// A write of a part of a block does not keep others off the block.
+    SharedPartial,
     /// An opening does not shut out late moves of the one before.
     NoFence,
+    /// A superblock of a directory's file names the newest record alone, not the durable one.
+    NoDurable,
 }
 
 std::thread_local! {

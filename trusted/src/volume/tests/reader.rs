@@ -18,9 +18,10 @@ use std::{
 };
 
 use super::{
+    capacity,
     crash::{crash_images, crash_images_with_snapshots, key, open, roomy, tiny},
     disk::{Image, Rng, SimDisk},
-    nonces,
+    nonces, rekey,
     run::Runner,
 };
 use crate::{
@@ -233,6 +234,29 @@ fn a_second_implementation_reads_the_same_snapshots_and_counts_their_blocks() {
     };
     let kept: usize = said.iter().map(kept).sum();
     assert!(kept > 40, "only {kept} snapshots in {} images", images.len());
+}
+
+/// Two volume keys at once, and one that has followed another.
+#[test]
+fn a_second_implementation_reads_the_same_amid_a_rekey_and_after_it() {
+    let Some(python) = python() else { return };
+    let images = rekey::cut_off_images(23);
+    assert!(images.len() > 6, "only {} rekeys were cut off", images.len());
+    let said = compare(python, &images, "rekeyed", true);
+    assert!(said.iter().all(|one| *one == said[0]), "a rekey has changed the content");
+    assert!(matches!(&said[0], Said::Read { damaged, .. } if damaged.is_empty()));
+}
+
+#[test]
+fn a_second_implementation_reads_the_same_amid_a_resize_and_after_it() {
+    let Some(python) = python() else { return };
+    for (from, to) in [(120, 300), (300, 101)] {
+        let images = capacity::cut_off_images(from, to, 19);
+        assert!(images.len() > 3, "only {} resizes were cut off", images.len());
+        let said = compare(python, &images, &format!("resized-{to}"), true);
+        let read = |said: &Said| matches!(said, Said::Read { damaged, .. } if damaged.is_empty());
+        assert!(said.iter().all(read), "a crash has damaged or refused something");
+    }
 }
 
 #[test]
