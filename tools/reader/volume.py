@@ -27,6 +27,11 @@ FEATURE_SNAPSHOTS = 1
 MAX_BIRTH = 1 << 24
 
 
+def signed(data, offset):
+    """A signed number of 8 bytes."""
+    return int.from_bytes(data[offset : offset + 8], "little", signed=True)
+
+
 class Pointer:
     """A block pointer: place, birth, order, tag. False if it points to nothing."""
 
@@ -68,6 +73,7 @@ class Superblock:
         self.birth = at(400, 4)
         self.replay, self.before = at(368), bytes(data[376:392])
         self.durable = at(392)
+        self.times = [signed(data, 464 + 8 * n) for n in range(3)]
         self.epochs = {}
         for index in range(min(at(404, 4), 32)):
             entry = data[640 + 32 * index :][:32]

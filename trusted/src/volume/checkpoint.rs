@@ -356,6 +356,7 @@ impl Volume {
                 .collect(),
             // `commit` knows.
             counter: None,
+            times: core.times.get(),
         }
     }
 

@@ -22,6 +22,7 @@ use super::{
     snapshots::Held,
     space::{Run, Space},
     superblock::{Bound, Epoch},
+    times::Kept,
 };
 use crate::errno::Errno;
 
@@ -297,6 +298,7 @@ pub(crate) struct Core {
     pub(crate) fresh: Option<Fresh>,
     /// What the superblock found said of one.
     pub(crate) bound: Option<Bound>,
+    pub(crate) times: Arc<Kept>,
     #[cfg(test)]
     pub(crate) canary: super::tests::Canary,
 }

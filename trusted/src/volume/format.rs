@@ -14,6 +14,7 @@ use super::{
     slots::{NewSlot, Stretch},
     snapshots::Held,
     superblock::Superblock,
+    times::Times,
 };
 use crate::disk::{BLOCK, Block, Disk, HostError, Transfer};
 
@@ -138,6 +139,7 @@ async fn format_fresh<D: Disk>(
         held: Held::default(),
         epochs: alloc::vec::Vec::new(),
         counter: None,
+        times: Times::default(),
     };
     let sealed = superblock.seal(&volume_key, &salt, 0);
     for place in SUPERBLOCKS[0] {

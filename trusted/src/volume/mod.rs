@@ -57,6 +57,7 @@ mod superblock;
 mod sync;
 #[cfg(test)]
 mod tests;
+mod times;
 mod tree;
 mod verify;
 mod write;
@@ -81,6 +82,7 @@ pub use self::{
     rekey::RekeyReport,
     slots::{SlotInfo, SlotKey, SlotKind, Stretch},
     snapshots::SnapshotInfo,
+    times::Times,
     verify::{Damage, SpaceReport, VerifyReport},
 };
 
@@ -143,6 +145,7 @@ pub struct Volume {
     derivation: Secret,
     keys: Lock<BTreeMap<u32, Arc<EpochKey>>>,
     core: Lock<Core>,
+    times: Arc<times::Kept>,
     /// The guest syncs after each few writes: a hint for writers.
     expecting: AtomicBool,
 }
