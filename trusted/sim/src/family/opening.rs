@@ -135,7 +135,7 @@ impl Family {
                 if member.is_some() {
                     volume.limit_cache(FILE_CACHE);
                 }
-                Ok(OpenVolume {
+                let opened = OpenVolume {
                     index,
                     volume,
                     member,
@@ -143,7 +143,9 @@ impl Family {
                     handle: file.handle,
                     host_blocks: file.blocks,
                     failed: AtomicBool::new(false),
-                })
+                };
+                opened.begin_times();
+                Ok(opened)
             }
             Err(errno) => {
                 process.give_back(file.handle);
