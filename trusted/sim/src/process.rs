@@ -66,6 +66,10 @@ pub struct Process {
     drives: AtomicU64,
     /// Number of the last guest request, for the claims in descriptors.
     requests: AtomicU64,
+    /// It has a service thread.
+    served: AtomicBool,
+    /// The signal that it is to die of; 0 is none.
+    doomed: AtomicI32,
 }
 
 /// Time and randomness of the simulated enclave.
@@ -166,6 +170,9 @@ pub fn keep(descriptor: i32) -> i32 {
 pub fn pause() {
     let process = current();
     process.drive();
+    if let Some(link) = process.linked() {
+        link.check_daemon();
+    }
     if let Ok(place) = process.sleepers.enter(keep) {
         let _ = place.sleep(Some(1_000_000), Signals::Held);
     }
@@ -213,6 +220,8 @@ impl Process {
             aio_charged: AtomicU64::new(0),
             drives: AtomicU64::new(0),
             requests: AtomicU64::new(0),
+            served: AtomicBool::new(false),
+            doomed: AtomicI32::new(0),
         })
     }
 
@@ -220,6 +229,28 @@ impl Process {
     #[must_use]
     pub fn id(&self) -> u32 {
         self.id
+    }
+
+    /// Its service thread runs.
+    pub fn set_served(&self) {
+        self.served.store(true, Ordering::Release);
+    }
+
+    /// Whether it has a service thread.
+    #[must_use]
+    pub fn is_served(&self) -> bool {
+        self.served.load(Ordering::Acquire)
+    }
+
+    /// The service thread is to end the process by `signal`, unless it is doomed already.
+    pub fn doom(&self, signal: i32) {
+        let _ = self.doomed.compare_exchange(0, signal, Ordering::AcqRel, Ordering::Acquire);
+    }
+
+    /// What [`Self::doom`] was told.
+    #[must_use]
+    pub fn doomed(&self) -> Option<i32> {
+        Some(self.doomed.load(Ordering::Acquire)).filter(|signal| *signal != 0)
     }
 
     fn descriptors(&self) -> Vec<i32> {
@@ -252,13 +283,16 @@ impl Process {
             return Ok(link);
         }
         let family = family::family().ok_or(Errno::EIO)?;
+        // First of all: from here on there is something that a signal must not cut off.
+        service::start();
         let link = Link::attach(family, keep)?;
+        service::wait_for_start();
         let [driver, service, socket] = link.bells();
         [driver, socket].into_iter().for_each(|bell| self.sleepers.watch(bell));
         [service, socket].into_iter().for_each(|bell| self.service.watch(bell));
         let _ = self.link.set(Box::new(link));
         inheritance::connected();
-        service::start();
+        self.service.kick();
         self.link.get().ok_or(Errno::EIO)
     }
 
@@ -426,6 +460,9 @@ impl Process {
 
     /// Starts background work of the family's volumes that is due; answers whether there was any.
     fn chores(&'static self, family: &'static Family) -> bool {
+        if self.link.get().is_none() {
+            return false;
+        }
         let now = wait::now_ns();
         let mut started = false;
         for volume in family.open_volumes() {
@@ -466,6 +503,8 @@ impl Process {
         let waker = Waker::from(flag.clone());
         let mut context = Context::from_waker(&waker);
         let mut future = pin!(future);
+        // Until its end the process has something under way.
+        let _counted = self.executor.count();
         loop {
             let _active = self.executor.activate();
             if flag.woken.swap(false, Ordering::AcqRel)
