@@ -84,6 +84,7 @@ def report(volume, target, audit):
         "generation": superblock.generation,
         "sessions": superblock.sessions,
         "clean": superblock.clean,
+        "times": tail.times,
         "host_blocks": superblock.host_blocks,
         "ring_blocks": superblock.ring_blocks,
         "reserve_blocks": superblock.reserve_blocks,

@@ -55,6 +55,8 @@ class Jblock:
             bytes(block[112:128]),
         )
         self.payload = payload
+        told = int.from_bytes(payload[-8:], "little", signed=True)
+        self.modified = told if self.used <= len(payload) - 8 else 0
 
     def records(self):
         """(type, count, block, bit 40 of the first word, the record's bytes), in order."""
@@ -129,6 +131,10 @@ def replay(volume):
     for block in chain:
         volume.salts.setdefault(block.epoch, (block.salt, block.version))
 
+    tail.times = list(superblock.times)
+    told = [block.modified for block in chain if block.modified]
+    if told and told[-1] != tail.times[1]:
+        tail.times[1:] = told[-1], max(tail.times[2], told[-1])
     versions, voids, sizes = {}, [], [(superblock.size_order, superblock.size)]
     for jblock in chain:
         for kind, count, block, record in jblock.records():

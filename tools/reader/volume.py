@@ -27,6 +27,11 @@ FEATURE_SNAPSHOTS = 1
 MAX_BIRTH = 1 << 24
 
 
+def signed(data, offset):
+    """A signed number of 8 bytes."""
+    return int.from_bytes(data[offset : offset + 8], "little", signed=True)
+
+
 class Pointer:
     """A block pointer: place, birth, order, tag. False if it points to nothing."""
 
@@ -73,6 +78,7 @@ class Superblock:
         self.records = [
             bytes(data[place:][:40]) if flags & bit else None for place, bit in ((408, 2), (4056, 4))
         ]
+        self.times = [signed(data, 464 + 8 * n) for n in range(3)]
         self.epochs = {}
         for index in range(min(at(404, 4), 32)):
             entry = data[640 + 32 * index :][:32]

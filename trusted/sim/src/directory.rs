@@ -388,10 +388,14 @@ impl Caller {
                 libc::R_OK | libc::W_OK | if execute { libc::X_OK } else { 0 }
             }
             () if self.uid == attributes.uid => mode >> 6 & 7,
-            () if self.gid == attributes.gid => mode >> 3 & 7,
+            () if self.is_in(attributes.gid) => mode >> 3 & 7,
             () => mode & 7,
         };
         if wanted & !granted == 0 { Ok(()) } else { Err(Errno::EACCES) }
+    }
+
+    fn is_in(self, group: u32) -> bool {
+        self.gid == group || sys::is_in_group(group)
     }
 
     /// Whether it may change what belongs to `uid` alone.

@@ -27,7 +27,7 @@ use crate::{
     arena,
     config::{self, RunConfig, VolumeConfig},
     directory::{Directory, HostFile, Member},
-    files::{self, attributes::Changes, locks::Locks},
+    files::{self, locks::Locks},
     identity,
     inheritance::Inheritance,
     message,
@@ -59,8 +59,6 @@ pub struct Family {
     pub inheritance: Inheritance,
     /// `aio-nr`: what the AIO contexts of all processes of the family were made for.
     pub aio_nr: AtomicU64,
-    /// When each volume of the run file was last changed.
-    pub changes: Changes,
     processes: Lock<Vec<&'static Process>>,
 }
 
@@ -245,7 +243,6 @@ impl Family {
             locks: Locks::new(),
             inheritance: Inheritance::new(),
             aio_nr: AtomicU64::new(0),
-            changes: Changes::new(first_index),
             processes: Lock::new(Vec::with_capacity(64)),
         }
     }

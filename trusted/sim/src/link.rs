@@ -237,9 +237,10 @@ fn memory_file(bytes: usize) -> Result<i32, Errno> {
         let file = sys::check(sys::syscall6(libc::SYS_memfd_create, at, flags, 0, 0, 0, 0))?;
         let seals = (libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL) as usize;
         let add = libc::F_ADD_SEALS as usize;
-        let sized = sys::check(sys::syscall6(libc::SYS_ftruncate, file, bytes, 0, 0, 0, 0))
-            .and_then(|_| sys::check(sys::syscall6(libc::SYS_fcntl, file, add, seals, 0, 0, 0)));
         let file = i32::try_from(file).map_err(|_| Errno::EMFILE)?;
+        let sized = sys::size_memory_file(file, bytes).and_then(|()| {
+            sys::check(sys::syscall6(libc::SYS_fcntl, file as usize, add, seals, 0, 0, 0))
+        });
         if let Err(errno) = sized {
             wait::close(file);
             return Err(errno);

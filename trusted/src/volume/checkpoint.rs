@@ -364,6 +364,7 @@ impl Volume {
                 .collect(),
             // `commit` knows.
             counter: None,
+            times: core.times.get(),
         }
     }
 

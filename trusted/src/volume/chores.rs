@@ -17,6 +17,7 @@ use super::{
     space::Space,
     spacemap,
     superblock::{Bound, Superblock},
+    times::Kept,
 };
 use crate::{disk::Disk, errno::Errno, sync::Lock};
 
@@ -137,6 +138,7 @@ impl Core {
             counters: Counters::default(),
             fresh: None,
             bound: superblock.counter,
+            times: Arc::new(Kept::new(superblock.times)),
             #[cfg(test)]
             canary: super::tests::canary(),
         }
@@ -209,6 +211,7 @@ impl Volume {
             key,
             derivation,
             keys: Lock::new(BTreeMap::new()),
+            times: core.times.clone(),
             core: Lock::new(core),
             expecting: AtomicBool::new(false),
         }

@@ -23,6 +23,7 @@ use super::{
     snapshots::Held,
     space::{Run, Space},
     superblock::{Bound, Epoch},
+    times::Kept,
 };
 use crate::errno::Errno;
 
@@ -302,6 +303,7 @@ pub(crate) struct Core {
     pub(crate) fresh: Option<Fresh>,
     /// What the superblock found said of one.
     pub(crate) bound: Option<Bound>,
+    pub(crate) times: Arc<Kept>,
     #[cfg(test)]
     pub(crate) canary: super::tests::Canary,
 }

@@ -15,6 +15,7 @@ use super::{
     slots::{NewSlot, Stretch},
     snapshots::Held,
     superblock::{Epoch, Superblock},
+    times::Times,
 };
 use crate::disk::{BLOCK, Block, Disk, HostError, Transfer};
 
@@ -153,6 +154,7 @@ impl New {
             held: Held::default(),
             epochs: alloc::vec::Vec::new(),
             counter: None,
+            times: Times::default(),
         };
         let mut header: Box<HeaderBytes> = Box::new([0; header::BYTES]);
         let first = NewSlot { key, stretch: Stretch::default(), salt: slot_salt };

@@ -58,6 +58,7 @@ mod superblock;
 mod sync;
 #[cfg(test)]
 mod tests;
+mod times;
 mod tree;
 mod usage;
 mod verify;
@@ -84,6 +85,7 @@ pub use self::{
     rekey::RekeyReport,
     slots::{SlotInfo, SlotKey, SlotKind, Stretch},
     snapshots::SnapshotInfo,
+    times::Times,
     usage::Usage,
     verify::{Damage, SpaceReport, VerifyReport},
 };
@@ -149,6 +151,7 @@ pub struct Volume {
     derivation: Derivation,
     keys: Lock<BTreeMap<u32, Arc<EpochKey>>>,
     core: Lock<Core>,
+    times: Arc<times::Kept>,
     /// The guest syncs after each few writes: a hint for writers.
     expecting: AtomicBool,
 }

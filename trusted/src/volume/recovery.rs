@@ -523,6 +523,8 @@ impl Opening {
             core.active = replay.delta;
             core.size = replay.size;
             core.size_order = replay.size_order;
+            let told = self.scan.chain.iter().rev().find_map(|found| found.modified);
+            core.times.set(self.superblock.times.after(told));
         }
         if !self.read_only {
             header.repair(disk).await?;
@@ -589,6 +591,7 @@ impl Opening {
                 clean: false,
                 session: self.superblock.session + 1,
                 durable: core.journal.durable,
+                times: core.times.get(),
                 epochs: core.epochs[keep..].to_vec(),
                 ..self.superblock.clone()
             }

@@ -141,7 +141,7 @@ impl Family {
                     ));
                 }
                 self.tune(source, &volume, process.linked().is_some_and(|link| link.discards));
-                Ok(OpenVolume {
+                let opened = OpenVolume {
                     index,
                     volume,
                     member,
@@ -149,7 +149,9 @@ impl Family {
                     handle: file.handle,
                     host_blocks: file.blocks,
                     failed: AtomicBool::new(false),
-                })
+                };
+                opened.begin_times();
+                Ok(opened)
             }
             Err(errno) => {
                 process.give_back(file.handle);

@@ -5,7 +5,7 @@ use core::sync::atomic::Ordering;
 
 use postern_trusted::{errno::Errno, platform::Buffer};
 
-use super::{OpenFile, direct::Transfer};
+use super::{OpenFile, direct::Transfer, transfer::Moving};
 use crate::{
     directory::{Entry, Listing},
     guest::GuestBuffer,
@@ -140,7 +140,17 @@ impl OpenFile {
         if !admitted? {
             return Ok(0);
         }
-        self.end_read(offset, buffer, self.volume.read(offset, buffer)?)
+        process::current().block_on(self.read_by_itself(offset, buffer))
+    }
+
+    /// pread(2) where [`Self::admits_read`] says yes.
+    ///
+    /// # Errors
+    /// `EFAULT`, `EIO`.
+    pub async fn read_by_itself(&self, offset: u64, buffer: &GuestBuffer) -> Result<usize, Errno> {
+        let disk = process::current().disk_for_guest(&self.volume, wait::now_ns())?;
+        let moving = Moving { write: false, offset: Some(offset), sync: false };
+        self.transfer(&disk, moving, buffer).await.map(|(_, length)| length)
     }
 
     fn has_something(&self, offset: u64, buffer: &GuestBuffer) -> Result<bool, Errno> {
@@ -260,16 +270,8 @@ impl OpenFile {
         }
         self.check_alignment(true, start, buffer).await?;
         let disk = process::current().disk_for_guest(&self.volume, wait::now_ns())?;
-        let volume = &self.volume.volume;
-        let written = match offset {
-            Some(offset) => (offset, volume.write(&disk, offset, buffer).await?),
-            None => volume.append_somewhere(&disk, buffer).await?,
-        };
-        if sync {
-            self.volume.make_durable(&disk).await?;
-        }
-        self.volume.touch();
-        Ok(written)
+        let moving = Moving { write: true, offset, sync };
+        self.transfer(&disk, moving, buffer).await
     }
 
     /// Moves the position past what `plan` wants to transfer there, in one step against others
@@ -446,13 +448,13 @@ impl OpenFile {
             return Err(Errno::ENOSPC);
         }
         let size = self.volume.size();
+        self.volume.touch();
         if zero && start < size {
             self.volume.punch(start, length.min(size - start))?;
         }
         if !keep_size && end > size {
             self.volume.truncate(end)?;
         }
-        self.volume.touch();
         Ok(())
     }
 

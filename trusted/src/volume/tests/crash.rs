@@ -305,6 +305,7 @@ impl Sim {
         let (disk, volume, model) = (self.disk(), volume.clone(), self.model.clone());
         self.runner.spawn(async move {
             let (op, bytes) = model.lock().unwrap().write(first, count);
+            volume.touch(1 + first.cast_signed());
             let written = volume.write(&disk, first * SECTOR, &Memory::new(bytes)).await;
             assert!(faulty || written.is_ok(), "a write fails on a good disk: {written:?}");
             let mut model = model.lock().unwrap();

@@ -28,7 +28,7 @@ use crate::{
     disk::BLOCK,
     errno::Errno,
     platform::Memory,
-    volume::{OpenOptions, Volume, crypto},
+    volume::{OpenOptions, Times, Volume, crypto},
 };
 
 /// The second implementation.
@@ -71,12 +71,12 @@ fn python() -> Option<&'static str> {
 }
 
 /// What reading a volume gives, in words that both implementations can say: the content's hash
-/// with zeros for what is damaged, the damaged blocks, and the hash of each snapshot; or that it is
-/// refused.
+/// with zeros for what is damaged, the damaged blocks, the hash of each snapshot, and the file's
+/// times; or that it is refused.
 #[derive(Debug, PartialEq, Eq)]
 enum Said {
     Refused,
-    Read { sha256: String, damaged: Vec<u64>, snapshots: Vec<String> },
+    Read { sha256: String, damaged: Vec<u64>, snapshots: Vec<String>, times: [i64; 3] },
 }
 
 fn ours(image: &Image) -> Said {
@@ -96,7 +96,9 @@ fn ours(image: &Image) -> Said {
             let volume = volume.at_snapshot(&disk, &kept.name).await.unwrap();
             snapshots.push(hex(&content(&disk, &Arc::new(volume)).await.0));
         }
-        Said::Read { sha256: hex(&bytes), damaged, snapshots }
+        let Times { accessed, modified, changed } = volume.times();
+        let times = [accessed, modified, changed];
+        Said::Read { sha256: hex(&bytes), damaged, snapshots, times }
     })
 }
 
@@ -184,7 +186,14 @@ fn theirs(python: &str, images: &[Image], name: &str, whole: bool) -> Vec<Said> 
                 .collect();
             let snapshots = field(line, "snapshots").split("\"sha256\": \"").skip(1);
             let snapshots = snapshots.map(|rest| rest[..64].into()).collect();
-            Said::Read { sha256: field(line, "sha256").into(), damaged, snapshots }
+            let times = field(line, "times").trim_matches(['[', ']']).split(", ");
+            let times: Vec<i64> = times.map(|time| time.parse().unwrap()).collect();
+            Said::Read {
+                sha256: field(line, "sha256").into(),
+                damaged,
+                snapshots,
+                times: times.try_into().unwrap(),
+            }
         })
         .collect()
 }

@@ -8,7 +8,7 @@ use crate::{
     errno::Errno,
     exec::run_to_end,
     platform::Memory,
-    volume::{Chore, Volume},
+    volume::{Chore, Times, Volume},
 };
 
 #[test]
@@ -53,6 +53,25 @@ fn what_a_shrink_cut_off_reads_as_zeros_after_growing() {
     run_to_end(volume.sync(&disk)).unwrap();
     drop(volume);
     assert!(read(&disk, &reopen(&disk), 0, 1 << 16).unwrap() == expected);
+}
+
+#[test]
+fn times_of_content_survive_with_it_and_all_of_them_a_clean_closing() {
+    let disk = made(1 << 16);
+    let volume = reopen(&disk);
+    assert_eq!(volume.times(), Times::default(), "a new volume has no times");
+    volume.set_times(Times { accessed: -5, modified: 6, changed: 7 });
+    volume.touch(80);
+    write(&disk, &volume, 0, &[1; 10]).unwrap();
+    run_to_end(volume.sync(&disk)).unwrap();
+    drop(volume);
+    let volume = reopen(&disk);
+    let synced = Times { modified: 80, changed: 80, ..volume.times() };
+    assert_eq!(volume.times(), synced, "after a crash behind a sync");
+    let set = Times { accessed: -5, modified: i64::MIN, changed: 100 };
+    volume.set_times(set);
+    run_to_end(volume.close(&disk)).unwrap();
+    assert_eq!(reopen(&disk).times(), set, "after a clean closing");
 }
 
 #[test]
