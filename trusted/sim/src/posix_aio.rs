@@ -140,7 +140,7 @@ impl Request {
                 return Err(Errno::EBADF);
             }
             let disk = process.disk_for_guest(file.volume(), wait::now_ns())?;
-            return file.volume().volume.sync(&disk).await.map(|()| 0);
+            return file.volume().make_durable(&disk).await.map(|()| 0);
         }
         if self.operation == Operation::Unknown {
             return Err(Errno::EINVAL);
