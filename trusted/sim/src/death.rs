@@ -76,13 +76,17 @@ pub fn prepare(signal: i32) {
 pub fn look(process: &'static Process) {
     let Some(signal) = process.doomed() else { return };
     // Where another thread ends the process or execs, that goes on.
-    if CLOSED.load(Ordering::Relaxed) || !gate::try_shut() {
+    if !gate::try_shut() {
         return;
     }
     runtime::close_down();
     CLOSED.store(true, Ordering::Release);
     if UNAIDED.load(Ordering::Relaxed) {
         strike(signal);
+    }
+    // Nothing may begin any more.
+    loop {
+        sys::nap();
     }
 }
 
