@@ -60,6 +60,8 @@ pub fn runs_here() -> bool {
 
 /// Stops the thread at a place where it holds nothing: exec is about to end it.
 pub fn park() {
+    // One that is only beginning would be cut off by the process's end with a lock in hand.
+    wait_for_start();
     if RUNS_IN.load(Ordering::Acquire) != identity::process_id() {
         return;
     }
@@ -129,7 +131,9 @@ fn set_mask(mask: u64) -> u64 {
 }
 
 fn run() {
-    let Some(family) = family::family() else { return };
+    let Some(family) = family::family() else {
+        return MADE_IN.store(0, Ordering::Release);
+    };
     let process = process::current();
     THREAD.store(inside::thread_id(), Ordering::Relaxed);
     process.set_served();
