@@ -1,21 +1,22 @@
 //! Sessions: the lanes of one enclave's processes, and the host files they share.
 //!
-//! Holds: files and locks are released only after every lane that could use them has drained; a
-//! lane joins only with its session's token; an ended session can not be joined. Numbers of lanes
-//! are the lowest free ones, because only the first few are traced.
+//! Holds: files and leases are released only after every lane that could use them has drained, also
+//! those that are taken away; a lane joins only with its session's token; an ended session can not
+//! be joined. Numbers of lanes are the lowest free ones, because only the first few are traced.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use postern_edl::OPEN_READ_ONLY;
+use postern_edl::{LEASE_ASKED, LEASE_LOST, OPEN_ASK, OPEN_READ_ONLY};
 use rustix::io::Errno;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::engine::{Doorbells, Engine, MAX_FILES, slot_of};
-use crate::files::{Catalog, HostFile};
+use crate::files::{Catalog, HostFile, Opening};
 use crate::lane::{self, Command, LaneHandle, LaneParts};
+use crate::lease::{Lease, Terms, Verdict};
 use crate::problem::log;
 use crate::region::Region;
 use crate::stats::{LaneStats, StatsHub};
@@ -26,6 +27,14 @@ pub const MAX_SESSIONS: usize = 64;
 pub const MAX_LANES: usize = 256;
 /// Most lanes of a session at once.
 pub const MAX_LANES_PER_SESSION: usize = 64;
+/// Most leases that a session waits for at once.
+pub const MAX_WISHES: usize = 64;
+/// A session that does not come back for a lease this long no longer wants it.
+const WISH_LASTS: Duration = Duration::from_secs(2);
+/// How often leases are looked at while a file is open.
+const LOOK: Duration = Duration::from_millis(20);
+/// How often it is looked whether one is.
+const LOOK_IDLE: Duration = Duration::from_millis(500);
 
 /// All sessions of the daemon.
 #[derive(Debug, Default)]
@@ -33,6 +42,7 @@ pub struct Sessions {
     inner: Mutex<Registry>,
     hub: StatsHub,
     spin: Duration,
+    terms: Terms,
 }
 
 #[derive(Debug, Default)]
@@ -52,12 +62,14 @@ pub struct Session {
     pub token: [u64; 2],
     /// Held across opening, closing, joining and leaving, so that every lane knows every file.
     state: tokio::sync::Mutex<State>,
+    terms: Terms,
 }
 
 #[derive(Debug, Default)]
 struct State {
     lanes: BTreeMap<u64, mpsc::UnboundedSender<Command>>,
     files: Vec<OpenFile>,
+    wishes: Vec<Wish>,
     serial: u32,
     ended: bool,
 }
@@ -67,7 +79,25 @@ struct OpenFile {
     handle: u32,
     /// Opens not yet closed.
     opens: u32,
-    file: Arc<HostFile>,
+    /// `None`: its lease was taken away.
+    file: Option<Arc<HostFile>>,
+    lease: Lease,
+}
+
+impl OpenFile {
+    fn is_named(&self, name: &str) -> bool {
+        self.file.as_ref().is_some_and(|file| file.name == name)
+    }
+}
+
+/// A lease that the session waits for.
+#[derive(Debug)]
+struct Wish {
+    /// Marked as waited for.
+    file: HostFile,
+    since: Instant,
+    /// When the session last came for it.
+    seen: Instant,
 }
 
 /// What an enclave hands over to attach a lane.
@@ -104,10 +134,10 @@ impl Attached {
 }
 
 impl Sessions {
-    /// No sessions; lanes spin for `spin` at most.
+    /// No sessions; lanes spin for `spin` at most, leases are held on `terms`.
     #[must_use]
-    pub fn new(spin: Duration) -> Self {
-        Self { spin, ..Self::default() }
+    pub fn new(spin: Duration, terms: Terms) -> Self {
+        Self { spin, terms, ..Self::default() }
     }
 
     /// The statistics of all lanes.
@@ -167,6 +197,7 @@ impl Sessions {
                 number: registry.last,
                 token: random_token()?,
                 state: tokio::sync::Mutex::default(),
+                terms: self.terms,
             });
             registry.sessions.insert(session.number, Arc::clone(&session));
             session
@@ -204,7 +235,9 @@ impl Sessions {
         let started =
             Engine::new(port.region, lane, doorbells, Arc::clone(&stats)).and_then(|mut engine| {
                 for open in &state.files {
-                    engine.add_file(open.handle, Arc::clone(&open.file));
+                    if let Some(file) = &open.file {
+                        engine.add_file(open.handle, Arc::clone(file));
+                    }
                 }
                 lane::start(LaneParts {
                     engine,
@@ -253,11 +286,35 @@ impl Sessions {
         if state.lanes.is_empty() {
             state.ended = true;
             let files = std::mem::take(&mut state.files);
-            release(files).await;
+            release((files, std::mem::take(&mut state.wishes))).await;
             self.lock().sessions.remove(&session.number);
         }
         drop(state);
         self.lock().lanes.remove(&lane);
+    }
+
+    /// Looks after the leases of all sessions for ever: asks holders, and takes from those who do
+    /// not answer.
+    pub async fn keep_leases(&self) {
+        let mut pause = LOOK_IDLE;
+        loop {
+            tokio::time::sleep(pause).await;
+            pause = LOOK_IDLE;
+            let sessions: Vec<_> = self.lock().sessions.values().cloned().collect();
+            for session in sessions {
+                // One that opens or closes something is looked at next time.
+                let Ok(mut state) = session.state.try_lock() else { continue };
+                let lost = state.look(Instant::now(), &self.terms);
+                if !state.files.is_empty() || !state.wishes.is_empty() {
+                    pause = LOOK;
+                }
+                drop(state);
+                if !lost.is_empty() {
+                    // What is in flight may take its time; others do not wait for it.
+                    tokio::spawn(async move { session.fence(lost).await });
+                }
+            }
+        }
     }
 
     /// Brings the statistics of every lane up to date, without waiting for a lane that hangs.
@@ -278,11 +335,12 @@ impl Sessions {
 }
 
 impl Session {
-    /// Opens a file for the session. The same name again answers the same file.
+    /// Opens a file for the session under its lease. The same name again answers the same file.
     ///
     /// # Errors
-    /// As [`Catalog::open`]; `EMFILE` beyond [`MAX_FILES`]; `EBUSY` for a name that is open for
-    /// reading only and now wanted for writing.
+    /// As [`Catalog::open`]; `EAGAIN` while its holder is asked for the lease; `EMFILE` beyond
+    /// [`MAX_FILES`] and [`MAX_WISHES`]; `EBUSY` for a name that is open for reading only and now
+    /// wanted for writing.
     pub async fn open(
         &self,
         catalog: &Arc<Catalog>,
@@ -290,18 +348,40 @@ impl Session {
         flags: u32,
     ) -> Result<(u32, Arc<HostFile>), Errno> {
         let mut state = self.state.lock().await;
-        if let Some(open) = state.files.iter_mut().find(|open| open.file.name == name) {
-            if flags & !OPEN_READ_ONLY != 0 {
+        if let Some(open) = state.files.iter_mut().find(|open| open.is_named(&name))
+            && let Some(file) = &open.file
+        {
+            if flags & !(OPEN_READ_ONLY | OPEN_ASK) != 0 {
                 return Err(Errno::INVAL);
             }
-            if flags & OPEN_READ_ONLY == 0 && !open.file.writable {
+            if flags & OPEN_READ_ONLY == 0 && !file.writable {
                 return Err(Errno::BUSY);
             }
             open.opens = open.opens.checked_add(1).ok_or(Errno::MFILE)?;
-            return Ok((open.handle, Arc::clone(&open.file)));
+            return Ok((open.handle, Arc::clone(file)));
         }
+        let slot = state.free_slot()?;
+        let now = Instant::now();
+        let wish = state.wishes.iter().position(|wish| wish.file.name == name);
+        if wish.is_none() && flags & OPEN_ASK != 0 && state.wishes.len() >= MAX_WISHES {
+            return Err(Errno::MFILE);
+        }
+        // Kept until the next try has marked the file anew, so that its holder sees no gap.
+        let wish = wish.map(|at| state.wishes.swap_remove(at));
+        let since = wish.as_ref().map_or(now, |wish| wish.since);
         let catalog = Arc::clone(catalog);
-        state.add(move || catalog.open(&name, flags)).await
+        let opened = in_background(move || {
+            let opened = catalog.open(&name, flags, now.duration_since(since));
+            drop(wish);
+            opened
+        });
+        match opened.await?? {
+            Opening::Leased(file) => Ok(state.enter(slot, file, &self.terms).await),
+            Opening::Asked(file) => {
+                state.wishes.push(Wish { file, since, seen: now });
+                Err(Errno::AGAIN)
+            }
+        }
     }
 
     /// Makes a file for the session and opens it.
@@ -315,8 +395,59 @@ impl Session {
         blocks: u64,
     ) -> Result<(u32, Arc<HostFile>), Errno> {
         let mut state = self.state.lock().await;
+        let slot = state.free_slot()?;
         let catalog = Arc::clone(catalog);
-        state.add(move || catalog.create(&name, blocks)).await
+        let file = in_background(move || catalog.create(&name, blocks)).await??;
+        Ok(state.enter(slot, file, &self.terms).await)
+    }
+
+    /// The first lease with a handle of `first` or above that is asked for or lost, as
+    /// `postern_lease` tells it.
+    ///
+    /// # Errors
+    /// `ENOENT`: there is none.
+    pub async fn lease(&self, first: u64) -> Result<(u32, u32), Errno> {
+        let state = self.state.lock().await;
+        let told = state.files.iter().filter_map(|open| {
+            let asked = open.lease.is_asked().then_some(LEASE_ASKED);
+            let told = if open.lease.is_lost() { LEASE_LOST } else { asked? };
+            (u64::from(open.handle) >= first).then_some((open.handle, told))
+        });
+        told.min().ok_or(Errno::NOENT)
+    }
+
+    /// The session keeps a lease that it was asked for.
+    ///
+    /// # Errors
+    /// `EBADF` for a handle that is not open; `ESTALE` for a lease that is lost.
+    pub async fn keep(&self, handle: u32) -> Result<(), Errno> {
+        let mut state = self.state.lock().await;
+        let open = state.files.iter_mut().find(|open| open.handle == handle);
+        let open = open.ok_or(Errno::BADF)?;
+        if open.lease.is_lost() {
+            return Err(Errno::STALE);
+        }
+        open.lease.kept(Instant::now());
+        Ok(())
+    }
+
+    /// Lets nobody of the session use these files any more, and gives their leases up when what is
+    /// in flight on them has completed.
+    async fn fence(&self, handles: Vec<u32>) {
+        let mut state = self.state.lock().await;
+        for handle in handles {
+            state.tell(|done| Command::Close { handle, done }).await;
+            let open = state.files.iter_mut().find(|open| open.handle == handle);
+            if let Some(file) = open.and_then(|open| open.file.take()) {
+                log(
+                    "a lease was taken from a program that does not answer",
+                    format_args!("session {}, {:?}", self.number, file.name),
+                    "its I/O on the volume fails until it takes the lease back",
+                );
+                release(file).await;
+            }
+        }
+        state.tell_of_leases();
     }
 
     /// Closes a file once; the last close waits for what is in flight on it and releases it.
@@ -337,26 +468,54 @@ impl Session {
 }
 
 impl State {
-    /// Opens a file with `open` in a free slot and tells every lane of it.
-    async fn add(
-        &mut self,
-        open: impl FnOnce() -> Result<HostFile, Errno> + Send + 'static,
-    ) -> Result<(u32, Arc<HostFile>), Errno> {
+    /// A slot of the lanes' file tables that no open file has.
+    fn free_slot(&self) -> Result<usize, Errno> {
         let mut used = [false; MAX_FILES];
         self.files.iter().for_each(|open| used[slot_of(open.handle)] = true);
-        let slot = used.iter().position(|used| !used).ok_or(Errno::MFILE).inspect_err(|e| {
+        used.iter().position(|used| !used).ok_or(Errno::MFILE).inspect_err(|e| {
             log(
                 format_args!("open refused ({e}): {MAX_FILES} files are open"),
                 "one session",
                 "the program must close some first",
             );
-        })?;
-        let file = Arc::new(tokio::task::spawn_blocking(open).await.map_err(|_| Errno::IO)??);
+        })
+    }
+
+    /// Makes a file known to every lane, in a free slot.
+    async fn enter(&mut self, slot: usize, file: HostFile, terms: &Terms) -> (u32, Arc<HostFile>) {
+        let file = Arc::new(file);
         self.serial = self.serial.wrapping_add(1);
         let handle = self.serial.wrapping_mul(MAX_FILES as u32) | slot as u32;
         self.tell(|done| Command::Open { handle, file: Arc::clone(&file), done }).await;
-        self.files.push(OpenFile { handle, opens: 1, file: Arc::clone(&file) });
-        Ok((handle, file))
+        let lease = Lease::granted(Instant::now(), terms);
+        self.files.push(OpenFile { handle, opens: 1, file: Some(Arc::clone(&file)), lease });
+        (handle, file)
+    }
+
+    /// Looks at all leases; tells the lanes if one is asked for. Answers those that are lost.
+    fn look(&mut self, now: Instant, terms: &Terms) -> Vec<u32> {
+        self.wishes.retain(|wish| now.duration_since(wish.seen) < WISH_LASTS);
+        let (mut asked, mut lost) = (false, Vec::new());
+        for open in &mut self.files {
+            let wanted = open.file.as_ref().is_some_and(|file| file.is_wanted());
+            match open.lease.look(wanted, now, terms) {
+                Verdict::Rest => {}
+                Verdict::Ask => asked = true,
+                Verdict::Revoke => lost.push(open.handle),
+            }
+        }
+        if asked {
+            self.tell_of_leases();
+        }
+        lost
+    }
+
+    /// Has every lane's process look at the session's leases.
+    fn tell_of_leases(&self) {
+        for lane in self.lanes.values() {
+            // A lane that has ended has nobody to tell.
+            let _ = lane.send(Command::Leases);
+        }
     }
 
     /// Tells every lane and waits until all have answered or ended.
@@ -375,8 +534,14 @@ impl State {
 }
 
 /// Unlocks and closes files; the last close of a device may take its time.
-async fn release(files: Vec<OpenFile>) {
-    let _ = tokio::task::spawn_blocking(move || drop(files)).await;
+async fn release(files: impl Send + 'static) {
+    let _ = in_background(move || drop(files)).await;
+}
+
+async fn in_background<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Errno> {
+    tokio::task::spawn_blocking(work).await.map_err(|_| Errno::IO)
 }
 
 fn random_token() -> Result<[u64; 2], Errno> {
