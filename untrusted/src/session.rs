@@ -435,6 +435,8 @@ impl Session {
     /// in flight on them has completed.
     async fn fence(&self, handles: Vec<u32>) {
         let mut state = self.state.lock().await;
+        // First: whose descriptors are refused can know why.
+        state.tell_of_leases();
         for handle in handles {
             state.tell(|done| Command::Close { handle, done }).await;
             let open = state.files.iter_mut().find(|open| open.handle == handle);
@@ -447,7 +449,6 @@ impl Session {
                 release(file).await;
             }
         }
-        state.tell_of_leases();
     }
 
     /// Closes a file once; the last close waits for what is in flight on it and releases it.

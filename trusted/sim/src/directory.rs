@@ -266,10 +266,12 @@ impl Directory {
     }
 
     async fn write(&self, index: &Arc<OpenVolume>, disk: &LaneFile) -> Result<(), Errno> {
+        // An index stays until it is closed.
+        let core = index.standing().core().ok_or(Errno::EIO)?;
         let (image, offset) = self.next_image(index)?;
         let length = image.len();
-        let written = match index.volume.write(disk, offset, &image).await {
-            Ok(done) if done == length => index.volume.sync(disk).await,
+        let written = match core.volume.write(disk, offset, &image).await {
+            Ok(done) if done == length => core.volume.sync(disk).await,
             Ok(_) => Err(Errno::EIO),
             Err(errno) => Err(errno),
         };
@@ -355,9 +357,8 @@ impl Visit {
     /// Changes the table and makes the change durable.
     fn change<T>(&self, change: impl FnOnce(&mut Table) -> Result<T, Errno>) -> Result<T, Errno> {
         let changed = self.change_in_memory(change)?;
-        let process = process::current();
-        let disk = process.disk_for_guest(&self.index, wait::now_ns())?;
-        process.block_on(self.directory.write(&self.index, &disk))?;
+        let disk = self.index.hold()?.disk_for_guest(wait::now_ns())?;
+        process::current().block_on(self.directory.write(&self.index, &disk))?;
         Ok(changed)
     }
 

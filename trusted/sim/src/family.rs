@@ -12,15 +12,20 @@
 //! recovers), instead of leaving others waiting for ever.
 
 mod keys;
+mod leases;
 mod opening;
 mod removal;
+pub mod standing;
 
-use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::Arc;
 
-use postern_trusted::{directory::FileId, errno::Errno, sync::Lock, volume::Volume};
+use postern_trusted::{directory::FileId, errno::Errno, sync::Lock};
 
-use self::keys::Keys;
+use self::{
+    keys::Keys,
+    standing::{Core, Held, Standing},
+};
 use crate::{
     arena,
     config::{self, RunConfig, VolumeConfig},
@@ -125,24 +130,32 @@ struct Slot {
     removed: bool,
 }
 
-/// A volume that the family has open.
+/// A volume that the family has open, whether or not it is in memory now.
 pub struct OpenVolume {
     /// Its number in the family while it is open.
     pub index: usize,
-    /// The volume's core.
-    pub volume: Volume,
     /// For a file of a protected directory: which.
     pub member: Option<Member>,
     /// It was closed cleanly before.
     pub clean: bool,
-    /// The host file's handle in the session.
-    pub handle: u32,
-    /// Size of the host file in blocks.
-    pub host_blocks: u64,
+    standing: Arc<Standing>,
+    /// Times that it was lost with what had not been published: see [`Self::losses`].
+    losses: AtomicU32,
     failed: AtomicBool,
 }
 
 impl OpenVolume {
+    fn new(index: usize, core: Core, member: Option<Member>, clean: bool) -> Self {
+        Self {
+            index,
+            member,
+            clean,
+            standing: Standing::new(core),
+            losses: AtomicU32::new(0),
+            failed: AtomicBool::new(false),
+        }
+    }
+
     /// Says once that a background job of the volume failed.
     pub fn report(&self, guest_path: &str, what: &str, errno: Errno) {
         if !self.failed.swap(true, Ordering::Relaxed) {
@@ -152,6 +165,64 @@ impl OpenVolume {
             ));
         }
     }
+
+    /// Holds the volume, waiting for it as for a lock while another program has it.
+    ///
+    /// # Errors
+    /// As [`Standing::hold`].
+    pub fn hold(&self) -> Result<Held, Errno> {
+        self.standing.hold(self.index)
+    }
+
+    /// Holds the volume when it is here.
+    ///
+    /// # Errors
+    /// As [`Standing::hold_soon`].
+    pub async fn hold_soon(&self) -> Result<Held, Errno> {
+        self.standing.hold_soon(self.index).await
+    }
+
+    /// Holds the volume if it is here.
+    #[must_use]
+    pub fn try_hold(&self) -> Option<Held> {
+        self.standing.try_hold(self.index)
+    }
+
+    /// Waits, as for a lock, while another program has the volume: what is asked of it next is as
+    /// that one left it.
+    ///
+    /// # Errors
+    /// As [`Standing::attend`].
+    pub fn attend(&self) -> Result<(), Errno> {
+        self.standing.attend()
+    }
+
+    /// Where it stands.
+    #[must_use]
+    pub fn standing(&self) -> &Arc<Standing> {
+        &self.standing
+    }
+
+    /// Whether a range is known to be a hole; `false` while another program has the volume.
+    #[must_use]
+    pub fn is_hole(&self, offset: u64, length: u64) -> bool {
+        self.standing.core().is_some_and(|core| core.volume.is_hole(offset, length))
+    }
+
+    /// How often writes were lost that had been acknowledged: each open file says so once, as Linux
+    /// tells of errors of write-back.
+    #[must_use]
+    pub fn losses(&self) -> u32 {
+        self.losses.load(Ordering::Acquire)
+    }
+}
+
+/// Whether volume `index` of the run file is only read.
+#[must_use]
+pub fn is_read_only(index: usize) -> bool {
+    family()
+        .and_then(|family| family.config.volumes.get(index))
+        .is_some_and(|volume| volume.read_only)
 }
 
 /// The family of the calling process, if `postern run` started it.
@@ -422,20 +493,22 @@ impl Family {
                 _ => return,
             }
         };
-        match process::current().disk(&volume) {
-            Ok(disk) => {
-                if let Source::Index(number) = entry.source {
-                    self.directories[number].publish_rest(&volume, &disk).await;
+        if let Source::Index(number) = entry.source
+            && let Some(held) = volume.try_hold()
+            && let Ok(disk) = held.disk()
+        {
+            self.directories[number].publish_rest(&volume, &disk).await;
+        }
+        if let Some(core) = volume.standing.retire().await {
+            let size = core.volume.size();
+            match self.write_down(index, &core).await {
+                Ok(()) => {
+                    if let Some(member) = &volume.member {
+                        self.directories[member.directory].remember(member, size);
+                    }
                 }
-                let size = volume.size();
-                if let Err(errno) = volume.volume.close(&disk).await {
-                    volume.report(&self.path_of(&entry.source), "closing failed", errno);
-                } else if let Some(member) = &volume.member {
-                    self.directories[member.directory].remember(member, size);
-                }
-                process::current().give_back(volume.handle);
+                Err(errno) => volume.report(&self.path_of(&entry.source), "closing failed", errno),
             }
-            Err(errno) => volume.report(&self.path_of(&entry.source), "closing failed", errno),
         }
         entry.slot.lock().state = State::Closed;
         self.retire(index, &entry);
@@ -447,6 +520,15 @@ impl Family {
             }
         }
         self.closing.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// Closes a volume in memory cleanly and gives its host file back.
+    async fn write_down(&self, index: usize, core: &Core) -> Result<(), Errno> {
+        let process = process::current();
+        let disk = process.disk(index, core)?;
+        let closed = core.volume.close(&disk).await;
+        process.give_back(core.handle);
+        closed
     }
 
     /// Waits until nothing is being closed any more, by whichever process.

@@ -17,11 +17,12 @@ use postern_trusted::{
     errno::Errno,
     platform::{Buffer, Fault, GuestMemory},
     port::LaneFile,
+    volume::Volume,
 };
 
 use crate::{
     counter::Counters,
-    family,
+    family::{self, standing::Held},
     files::{self, OpenFile, direct::Transfer},
     guest::Guest,
     identity, kernel_aio,
@@ -296,7 +297,7 @@ impl AioFile for OpenFile {
         match request.op {
             // As ext4 does: extending O_DIRECT writes are synchronous.
             Op::Write => request.flags.append() || end > self.volume().size(),
-            Op::Read => self.volume().volume.is_hole(request.offset, request.buffer.len() as u64),
+            Op::Read => self.volume().is_hole(request.offset, request.buffer.len() as u64),
             Op::Fsync | Op::Fdatasync => false,
         }
     }
@@ -312,12 +313,8 @@ impl AioFile for OpenFile {
                 return;
             }
         }
-        let process = process::current();
-        let disk = match process.disk_for_guest(self.volume(), request.submitted_ns) {
-            Ok(disk) => disk,
-            Err(errno) => return done.finish(Err(errno)),
-        };
-        process.workers.start(Work { file: self, disk, request, done });
+        let held = self.volume().try_hold();
+        process::current().workers.start(Work { file: self, held, request, done });
     }
 }
 
@@ -325,7 +322,8 @@ impl AioFile for OpenFile {
 /// does not end it.
 pub struct Work {
     file: Arc<OpenFile>,
-    disk: LaneFile,
+    /// The volume, unless another program has it.
+    held: Option<Held>,
     request: Request,
     done: Completion,
 }
@@ -333,12 +331,27 @@ pub struct Work {
 impl Work {
     /// Serves the request and completes it.
     pub async fn run(self) {
-        let Self { file, disk, request, done } = self;
-        let answer = match request.op {
-            Op::Read | Op::Write => file.transfer(&disk, request).await,
-            Op::Fsync | Op::Fdatasync => file.volume().volume.sync(&disk).await.map(|()| 0),
+        let Self { file, held, request, done } = self;
+        let held = match held {
+            Some(held) => Ok(held),
+            None => file.volume().hold_soon().await,
+        };
+        let answer = match held {
+            Ok(held) => Self::serve(&file, &held, request).await,
+            Err(errno) => Err(errno),
         };
         done.finish(answer);
+    }
+
+    async fn serve(file: &OpenFile, held: &Held, request: Request) -> Result<usize, Errno> {
+        let disk = held.disk_for_guest(request.submitted_ns)?;
+        match request.op {
+            Op::Read | Op::Write => file.transfer(&held.volume, &disk, request).await,
+            Op::Fsync | Op::Fdatasync => {
+                let synced = held.volume.sync(&disk).await;
+                file.after_sync(synced).map(|()| 0)
+            }
+        }
     }
 }
 
@@ -386,16 +399,17 @@ impl OpenFile {
         // Only an overwrite can be started without waiting.
         if write && request.flags.nowait() {
             let end = offset.saturating_add(request.buffer.len() as u64);
-            if end > self.volume().size() || self.has_hole(offset, end) {
+            let waits = !self.volume().standing().is_here();
+            if waits || end > self.volume().size() || self.has_hole(offset, end) {
                 return stop(Errno::EAGAIN);
             }
         }
         let transfer = Transfer { write, offset, ranges: request.buffer.ranges() };
         if !transfer.is_aligned() {
-            let process = process::current();
-            let checked = process
-                .disk(self.volume())
-                .and_then(|disk| process.block_on(self.check_direct(&disk, transfer)));
+            let checked = self
+                .volume()
+                .hold()
+                .and_then(|held| process::current().block_on(self.check_direct(&held, transfer)));
             checked.or_else(stop)?;
         }
         Ok(())
@@ -404,7 +418,12 @@ impl OpenFile {
     /// Reads or writes. Where the guest's buffer ends early, at whatever byte, so does the
     /// transfer; with `O_DIRECT` what there was memory for is transferred and the answer is
     /// `EFAULT`.
-    async fn transfer(&self, disk: &LaneFile, request: Request) -> Result<usize, Errno> {
+    async fn transfer(
+        &self,
+        volume: &Volume,
+        disk: &LaneFile,
+        request: Request,
+    ) -> Result<usize, Errno> {
         /// A longer write may have work under way behind the place where the buffer ends.
         const LONG: usize = 64 << 10;
         let Request { op, offset, mut buffer, flags, .. } = request;
@@ -414,7 +433,7 @@ impl OpenFile {
         }
         let mut again = false;
         let answer = loop {
-            let answer = self.move_bytes(disk, write, offset, &buffer, flags).await;
+            let answer = self.move_bytes((volume, disk), write, offset, &buffer, flags).await;
             let ended_early = match answer {
                 _ if again => false,
                 Err(errno) => errno == Errno::EFAULT,
@@ -444,13 +463,12 @@ impl OpenFile {
 
     async fn move_bytes(
         &self,
-        disk: &LaneFile,
+        (volume, disk): (&Volume, &LaneFile),
         write: bool,
         offset: u64,
         buffer: &GuestVector,
         flags: RwFlags,
     ) -> Result<usize, Errno> {
-        let volume = &self.volume().volume;
         if !write {
             let moved = volume.read(disk, offset, buffer).await?;
             return self.end_read(offset, buffer, moved);
@@ -470,6 +488,6 @@ impl OpenFile {
     fn has_hole(&self, offset: u64, end: u64) -> bool {
         const BLOCK: u64 = 4096;
         let first = offset - offset % BLOCK;
-        (first..end).step_by(BLOCK as usize).any(|at| self.volume().volume.is_hole(at, BLOCK))
+        (first..end).step_by(BLOCK as usize).any(|at| self.volume().is_hole(at, BLOCK))
     }
 }

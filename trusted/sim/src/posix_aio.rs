@@ -134,13 +134,14 @@ impl Request {
 
     async fn perform(&self) -> Result<usize, Errno> {
         let file = &self.file;
-        let process = process::current();
         if self.operation == Operation::Sync {
             if file.is_path() {
                 return Err(Errno::EBADF);
             }
-            let disk = process.disk_for_guest(file.volume(), wait::now_ns())?;
-            return file.volume().volume.sync(&disk).await.map(|()| 0);
+            let held = file.volume().hold_soon().await?;
+            let disk = held.disk_for_guest(wait::now_ns())?;
+            let synced = held.volume.sync(&disk).await;
+            return file.after_sync(synced).map(|()| 0);
         }
         if self.operation == Operation::Unknown {
             return Err(Errno::EINVAL);
@@ -155,8 +156,9 @@ impl Request {
             if !file.admits_read(offset, buffer).await? {
                 return Ok(0);
             }
-            let disk = process.disk_for_guest(file.volume(), wait::now_ns())?;
-            let moved = file.volume().volume.read(&disk, offset, buffer).await?;
+            let held = file.volume().hold_soon().await?;
+            let disk = held.disk_for_guest(wait::now_ns())?;
+            let moved = held.volume.read(&disk, offset, buffer).await?;
             return file.end_read(offset, buffer, moved);
         }
         file.write_by_itself(offset, buffer).await

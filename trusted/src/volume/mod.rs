@@ -74,7 +74,7 @@ use crate::sync::Lock;
 pub(crate) use self::crypto::sha256;
 pub use self::{
     capacity::Resized,
-    chores::Info,
+    chores::{Info, Progress},
     core::Counters,
     error::{Misuse, VolumeError},
     freshness::{CounterUse, Freshness},

@@ -2,19 +2,27 @@
 //!
 //! Holds: a host file that was made for a volume that then could not be is removed again.
 
-use core::sync::atomic::AtomicBool;
 use std::sync::Arc;
+
+use postern_edl::{OPEN_ASK, OPEN_READ_ONLY, calls::PosternFile};
 
 use postern_trusted::{
     directory::{INDEX_NAME, file_key, host_name},
     errno::Errno,
-    volume::{CounterUse, OpenOptions, SlotKey, Volume, VolumeError},
+    volume::{CounterUse, OpenOptions, OpenReport, Progress, SlotKey, Volume, VolumeError},
 };
 
 use zeroize::Zeroizing;
 
-use super::{FILE_CACHE, Family, OpenVolume, Source, Wanted, keys::wipe_stack};
-use crate::{config, directory::Member, freshness::RunCounter, message, process, runtime};
+use super::{FILE_CACHE, Family, OpenVolume, Source, Wanted, keys::wipe_stack, standing::Core};
+use crate::{
+    config,
+    directory::Member,
+    freshness::RunCounter,
+    message,
+    process::{self, Process},
+    runtime, wait,
+};
 
 impl Family {
     /// Name at the daemon of a volume.
@@ -68,47 +76,128 @@ impl Family {
     fn open_by(&self, index: usize, source: &Source) -> Result<OpenVolume, Errno> {
         let Source::File(file) = source else {
             let key = self.key_of(source)?;
-            return self.open_with(index, source, &key, None, None);
+            let host = self.wait_for_host_file(source)?;
+            let (core, report) = self.open_core(source, host, &key, None)?;
+            return Ok(OpenVolume::new(index, core, None, report.clean));
         };
         let directory = &self.directories[file.directory];
         let names = self.acquire(directory.entry)?;
-        let key = file_key(&names.volume, &file.id);
-        let capacity = file.fresh.then_some(directory.config.file_capacity);
-        let member = Member::new(file.directory, file.inode, names.clone());
-        self.open_with(index, source, &key, capacity, Some(member))
-            .inspect_err(|_| runtime::close_volume(&names))
+        let opened = self.open_member(source, file, &names);
+        let (core, report) = opened.inspect_err(|_| runtime::close_volume(&names))?;
+        core.volume.limit_cache(FILE_CACHE);
+        let member = Member::new(file.directory, file.inode, names);
+        Ok(OpenVolume::new(index, core, Some(member), report.clean))
     }
 
-    /// Opens a volume with `key`; makes it first if it is given a `capacity`.
-    fn open_with(
+    fn open_member(
         &self,
-        index: usize,
         source: &Source,
+        file: &Wanted,
+        names: &OpenVolume,
+    ) -> Result<(Core, OpenReport), Errno> {
+        let key = file_key(&names.hold()?.volume, &file.id);
+        let capacity = file.fresh.then_some(self.directories[file.directory].config.file_capacity);
+        let name = self.place_of(source);
+        let host = match capacity {
+            Some(capacity) => {
+                let blocks = Volume::small_host_blocks(capacity);
+                process::current().create_host_file(&name, blocks)
+            }
+            None => process::current().open_host_file(&name, 0),
+        };
+        let host = host.map_err(|errno| self.no_host_file(source, errno))?;
+        self.open_core(source, host, &key, capacity)
+    }
+
+    /// Opens the volume again that another program had meanwhile; `None`: that one still has it.
+    /// It must be `left`, or what others have made of that.
+    ///
+    /// # Errors
+    /// As [`Self::acquire`].
+    pub(super) fn reopen(&self, source: &Source, left: &Progress) -> Result<Option<Core>, Errno> {
+        let opened = self.reopen_by(source);
+        wipe_stack();
+        if let Ok(Some(core)) = &opened
+            && !left.leads_to(&core.volume.progress())
+        {
+            process::current().give_back(core.handle);
+            let path = self.path_of(source);
+            message::say(&format!(
+                "{path}: it came back in an older state than it was handed over in, or as another \
+                 volume: the host has put it back; restore it from a copy"
+            ));
+            return Err(Errno::EIO);
+        }
+        opened
+    }
+
+    #[inline(never)]
+    fn reopen_by(&self, source: &Source) -> Result<Option<Core>, Errno> {
+        let flags = self.access_of(source) | OPEN_ASK;
+        let host = match process::current().open_host_file(&self.place_of(source), flags) {
+            Err(Errno::EAGAIN) => return Ok(None),
+            host => host.map_err(|errno| self.no_host_file(source, errno))?,
+        };
+        let key = self.key_of(source).inspect_err(|_| process::current().give_back(host.handle))?;
+        Ok(Some(self.open_core(source, host, &key, None)?.0))
+    }
+
+    /// Flags of `postern_open` for a volume of the run file.
+    fn access_of(&self, source: &Source) -> u32 {
+        match source {
+            Source::Volume(config) if config.read_only => OPEN_READ_ONLY,
+            _ => 0,
+        }
+    }
+
+    /// Opens the host file of a volume; waits a while for a program that has it.
+    fn wait_for_host_file(&self, source: &Source) -> Result<PosternFile, Errno> {
+        let name = self.place_of(source);
+        let shares = matches!(source, Source::Volume(config) if !config.exclusive);
+        let flags = self.access_of(source) | if shares { OPEN_ASK } else { 0 };
+        let until = wait::now_ns().saturating_add(self.config.lease_wait_ms * 1_000_000);
+        loop {
+            let errno = match process::current().open_host_file(&name, flags) {
+                Err(Errno::EAGAIN) if wait::now_ns() >= until => Errno::EBUSY,
+                Err(Errno::EAGAIN) => {
+                    nap(process::current())?;
+                    continue;
+                }
+                Err(errno) => errno,
+                Ok(host) => return Ok(host),
+            };
+            return Err(self.no_host_file(source, errno));
+        }
+    }
+
+    /// Says why there is no host file; answers the guest's errno.
+    fn no_host_file(&self, source: &Source, errno: Errno) -> Errno {
+        let hint = match errno {
+            Errno::EBUSY => "another program has this volume open; wait until it ends",
+            Errno::EINVAL => "the host's file system refuses O_DIRECT",
+            Errno::ENOENT => "the host file is gone, or the daemon was not told of it",
+            Errno::EMFILE | Errno::ENFILE => "too many files are open at the daemon",
+            Errno::ENOSPC => "the host has no room",
+            _ => "the daemon refused the host file; its own messages say more",
+        };
+        let (path, name) = (self.path_of(source), self.place_of(source));
+        message::say(&format!("{path}: {name}: {errno}: {hint}"));
+        // A name of ours that the host cannot resolve is damage, not a missing file.
+        let damaged = errno == Errno::ENOENT && matches!(source, Source::File(_));
+        if damaged { Errno::EIO } else { errno }
+    }
+
+    /// Opens the volume in an open host file with `key`; makes it first if it is given a
+    /// `capacity`.
+    fn open_core(
+        &self,
+        source: &Source,
+        file: PosternFile,
         key: &SlotKey,
         capacity: Option<u64>,
-        member: Option<Member>,
-    ) -> Result<OpenVolume, Errno> {
+    ) -> Result<(Core, OpenReport), Errno> {
         let process = process::current();
         let path = &self.path_of(source);
-        let name = &self.place_of(source);
-        let host = match capacity {
-            Some(capacity) => process.create_host_file(name, Volume::small_host_blocks(capacity)),
-            None => process.open_host_file(name),
-        };
-        let file = host.map_err(|errno| {
-            let hint = match errno {
-                Errno::EBUSY => "another program has this volume open; wait until it ends",
-                Errno::EINVAL => "the host's file system refuses O_DIRECT",
-                Errno::ENOENT => "the host file is gone, or the daemon was not told of it",
-                Errno::EMFILE | Errno::ENFILE => "too many files are open at the daemon",
-                Errno::ENOSPC => "the host has no room",
-                _ => "the daemon refused the host file; its own messages say more",
-            };
-            message::say(&format!("{path}: {name}: {errno}: {hint}"));
-            // A name of ours that the host cannot resolve is damage, not a missing file.
-            let damaged = errno == Errno::ENOENT && matches!(source, Source::File(_));
-            if damaged { Errno::EIO } else { errno }
-        })?;
         let disk = process.lane_file(file.handle, file.blocks);
         let opened = disk.and_then(|disk| {
             let opening = async {
@@ -116,7 +205,9 @@ impl Family {
                     Volume::format_empty(&disk, key, capacity).await?;
                 }
                 let counter = self.counter_of(source);
-                Volume::open(&disk, key, &OpenOptions { counter, ..OpenOptions::default() }).await
+                let read_only = self.access_of(source) & OPEN_READ_ONLY != 0;
+                let options = OpenOptions { counter, read_only, ..OpenOptions::default() };
+                Volume::open(&disk, key, &options).await
             };
             process.block_on(opening).map_err(|error: VolumeError| {
                 message::say(&format!("{path}: {error}"));
@@ -132,23 +223,12 @@ impl Family {
                         report.journal_blocks, report.records_applied, report.records_skipped
                     ));
                 }
-                if member.is_some() {
-                    volume.limit_cache(FILE_CACHE);
-                }
-                Ok(OpenVolume {
-                    index,
-                    volume,
-                    member,
-                    clean: report.clean,
-                    handle: file.handle,
-                    host_blocks: file.blocks,
-                    failed: AtomicBool::new(false),
-                })
+                Ok((Core::new(volume, file.handle, file.blocks), report))
             }
             Err(errno) => {
                 process.give_back(file.handle);
                 if capacity.is_some() {
-                    process.remove_host_file(name);
+                    process.remove_host_file(&self.place_of(source));
                 }
                 Err(errno)
             }
@@ -170,14 +250,15 @@ impl Family {
         let process = process::current();
         let path = wanted.path.clone();
         let names = self.acquire(self.directories[wanted.directory].entry)?;
-        let key = file_key(&names.volume, &wanted.id);
+        let key = names.hold().map(|held| file_key(&held.volume, &wanted.id));
         runtime::close_volume(&names);
+        let key = key?;
         let name = self.place_of(&Source::File(wanted));
         let failed = |what: &dyn core::fmt::Display| {
             message::say(&format!("{path}: {name}: {what}"));
             Errno::EIO
         };
-        let file = process.open_host_file(&name).map_err(|errno| failed(&errno))?;
+        let file = process.open_host_file(&name, 0).map_err(|errno| failed(&errno))?;
         let size = process.lane_file(file.handle, file.blocks).and_then(|disk| {
             let options = OpenOptions { read_only: true, ..OpenOptions::default() };
             let opened = process.block_on(Volume::open(&disk, &key, &options));
@@ -185,6 +266,19 @@ impl Family {
         });
         process.give_back(file.handle);
         size
+    }
+}
+
+/// Lets a moment pass.
+///
+/// # Errors
+/// `EINTR`: a signal handler ran.
+fn nap(process: &Process) -> Result<(), Errno> {
+    const MOMENT_NS: u64 = 5_000_000;
+    let place = process.sleepers.enter(process::keep)?;
+    match place.sleep(Some(MOMENT_NS), wait::Signals::AsTheyAre) {
+        wait::WaitEnd::Interrupted => Err(Errno::EINTR),
+        wait::WaitEnd::Woken | wait::WaitEnd::TimedOut => Ok(()),
     }
 }
 

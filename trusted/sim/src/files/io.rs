@@ -8,6 +8,7 @@ use postern_trusted::{errno::Errno, platform::Buffer};
 use super::{OpenFile, direct::Transfer};
 use crate::{
     directory::{Entry, Listing},
+    family,
     guest::GuestBuffer,
     limits::{self, TooBig},
     process, sys, wait,
@@ -79,8 +80,8 @@ impl OpenFile {
         if !self.direct() || transfer.is_aligned() {
             return Ok(());
         }
-        let disk = process::current().disk(&self.volume)?;
-        self.check_direct(&disk, transfer).await
+        let held = self.volume.hold_soon().await?;
+        self.check_direct(&held, transfer).await
     }
 
     fn check_alignment_now(
@@ -111,6 +112,7 @@ impl OpenFile {
         if rwf & !rwf::UNDERSTOOD != 0 {
             return Err(Errno::EOPNOTSUPP);
         }
+        self.volume.attend()?;
         match at {
             At::Offset(offset) => self.read_at(offset, buffer),
             At::Position => {
@@ -178,6 +180,7 @@ impl OpenFile {
         if rwf & rwf::APPEND != 0 && rwf & rwf::NOAPPEND != 0 {
             return Err(Errno::EINVAL);
         }
+        self.volume.attend()?;
         let sync = self.dsync() || rwf & (rwf::DSYNC | rwf::SYNC) != 0;
         let append = rwf & rwf::APPEND != 0 || self.append() && rwf & rwf::NOAPPEND == 0;
         let asked = match at {
@@ -259,8 +262,9 @@ impl OpenFile {
             return Err(Errno::EFBIG);
         }
         self.check_alignment(true, start, buffer).await?;
-        let disk = process::current().disk_for_guest(&self.volume, wait::now_ns())?;
-        let volume = &self.volume.volume;
+        let held = self.volume.hold_soon().await?;
+        let disk = held.disk_for_guest(wait::now_ns())?;
+        let volume = &held.volume;
         let written = match offset {
             Some(offset) => (offset, volume.write(&disk, offset, buffer).await?),
             None => volume.append_somewhere(&disk, buffer).await?,
@@ -317,6 +321,9 @@ impl OpenFile {
         }
         if let Some(listing) = self.listing() {
             return self.seek_entry(listing, offset, whence);
+        }
+        if !matches!(whence, libc::SEEK_SET | libc::SEEK_CUR) {
+            self.volume.attend()?;
         }
         let from = match whence {
             libc::SEEK_SET => 0,
@@ -380,7 +387,7 @@ impl OpenFile {
         let mut at = start;
         while at < size {
             let end = (at - at % EXTENT).saturating_add(EXTENT).min(size);
-            if self.volume.volume.is_hole(at, end - at) != data {
+            if self.volume.is_hole(at, end - at) != data {
                 return Ok(at);
             }
             at = end;
@@ -401,6 +408,7 @@ impl OpenFile {
         if !self.writable() {
             return Err(Errno::EINVAL);
         }
+        self.volume.attend()?;
         limits::may_grow(self.volume.size(), length).map_err(TooBig::signal)?;
         self.truncate_to(length)
     }
@@ -441,6 +449,7 @@ impl OpenFile {
         }
         let end = start.checked_add(length).filter(|&end| end <= MAX_BYTES);
         let end = end.ok_or(Errno::EFBIG)?;
+        self.volume.attend()?;
         let punch = mode & libc::FALLOC_FL_PUNCH_HOLE != 0;
         if !punch && end > self.volume.capacity() {
             return Err(Errno::ENOSPC);
@@ -461,7 +470,27 @@ impl OpenFile {
     /// # Errors
     /// `EBADF` for `O_PATH`; `EIO` if it cannot be made durable.
     pub fn flush(&self) -> Result<(), Errno> {
-        if self.is_path() { Err(Errno::EBADF) } else { self.volume.sync() }
+        if self.is_path() {
+            return Err(Errno::EBADF);
+        }
+        self.after_sync(self.volume.sync())
+    }
+
+    /// What a sync answers that the volume `answered`: once for each time that acknowledged writes
+    /// were lost with the volume's lease, `EIO`.
+    ///
+    /// # Errors
+    /// `EIO`, and those of the volume.
+    pub fn after_sync(&self, answered: Result<(), Errno>) -> Result<(), Errno> {
+        if answered.is_err()
+            && let Some(family) = family::family()
+        {
+            // It may be for a lost lease: then this answer tells of it.
+            family.hear_of_leases(process::current());
+        }
+        let lost = self.volume.losses();
+        let told = self.told.swap(lost, Ordering::AcqRel) == lost;
+        answered.and(if told { Ok(()) } else { Err(Errno::EIO) })
     }
 
     /// Bytes between the position and the end: FIONREAD.
