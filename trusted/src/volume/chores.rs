@@ -87,10 +87,14 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// Whether `later` can have come after this. Does not tell a state that somebody with the key
-    /// made of an older one: only a monotonic counter does.
-    #[must_use]
-    pub fn leads_to(&self, later: &Self) -> bool {
+    /// Of a volume that was found in this state.
+    pub(super) const fn found(uuid: [u8; 16], generation: u64, tip: u64) -> Self {
+        Self { uuid, generation, durable: 0, tip }
+    }
+
+    /// Whether `later`, as it was found, can have come after this. Does not tell a state that
+    /// somebody with the key made of an older one: only a monotonic counter does.
+    pub(super) fn leads_to(&self, later: &Self) -> bool {
         self.uuid == later.uuid && self.generation <= later.generation && self.durable <= later.tip
     }
 }

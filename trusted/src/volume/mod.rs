@@ -103,6 +103,9 @@ pub struct OpenOptions {
     pub counter: Option<CounterUse>,
     /// Bind the volume to no counter any more, whatever state it is in.
     pub unbind: bool,
+    /// How far it had come when the caller had it last: an older state, or another volume, is
+    /// refused before anything is written.
+    pub after: Option<Progress>,
 }
 
 /// What opening found and did.

@@ -113,7 +113,7 @@ impl Family {
         let Some(entry) = self.entry(volume.index) else {
             return volume.standing().stays_away(true);
         };
-        match self.reopen(&entry.source, &volume.standing().progress()) {
+        match self.reopen(&entry.source, volume.standing().progress()) {
             Ok(Some(core)) => volume.standing().came(core),
             Ok(None) => volume.standing().stays_away(false),
             Err(_) => volume.standing().stays_away(true),

@@ -77,7 +77,7 @@ impl Family {
         let Source::File(file) = source else {
             let key = self.key_of(source)?;
             let host = self.wait_for_host_file(source)?;
-            let (core, report) = self.open_core(source, host, &key, None)?;
+            let (core, report) = self.open_core(source, host, &key, None, None)?;
             return Ok(OpenVolume::new(index, core, None, report.clean));
         };
         let directory = &self.directories[file.directory];
@@ -106,7 +106,7 @@ impl Family {
             None => process::current().open_host_file(&name, 0),
         };
         let host = host.map_err(|errno| self.no_host_file(source, errno))?;
-        self.open_core(source, host, &key, capacity)
+        self.open_core(source, host, &key, capacity, None)
     }
 
     /// Opens the volume again that another program had meanwhile; `None`: that one still has it.
@@ -114,32 +114,21 @@ impl Family {
     ///
     /// # Errors
     /// As [`Self::acquire`].
-    pub(super) fn reopen(&self, source: &Source, left: &Progress) -> Result<Option<Core>, Errno> {
-        let opened = self.reopen_by(source);
+    pub(super) fn reopen(&self, source: &Source, left: Progress) -> Result<Option<Core>, Errno> {
+        let opened = self.reopen_by(source, left);
         wipe_stack();
-        if let Ok(Some(core)) = &opened
-            && !left.leads_to(&core.volume.progress())
-        {
-            process::current().give_back(core.handle);
-            let path = self.path_of(source);
-            message::say(&format!(
-                "{path}: it came back in an older state than it was handed over in, or as another \
-                 volume: the host has put it back; restore it from a copy"
-            ));
-            return Err(Errno::EIO);
-        }
         opened
     }
 
     #[inline(never)]
-    fn reopen_by(&self, source: &Source) -> Result<Option<Core>, Errno> {
+    fn reopen_by(&self, source: &Source, left: Progress) -> Result<Option<Core>, Errno> {
         let flags = self.access_of(source) | OPEN_ASK;
         let host = match process::current().open_host_file(&self.place_of(source), flags) {
             Err(Errno::EAGAIN) => return Ok(None),
             host => host.map_err(|errno| self.no_host_file(source, errno))?,
         };
         let key = self.key_of(source).inspect_err(|_| process::current().give_back(host.handle))?;
-        Ok(Some(self.open_core(source, host, &key, None)?.0))
+        Ok(Some(self.open_core(source, host, &key, None, Some(left))?.0))
     }
 
     /// Flags of `postern_open` for a volume of the run file.
@@ -188,13 +177,14 @@ impl Family {
     }
 
     /// Opens the volume in an open host file with `key`; makes it first if it is given a
-    /// `capacity`.
+    /// `capacity`. It must have come `after` what is given.
     fn open_core(
         &self,
         source: &Source,
         file: PosternFile,
         key: &SlotKey,
         capacity: Option<u64>,
+        after: Option<Progress>,
     ) -> Result<(Core, OpenReport), Errno> {
         let process = process::current();
         let path = &self.path_of(source);
@@ -206,7 +196,7 @@ impl Family {
                 }
                 let counter = self.counter_of(source);
                 let read_only = self.access_of(source) & OPEN_READ_ONLY != 0;
-                let options = OpenOptions { counter, read_only, ..OpenOptions::default() };
+                let options = OpenOptions { counter, read_only, after, ..OpenOptions::default() };
                 Volume::open(&disk, key, &options).await
             };
             process.block_on(opening).map_err(|error: VolumeError| {

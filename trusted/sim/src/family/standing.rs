@@ -10,6 +10,7 @@
 //! so nothing is started on a core that is being closed; nobody holds twice at once, so nobody
 //! waits for itself. A core that was lost is only let go of: requests that still hold it fail at
 //! the daemon, which knows its handle no more.
+#![allow(unsafe_code)]
 
 use core::{
     future::poll_fn,
@@ -26,7 +27,7 @@ use postern_trusted::{
     volume::{Progress, Volume},
 };
 
-use crate::{files::locks, process};
+use crate::{files::locks, inside, process};
 
 /// A volume in memory, under its lease.
 pub struct Core {
@@ -159,6 +160,14 @@ pub enum Leave {
     NotHere,
 }
 
+/// Sleeps while `word` is `seen`, until a handler of the guest is to run.
+fn wait_for_change(word: &AtomicU32, seen: u32) -> Result<usize, Errno> {
+    let at = core::ptr::from_ref(word) as usize;
+    let arguments = [at, libc::FUTEX_WAIT as usize, seen as usize, 0, 0, 0];
+    // SAFETY: a word that outlives the call; no timeout.
+    unsafe { inside::interruptible(libc::SYS_futex, arguments, None) }
+}
+
 impl Standing {
     /// Here.
     #[must_use]
@@ -288,10 +297,9 @@ impl Standing {
                     _ => self.want(&mut inner),
                 }
             }
-            match locks::futex(&self.changes, libc::FUTEX_WAIT, seen) {
-                Err(Errno::EINTR) => return Err(Errno::EINTR),
-                // It has changed already, or a wake-up without a reason.
-                _ => {}
+            // Else it has changed already, or woke up without a reason.
+            if wait_for_change(&self.changes, seen) == Err(Errno::EINTR) {
+                return Err(Errno::EINTR);
             }
         }
     }
