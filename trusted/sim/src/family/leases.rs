@@ -30,7 +30,7 @@ impl Family {
     pub fn mind_leases(&'static self, process: &'static Process) -> bool {
         let mut busy = self.hear_of_leases(process);
         for volume in self.open_volumes() {
-            if volume.standing().come() {
+            if volume.standing().come(process.id()) {
                 busy = true;
                 self.bring_back(&volume);
             }

@@ -27,7 +27,7 @@ use postern_trusted::{
     volume::{Progress, Volume},
 };
 
-use crate::{files::locks, inside, process};
+use crate::{files::locks, identity, inside, process};
 
 /// A volume in memory, under its lease.
 pub struct Core {
@@ -61,8 +61,8 @@ enum Place {
         closing: bool,
     },
     Away,
-    /// Being opened anew.
-    Coming,
+    /// Being opened anew by this process.
+    Coming(u32),
     /// The family is done with it.
     Gone,
 }
@@ -184,7 +184,7 @@ impl Standing {
     pub fn core(&self) -> Option<Arc<Core>> {
         match &self.inner.lock().place {
             Place::Here(core) | Place::Leaving { core, .. } => Some(core.clone()),
-            Place::Away | Place::Coming | Place::Gone => None,
+            Place::Away | Place::Coming(_) | Place::Gone => None,
         }
     }
 
@@ -335,7 +335,7 @@ impl Standing {
             }
             Place::Leaving { by, closing: true, .. } if *by == me => Leave::Closing,
             Place::Leaving { .. } => Leave::OnItsWay,
-            Place::Away | Place::Coming | Place::Gone => Leave::NotHere,
+            Place::Away | Place::Coming(_) | Place::Gone => Leave::NotHere,
         }
     }
 
@@ -380,16 +380,25 @@ impl Standing {
         true
     }
 
-    /// The caller brings it back, with [`Self::came`] or [`Self::stays_away`], if it is away and
-    /// somebody wants it.
+    /// Process `me` brings it back, with [`Self::came`] or [`Self::stays_away`], if it is away and
+    /// somebody wants it. Ends the process if another one was killed while it did.
     #[must_use]
-    pub fn come(&self) -> bool {
-        let mut inner = self.inner.lock();
-        let comes = inner.wanted && matches!(inner.place, Place::Away);
-        if comes {
-            inner.place = Place::Coming;
+    pub fn come(&self, me: u32) -> bool {
+        let by = {
+            let mut inner = self.inner.lock();
+            match inner.place {
+                Place::Away if inner.wanted => {
+                    inner.place = Place::Coming(me);
+                    return true;
+                }
+                Place::Coming(by) => by,
+                _ => return false,
+            }
+        };
+        if by != me && !identity::is_alive(by) {
+            super::end_torn(by);
         }
-        comes
+        false
     }
 
     /// It is here again.
@@ -422,7 +431,7 @@ impl Standing {
         poll_fn(|context| {
             let mut inner = self.inner.lock();
             match &inner.place {
-                Place::Leaving { .. } | Place::Coming => {
+                Place::Leaving { .. } | Place::Coming(_) => {
                     inner.waiters.push(context.waker().clone());
                     Poll::Pending
                 }
