@@ -243,3 +243,24 @@ fn a_snapshot_of_a_volume_at_work_opens_and_the_work_goes_on() {
     }
     end(&mut world.postern(["verify", "v"])).expect(0);
 }
+
+#[test]
+fn a_volume_that_the_host_put_back_while_it_was_handed_over_is_refused() {
+    let Some((world, volume, program)) = surroundings() else { return };
+    let mut server = Server::on(&world, &volume, &program, &[]);
+    server.expect("w 0 1", "ok");
+    end(&mut world.postern(["info", "v"])).expect(0);
+    // Handed over, and not yet taken back: the program has not asked for anything.
+    let old = world.path("old");
+    std::fs::copy(&volume, &old).unwrap();
+    server.expect("w 0 2", "ok");
+    end(&mut world.postern(["info", "v"])).expect(0);
+    let new = world.path("new");
+    std::fs::copy(&volume, &new).unwrap();
+    std::fs::copy(&old, &volume).unwrap();
+    server.expect("r 0", EIO);
+    std::fs::copy(&new, &volume).unwrap();
+    server.expect("r 0", "2");
+    server.end();
+    end(&mut world.postern(["verify", "v"])).expect(0);
+}
