@@ -206,6 +206,15 @@ impl Drop for Active<'_> {
     }
 }
 
+/// While it lives, [`Executor::live`] counts one more.
+pub struct Counted<'a>(&'a Executor);
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.0.0.live.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 impl Executor {
     /// An empty executor. `notify` is called when a task becomes ready and nobody is active.
     pub fn new(notify: impl Fn() + Send + Sync + 'static) -> Self {
@@ -250,6 +259,13 @@ impl Executor {
             polls += 1;
         }
         polls
+    }
+
+    /// Counts work that is no task as one that has not finished.
+    #[must_use]
+    pub fn count(&self) -> Counted<'_> {
+        self.0.live.fetch_add(1, Ordering::Relaxed);
+        Counted(self)
     }
 
     /// Tasks that have not finished.

@@ -8,6 +8,7 @@
 
 mod common;
 mod counter;
+mod death;
 mod directory;
 mod full;
 mod keys;

@@ -7,7 +7,7 @@ use crate::common::{Ended, World, end, on_path, skip};
 
 /// Runs a line of the shell in a plain directory and in a protected one; both must end with 0 and
 /// the same words. Skips, loudly, where one of `programs` is missing.
-fn same(programs: &[&str], line: &str) {
+pub fn same(programs: &[&str], line: &str) {
     let Some(world) = World::new() else { return };
     if let Some(missing) = programs.iter().find(|program| !on_path(program)) {
         return skip(&format!("{missing} is not installed"));

@@ -130,6 +130,13 @@ pub fn is_locked() -> bool {
     LOCKED.load(Ordering::Relaxed)
 }
 
+/// Whether the list of a process's mappings, as proc_pid_maps(5) has it, shows an arena.
+#[must_use]
+pub fn is_among(maps: &[u8]) -> bool {
+    let from = format!("{BASE:x}-");
+    maps.split(|&byte| byte == b'\n').any(|line| line.starts_with(from.as_bytes()))
+}
+
 /// The descriptor that carries the arena across exec, if there is one.
 #[must_use]
 pub fn descriptor() -> Option<i32> {

@@ -421,6 +421,8 @@ impl Family {
 
     /// `None`: the entry is no longer in the list.
     fn join(&self, index: usize, entry: &Entry) -> Result<Option<Arc<OpenVolume>>, Errno> {
+        // First of all: who uses a volume does not die of a signal before it has given it back.
+        process::current().link()?;
         loop {
             let mut slot = entry.slot.lock();
             match &slot.state {

@@ -1,17 +1,25 @@
 //! Which process this is, cheaply, also right after a raw fork.
 //!
-//! A page with `MADV_WIPEONFORK` holds the process id: the child of any kind of fork finds zero
-//! there and asks the kernel once. (A vfork or CLONE_VM child shares its parent's memory and
+//! A page with `MADV_WIPEONFORK` holds the process id, and the word of the library's gate: the child
+//! of any kind of fork finds zeros there and asks the kernel once. (A vfork or CLONE_VM child shares its parent's memory and
 //! therefore its identity: it *is* the same process as far as memory is concerned.)
 #![allow(unsafe_code)]
 
 use core::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
 
+use postern_trusted::errno::Errno;
+
 use crate::sys;
 
-static PAGE: AtomicPtr<AtomicU32> = AtomicPtr::new(core::ptr::null_mut());
+/// What is wiped.
+struct Page {
+    process: AtomicU32,
+    gate: AtomicU32,
+}
 
-fn page() -> Option<&'static AtomicU32> {
+static PAGE: AtomicPtr<Page> = AtomicPtr::new(core::ptr::null_mut());
+
+fn page() -> Option<&'static Page> {
     let mut at = PAGE.load(Ordering::Acquire);
     if at.is_null() {
         let protection = (libc::PROT_READ | libc::PROT_WRITE) as usize;
@@ -22,14 +30,14 @@ fn page() -> Option<&'static AtomicU32> {
             let made = sys::check(made).ok()?;
             let advice = libc::MADV_WIPEONFORK as usize;
             sys::check(sys::syscall6(libc::SYS_madvise, made, 4096, advice, 0, 0, 0)).ok()?;
-            made as *mut AtomicU32
+            made as *mut Page
         };
         match PAGE.compare_exchange(at, made, Ordering::AcqRel, Ordering::Acquire) {
             Ok(_) => at = made,
             Err(other) => at = other,
         }
     }
-    // SAFETY: mapped for the life of the process, aligned, only accessed as an atomic.
+    // SAFETY: mapped for the life of the process, aligned, zeros are a valid page of atomics.
     Some(unsafe { &*at })
 }
 
@@ -37,20 +45,27 @@ fn page() -> Option<&'static AtomicU32> {
 #[must_use]
 pub fn process_id() -> u32 {
     let Some(page) = page() else { return sys::getpid() };
-    match page.load(Ordering::Relaxed) {
+    match page.process.load(Ordering::Relaxed) {
         0 => {
             let id = sys::getpid();
-            page.store(id, Ordering::Relaxed);
+            page.process.store(id, Ordering::Relaxed);
             id
         }
         id => id,
     }
 }
 
+/// The word of [`crate::inside::gate`]; 0 in a process that has just been forked.
+#[must_use]
+#[inline]
+pub fn gate() -> &'static AtomicU32 {
+    /// Where no page can be had.
+    static KEPT: AtomicU32 = AtomicU32::new(0);
+    page().map_or(&KEPT, |page| &page.gate)
+}
+
 /// Whether process `id` still exists (a zombie counts as gone once reaped).
 #[must_use]
 pub fn is_alive(id: u32) -> bool {
-    // SAFETY: signal 0 is only a check.
-    let answer = unsafe { sys::syscall6(libc::SYS_kill, id as usize, 0, 0, 0, 0, 0) };
-    answer == 0 || answer == -(libc::EPERM as isize)
+    matches!(sys::kill(id, 0), Ok(()) | Err(Errno::EPERM))
 }

@@ -22,7 +22,7 @@ use postern_trusted::{errno::Errno, sync::Lock};
 use crate::{
     family::family,
     files::{self, OpenFile, placeholder},
-    identity, process, sys,
+    identity, message, process, sys,
 };
 
 /// The family's open files by number, and what is on its way through an exec.
@@ -94,33 +94,17 @@ impl Inheritance {
 /// Allocates nothing.
 fn for_each_memory_file(mut each: impl FnMut(i32, &[u8])) -> Result<(), Errno> {
     const PREFIX: &[u8] = b"/memfd:";
-    const ENTRY_HEAD: usize = 19;
-    let flags = libc::O_RDONLY | libc::O_DIRECTORY | libc::O_CLOEXEC;
-    let directory = sys::open(c"/proc/self/fd", flags)?;
-    let mut room = [0; 2048];
-    let mut visit = |entry: &[u8]| {
-        let name = entry.get(ENTRY_HEAD..)?.split(|&byte| byte == 0).next()?;
-        let fd = core::str::from_utf8(name).ok()?.parse::<i32>().ok()?;
-        let (mut link, mut target) = ([0; 32], [0; 128]);
-        let length = sys::readlink(placeholder::own_path(fd, &mut link).ok()?, &mut target).ok()?;
-        each(fd, target.get(..length)?.strip_prefix(PREFIX)?);
-        Some(())
-    };
-    loop {
-        let length = match sys::entries(directory, &mut room) {
-            Ok(0) | Err(_) => break,
-            Ok(length) => length,
+    message::for_each_name(c"/proc/self/fd", |name| {
+        let mut visit = || {
+            let fd = core::str::from_utf8(name).ok()?.parse::<i32>().ok()?;
+            let (mut link, mut target) = ([0; 32], [0; 128]);
+            let path = placeholder::own_path(fd, &mut link).ok()?;
+            let length = sys::readlink(path, &mut target).ok()?;
+            each(fd, target.get(..length)?.strip_prefix(PREFIX)?);
+            Some(())
         };
-        let mut rest = &room[..length];
-        // linux_dirent64: inode, offset, length of the entry, type, name.
-        while let Some(&[low, high]) = rest.get(16..18) {
-            let step = usize::from(u16::from_ne_bytes([low, high])).max(ENTRY_HEAD);
-            let Some(entry) = rest.get(..step) else { break };
-            visit(entry);
-            rest = &rest[step..];
-        }
-    }
-    sys::close(directory)
+        visit();
+    })
 }
 
 /// The descriptor of a memory file called `name` that this program was left.

@@ -7,10 +7,14 @@
 //! (siglongjmp), ends its thread or calls the library itself leaves nothing locked and nothing
 //! lost.
 //!
+//! While the process ends or becomes another program nobody enters ([`gate`]).
+//!
 //! Holds: guest handlers run at depth 0 only; a sleep that may be interrupted ends with
 //! [`Errno::EINTR`] for every signal deferred before or during it ([`interruptible`]); `errno` is
 //! the call's own whatever the handlers did.
 #![allow(unsafe_code)]
+
+pub mod gate;
 
 use core::{
     arch::{asm, global_asm},
@@ -19,9 +23,10 @@ use core::{
 
 use postern_trusted::errno::Errno;
 
-use crate::{identity, process, sys};
+use crate::{death, identity, process, sys};
 
-/// One thread's state. Only the thread itself and its signal handlers touch it.
+/// One thread's state. Only the thread itself and its signal handlers write to it; [`gate`] reads
+/// two words of other threads'.
 #[repr(C, align(8))]
 pub struct Inside {
     /// Calls under way; those that [`hold`] counts in the upper half.
@@ -34,12 +39,16 @@ pub struct Inside {
     wait_mask: AtomicU64,
     waited: AtomicU32,
     asked: AtomicU32,
+    /// In a wait that a signal may end, with nothing of the family's in hand.
+    asleep: AtomicU32,
+    /// What the gate's word was when the thread was let in.
+    pass: AtomicU32,
     /// The thread's id in process [`Self::process`]; another one after a fork.
     thread: AtomicU32,
     process: AtomicU32,
 }
 
-const BYTES: usize = 40;
+const BYTES: usize = 48;
 const _: () = assert!(size_of::<Inside>() == BYTES);
 const _: () = assert!(core::mem::offset_of!(Inside, deferred) == 4);
 
@@ -113,8 +122,12 @@ fn here() -> &'static Inside {
 #[inline]
 pub fn enter() {
     let here = here();
-    here.depth.store(here.depth.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+    let depth = here.depth.load(Ordering::Relaxed);
+    here.depth.store(depth + 1, Ordering::Relaxed);
     compiler_fence(Ordering::SeqCst);
+    if depth == 0 && !here.passes() {
+        here.admit(1);
+    }
 }
 
 /// The other end of [`enter`]: with the outermost one, handlers run that were deferred. Call with
@@ -181,6 +194,9 @@ pub fn outside<T>(job: impl FnOnce() -> T) -> T {
     // one's storage at the same address.
     state.depth.store(depth, Ordering::Relaxed);
     compiler_fence(Ordering::SeqCst);
+    if !state.passes() {
+        state.admit(depth);
+    }
     answer
 }
 
@@ -218,6 +234,9 @@ pub fn answered() {
 /// Puts the mask back: the kernel delivers what is pending.
 #[cold]
 fn deliver(here: &Inside) {
+    if is_dying() {
+        death::strike(DYING_OF.load(Ordering::Relaxed).cast_signed());
+    }
     // SAFETY: the calling thread's own errno.
     let errno = unsafe { libc::__errno_location() };
     // SAFETY: as above.
@@ -241,15 +260,21 @@ fn deliver(here: &Inside) {
 }
 
 /// Sets the calling thread's mask in the kernel.
-fn set_mask(mask: u64) {
+pub(crate) fn set_mask(mask: u64) {
     let (how, at) = (libc::SIG_SETMASK as usize, (&raw const mask) as usize);
     // SAFETY: eight readable bytes.
     unsafe { sys::syscall6(libc::SYS_rt_sigprocmask, how, at, 0, 8, 0, 0) };
 }
 
+/// Whether the calling thread is inside.
+#[must_use]
+pub fn is_inside() -> bool {
+    here().depth.load(Ordering::Relaxed) != 0
+}
+
 /// What a deferred signal leaves unblocked: faults, and the C library's own signal that changes
 /// user ids in every thread (it must be answered, and only calls the kernel).
-const NEVER_BLOCKED: u64 = {
+pub const NEVER_BLOCKED: u64 = {
     const fn bit(signal: i32) -> u64 {
         1 << (signal - 1)
     }
@@ -294,18 +319,54 @@ pub unsafe fn defer(
         // The outermost of several nested handlers comes last and knows the thread's own mask.
         here.mask.store(mask.read_unaligned(), Ordering::Relaxed);
         mask.write_unaligned(!NEVER_BLOCKED);
-        let at = |label: &u8| core::ptr::from_ref(label) as usize;
-        let instruction = &mut (*context).uc_mcontext.gregs[libc::REG_RIP as usize];
-        let before_call = at(&postern_leaf)..=at(&postern_leaf_call);
-        if before_call.contains(&(instruction.cast_unsigned() as usize)) {
-            *instruction = at(&postern_leaf_out) as i64;
-        }
+        skip_call(context);
     }
     here.deferred.store(1, Ordering::Relaxed);
     true
 }
 
-/// A system call that a deferred signal interrupts, or keeps from being made. `wait_mask` is the
+/// A call of the leaf that has not been made is not made.
+///
+/// # Safety
+/// `context` is what the kernel gave to a handler.
+unsafe fn skip_call(context: *mut libc::ucontext_t) {
+    let at = |label: &u8| core::ptr::from_ref(label) as usize;
+    // SAFETY: as the caller's.
+    let instruction = unsafe { &mut (*context).uc_mcontext.gregs[libc::REG_RIP as usize] };
+    let before_call = at(&postern_leaf)..=at(&postern_leaf_call);
+    if before_call.contains(&(instruction.cast_unsigned() as usize)) {
+        *instruction = at(&postern_leaf_out) as i64;
+    }
+}
+
+/// The process that is to die as soon as its thread comes out, and of which signal.
+static DYING: AtomicU32 = AtomicU32::new(0);
+static DYING_OF: AtomicU32 = AtomicU32::new(0);
+
+/// For the handler of a signal that is never blocked and was sent: if its thread is inside, the
+/// process dies of it when the thread comes out; `false` if it is not.
+///
+/// # Safety
+/// `context` is what the kernel gave to the handler that calls this.
+pub unsafe fn defer_death(signal: i32, context: *mut libc::ucontext_t) -> bool {
+    let here = here();
+    if here.depth.load(Ordering::Relaxed) == 0 {
+        return false;
+    }
+    DYING_OF.store(signal.unsigned_abs(), Ordering::Relaxed);
+    DYING.store(identity::process_id(), Ordering::Relaxed);
+    // SAFETY: as the caller's.
+    unsafe { skip_call(context) };
+    here.deferred.store(1, Ordering::Relaxed);
+    true
+}
+
+fn is_dying() -> bool {
+    DYING.load(Ordering::Relaxed) == identity::process_id()
+}
+
+/// A system call that a deferred signal interrupts, or keeps from being made, and during which the
+/// thread has nothing of the family's in hand. `wait_mask` is the
 /// mask that the call itself puts in force, if it does and the guest asked for it: signals that it
 /// blocks do not end the call, whenever they came.
 ///
@@ -317,6 +378,18 @@ pub unsafe fn interruptible(
     wait_mask: Option<u64>,
 ) -> Result<usize, Errno> {
     let here = here();
+    // SAFETY: as the caller's.
+    here.asleep(|| unsafe { interruptible_here(here, number, arguments, wait_mask) })
+}
+
+/// # Safety
+/// As [`sys::syscall6`].
+unsafe fn interruptible_here(
+    here: &Inside,
+    number: i64,
+    arguments: [usize; 6],
+    wait_mask: Option<u64>,
+) -> Result<usize, Errno> {
     if let Some(mask) = wait_mask {
         here.wait_mask.store(mask, Ordering::Relaxed);
         here.waited.store(1, Ordering::Relaxed);
@@ -339,6 +412,7 @@ pub unsafe fn interruptible(
     if here.deferred.load(Ordering::Relaxed) == 0 {
         here.waited.store(0, Ordering::Relaxed);
     } else if let Some(mask) = wait_mask
+        && !is_dying()
         && result == -(libc::EINTR as isize)
         && pending() & !mask == 0
     {

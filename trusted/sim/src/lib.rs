@@ -7,6 +7,7 @@ pub mod arena;
 pub mod config;
 pub mod control;
 pub mod counter;
+pub mod death;
 pub mod directory;
 pub mod family;
 pub mod files;

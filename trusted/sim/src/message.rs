@@ -1,6 +1,8 @@
 //! Messages to the user and small files, past every interposed symbol.
 #![allow(unsafe_code)]
 
+use std::ffi::CStr;
+
 use postern_trusted::errno::Errno;
 
 use crate::sys;
@@ -18,6 +20,30 @@ pub fn say_fault(what: &'static str) {
         // SAFETY: `part` is readable for its length.
         unsafe { sys::syscall6(libc::SYS_write, 2, part.as_ptr() as usize, part.len(), 0, 0, 0) };
     }
+}
+
+/// Calls `each` with the names in a directory, until it can be read no further.
+///
+/// # Errors
+/// What open(2) says.
+pub fn for_each_name(directory: &CStr, mut each: impl FnMut(&[u8])) -> Result<(), Errno> {
+    const ENTRY_HEAD: usize = 19;
+    let flags = libc::O_RDONLY | libc::O_DIRECTORY | libc::O_CLOEXEC;
+    let directory = sys::open(directory, flags)?;
+    let mut room = [0; 2048];
+    while let Ok(length @ 1..) = sys::entries(directory, &mut room) {
+        let mut rest = &room[..length];
+        // linux_dirent64: inode, offset, length of the entry, type, name.
+        while let Some(&[low, high]) = rest.get(16..18) {
+            let step = usize::from(u16::from_ne_bytes([low, high])).max(ENTRY_HEAD);
+            let Some(entry) = rest.get(..step) else { break };
+            if let Some(name) = entry[ENTRY_HEAD..].split(|&byte| byte == 0).next() {
+                each(name);
+            }
+            rest = &rest[step..];
+        }
+    }
+    sys::close(directory)
 }
 
 /// Room for the first read of a file; doubled as needed.

@@ -65,6 +65,10 @@ pub struct Process {
     drives: AtomicU64,
     /// Number of the last guest request, for the claims in descriptors.
     requests: AtomicU64,
+    /// It has a service thread.
+    served: AtomicBool,
+    /// The signal that it is to die of; 0 is none.
+    doomed: AtomicI32,
 }
 
 /// Time and randomness of the simulated enclave.
@@ -165,6 +169,9 @@ pub fn keep(descriptor: i32) -> i32 {
 pub fn pause() {
     let process = current();
     process.drive();
+    if let Some(link) = process.linked() {
+        link.check_daemon();
+    }
     if let Ok(place) = process.sleepers.enter(keep) {
         let _ = place.sleep(Some(1_000_000), Signals::Held);
     }
@@ -212,6 +219,8 @@ impl Process {
             aio_charged: AtomicU64::new(0),
             drives: AtomicU64::new(0),
             requests: AtomicU64::new(0),
+            served: AtomicBool::new(false),
+            doomed: AtomicI32::new(0),
         })
     }
 
@@ -219,6 +228,28 @@ impl Process {
     #[must_use]
     pub fn id(&self) -> u32 {
         self.id
+    }
+
+    /// Its service thread runs.
+    pub fn set_served(&self) {
+        self.served.store(true, Ordering::Release);
+    }
+
+    /// Whether it has a service thread.
+    #[must_use]
+    pub fn is_served(&self) -> bool {
+        self.served.load(Ordering::Acquire)
+    }
+
+    /// The service thread is to end the process by `signal`, unless it is doomed already.
+    pub fn doom(&self, signal: i32) {
+        let _ = self.doomed.compare_exchange(0, signal, Ordering::AcqRel, Ordering::Acquire);
+    }
+
+    /// What [`Self::doom`] was told.
+    #[must_use]
+    pub fn doomed(&self) -> Option<i32> {
+        Some(self.doomed.load(Ordering::Acquire)).filter(|signal| *signal != 0)
     }
 
     fn descriptors(&self) -> Vec<i32> {
@@ -251,13 +282,16 @@ impl Process {
             return Ok(link);
         }
         let family = family::family().ok_or(Errno::EIO)?;
+        // First of all: from here on there is something that a signal must not cut off.
+        service::start();
         let link = Link::attach(family, keep)?;
+        service::wait_for_start();
         let [driver, service, socket] = link.bells();
         [driver, socket].into_iter().for_each(|bell| self.sleepers.watch(bell));
         [service, socket].into_iter().for_each(|bell| self.service.watch(bell));
         let _ = self.link.set(Box::new(link));
         inheritance::connected();
-        service::start();
+        self.service.kick();
         self.link.get().ok_or(Errno::EIO)
     }
 
@@ -435,6 +469,8 @@ impl Process {
         let waker = Waker::from(flag.clone());
         let mut context = Context::from_waker(&waker);
         let mut future = pin!(future);
+        // Until its end the process has something under way.
+        let _counted = self.executor.count();
         loop {
             let _active = self.executor.activate();
             if flag.woken.swap(false, Ordering::AcqRel)

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use postern_trusted::{errno::Errno, platform::Buffer, port::LaneFile, volume::Volume};
 
 pub use crate::family::OpenVolume;
-use crate::{family::family, files, host, identity, inheritance, process, service, wait};
+use crate::{
+    family::family, files, host, identity, inheritance, inside::gate, process, service, sys, wait,
+};
 
 /// Whether `postern run` started this program: otherwise every symbol just passes on.
 #[must_use]
@@ -27,13 +29,7 @@ pub fn volume_of(path: &[u8]) -> Option<usize> {
 /// `EBUSY`: another program has it. `EIO`, with a message on stderr: anything else.
 pub fn open_volume(index: usize) -> Result<Arc<OpenVolume>, Errno> {
     let family = family().ok_or(Errno::ENOENT)?;
-    let volume = family.acquire(index)?;
-    // Another process of the family may have opened it: this one needs a lane all the same.
-    if let Err(errno) = process::current().link() {
-        close_volume(&volume);
-        return Err(errno);
-    }
-    Ok(volume)
+    family.acquire(index)
 }
 
 /// Gives back one [`open_volume`]. The last one of the family starts the volume's clean closing;
@@ -111,19 +107,63 @@ impl OpenVolume {
 }
 
 /// What Linux does when a process exits: waits for its AIO, closes its files. Volumes that nobody
-/// else of the family uses are closed cleanly. The process may go on to call us: it then starts
-/// anew.
-pub fn exit_drain() {
+/// else of the family uses are closed cleanly. Unless this is the `last` that the process does, it
+/// may go on to call us: it then starts anew.
+pub fn exit_drain(last: bool) {
+    if last {
+        gate::shut();
+    }
     inheritance::settle();
     // From here on nobody starts background work that would not be finished.
     service::park();
+    if last {
+        await_others();
+    }
     leave();
+    if last {
+        strike_out();
+    }
+}
+
+/// The same for the service thread, which has shut the gate: the process dies of a signal.
+pub fn close_down() {
+    inheritance::settle();
+    await_others();
+    leave();
+    strike_out();
+}
+
+/// The process is none of the family's any more.
+fn strike_out() {
+    if let Some(family) = family() {
+        family.leave(identity::process_id());
+    }
+}
+
+/// Waits until the other threads have come out of the shut gate. One that stays inside although
+/// nothing is under way cannot be waited for.
+fn await_others() {
+    const PATIENCE_NS: u64 = 1_000_000_000;
+    let mut since = wait::now_ns();
+    while !gate::all_are_out() && wait::now_ns() - since < PATIENCE_NS {
+        match process::known() {
+            Some(process) => {
+                process::pause();
+                if process.executor.live() > 0 {
+                    since = wait::now_ns();
+                }
+            }
+            None => sys::nap(),
+        }
+    }
 }
 
 /// Before exec: as [`exit_drain`], but what the next program inherits stays open. A failure of the
 /// exec is followed by [`stay`].
 pub fn exec_drain() {
+    gate::shut();
     service::park();
+    await_others();
     let Some(family) = family() else { return };
     let files = files::inheritable();
     let linked = process::known().is_some_and(|process| process.linked().is_some());
@@ -134,6 +174,7 @@ pub fn exec_drain() {
     files::set_executing(true);
     leave();
     inheritance::hand_over(files);
+    strike_out();
 }
 
 /// After an exec that failed: goes on as before it, with the descriptors that would have survived.
@@ -144,13 +185,16 @@ pub fn stay() {
         inheritance::after_failed_exec();
     }
     service::unpark();
+    gate::open();
 }
 
 fn leave() {
     /// The process that is leaving; a handler that runs meanwhile must not start again.
     static LEAVING: AtomicU32 = AtomicU32::new(0);
-    let Some(family) = family() else { return };
     let me = identity::process_id();
+    if family().is_none() {
+        return;
+    }
     if LEAVING.swap(me, Ordering::Relaxed) == me {
         return;
     }
@@ -160,7 +204,6 @@ fn leave() {
         while process.executor.live() > 0 {
             process::pause();
         }
-        family.leave(me);
     }
     LEAVING.store(0, Ordering::Relaxed);
 }

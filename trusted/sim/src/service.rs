@@ -12,8 +12,9 @@ use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use postern_trusted::port::Sleeper;
 
 use crate::{
+    death,
     family::{self, Family},
-    host, identity, posix_aio,
+    host, identity, inside, posix_aio,
     process::{self, Process},
     sys,
     wait::{self, Signals, now_ns},
@@ -43,10 +44,19 @@ pub fn take_over() {
 
 /// The process whose thread runs; 0 is none. A forked child finds its parent's number.
 static RUNS_IN: AtomicU32 = AtomicU32::new(0);
+/// The thread itself.
+static THREAD: AtomicU32 = AtomicU32::new(0);
 const FREE: u32 = 0;
 const ASKED: u32 = 1;
 const PARKED: u32 = 2;
 static PARKING: AtomicU32 = AtomicU32::new(FREE);
+
+/// Whether the calling thread is the service thread.
+#[must_use]
+pub fn runs_here() -> bool {
+    RUNS_IN.load(Ordering::Acquire) == identity::process_id()
+        && THREAD.load(Ordering::Relaxed) == inside::thread_id()
+}
 
 /// Stops the thread at a place where it holds nothing: exec is about to end it.
 pub fn park() {
@@ -65,19 +75,20 @@ pub fn unpark() {
     PARKING.store(FREE, Ordering::Release);
 }
 
-fn stay_parked() {
+fn stay_parked(process: &'static Process) {
     if PARKING.compare_exchange(ASKED, PARKED, Ordering::AcqRel, Ordering::Acquire).is_ok() {
         while PARKING.load(Ordering::Acquire) == PARKED {
-            let moment = libc::timespec { tv_sec: 0, tv_nsec: 1_000_000 };
-            let at = (&raw const moment) as usize;
-            // SAFETY: `moment` lives through the call; what is left is not asked for.
-            unsafe { sys::syscall6(libc::SYS_nanosleep, at, 0, 0, 0, 0, 0) };
+            death::look(process);
+            sys::nap();
         }
     }
 }
 
 /// The process that has started its thread. A forked child inherits its parent's number.
 static STARTED: AtomicU32 = AtomicU32::new(0);
+
+/// The process for which one could be made.
+static MADE_IN: AtomicU32 = AtomicU32::new(0);
 
 /// Starts the thread, once per process. A thread that cannot be made is not an error here: guests
 /// that wait inside calls do without.
@@ -90,9 +101,19 @@ pub fn start() {
     // libc's functions, which the preload library replaces.
     let blocked = !wait::synchronous_signals();
     let before = set_mask(blocked);
-    let _ =
-        std::thread::Builder::new().name("postern-service".into()).stack_size(256 << 10).spawn(run);
+    let builder = std::thread::Builder::new().name("postern-service".into()).stack_size(256 << 10);
+    if builder.spawn(run).is_ok() {
+        MADE_IN.store(me, Ordering::Release);
+    }
     set_mask(before);
+}
+
+/// Waits until the thread runs, if there is one.
+pub fn wait_for_start() {
+    let me = identity::process_id();
+    while MADE_IN.load(Ordering::Acquire) == me && RUNS_IN.load(Ordering::Acquire) != me {
+        sys::yield_now();
+    }
 }
 
 /// Sets the calling thread's signal mask; answers the one before.
@@ -110,11 +131,14 @@ fn set_mask(mask: u64) -> u64 {
 fn run() {
     let Some(family) = family::family() else { return };
     let process = process::current();
+    THREAD.store(inside::thread_id(), Ordering::Relaxed);
+    process.set_served();
     RUNS_IN.store(process.id(), Ordering::Release);
     let mut census_ns = now_ns();
     let mut drives = 0;
     loop {
-        stay_parked();
+        stay_parked(process);
+        death::look(process);
         let now = now_ns();
         // Silent since the last look, and nobody sleeps inside a call: then nobody else drives.
         let silent = process.drives() == drives && process.sleepers.sleeping() == 0;

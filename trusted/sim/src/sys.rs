@@ -323,9 +323,31 @@ pub fn entries(directory: i32, out: &mut [u8]) -> Result<usize, Errno> {
     })
 }
 
+/// kill(2).
+///
+/// # Errors
+/// `EPERM`, `ESRCH`, `EINVAL`.
+pub fn kill(process: u32, signal: i32) -> Result<(), Errno> {
+    numbers(libc::SYS_kill, process as usize, word(signal), 0).map(drop)
+}
+
+/// getpgid(2); 0 is the calling process. `None` where there is no such process.
+#[must_use]
+pub fn process_group(process: u32) -> Option<u32> {
+    let group = numbers(libc::SYS_getpgid, process as usize, 0, 0).ok()?;
+    u32::try_from(group).ok()
+}
+
 /// Lets other threads run.
 pub fn yield_now() {
     let _ = numbers(libc::SYS_sched_yield, 0, 0, 0);
+}
+
+/// Sleeps for a millisecond, or until a signal comes: for waits that nobody can end by a ring.
+pub fn nap() {
+    let moment = libc::timespec { tv_sec: 0, tv_nsec: 1_000_000 };
+    // SAFETY: `moment` lives through the call; what is left is not asked for.
+    unsafe { syscall6(libc::SYS_nanosleep, (&raw const moment) as usize, 0, 0, 0, 0, 0) };
 }
 
 /// Wall-clock time (CLOCK_REALTIME) as seconds and nanoseconds.

@@ -130,7 +130,7 @@ fn paths(number: c_long) -> Paths {
 }
 
 /// Asked whatever their arguments are.
-const ALWAYS: [c_long; 12] = [
+const ALWAYS: [c_long; 17] = [
     libc::SYS_io_setup,
     libc::SYS_io_destroy,
     libc::SYS_io_submit,
@@ -139,6 +139,11 @@ const ALWAYS: [c_long; 12] = [
     raw::IO_PGETEVENTS,
     libc::SYS_rt_sigaction,
     libc::SYS_exit_group,
+    libc::SYS_kill,
+    libc::SYS_tkill,
+    libc::SYS_tgkill,
+    libc::SYS_rt_sigqueueinfo,
+    libc::SYS_pidfd_send_signal,
     libc::SYS_dup2,
     libc::SYS_dup3,
     libc::SYS_close_range,

@@ -8,7 +8,10 @@
 
 use core::ffi::{c_char, c_int, c_void};
 
-use postern_sim::{inheritance::Spawn, inside};
+use postern_sim::{
+    inheritance::Spawn,
+    inside::{self, Scope},
+};
 
 use crate::{
     next::{Next, answer, export},
@@ -102,10 +105,11 @@ fn spawn(child: *mut libc::pid_t, next: impl FnOnce(*mut libc::pid_t) -> c_int) 
     if !state::active() {
         return next(child);
     }
+    let _inside = Scope::new();
     let spawn = Spawn::begin();
     let mut own = 0;
     // The caller may not want to know the number; we do.
-    let failed = next(&raw mut own);
+    let failed = inside::outside(|| next(&raw mut own));
     if failed == 0 {
         if !child.is_null() {
             // SAFETY: the caller's room for it.

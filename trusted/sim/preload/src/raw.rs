@@ -7,6 +7,7 @@
 use core::ffi::{c_char, c_int, c_long, c_uint, c_void};
 
 use postern_sim::{
+    death,
     files::{self, Kind},
     guest::fault::{self, Action},
 };
@@ -214,7 +215,29 @@ pub unsafe fn process_call(number: c_long, arguments: Arguments) -> Option<c_lon
     let [a, b, c, d, ..] = arguments;
     match number {
         libc::SYS_exit_group => {
-            state::drain();
+            state::drain(true);
+            None
+        }
+        libc::SYS_kill if int(b) == libc::SIGKILL => {
+            death::kill(int(a));
+            None
+        }
+        libc::SYS_tkill if int(b) == libc::SIGKILL => {
+            death::kill(int(a));
+            None
+        }
+        libc::SYS_tgkill if int(c) == libc::SIGKILL => {
+            death::kill(int(a));
+            None
+        }
+        libc::SYS_rt_sigqueueinfo if int(b) == libc::SIGKILL => {
+            death::kill(int(a));
+            None
+        }
+        libc::SYS_pidfd_send_signal if int(b) == libc::SIGKILL => {
+            if let Ok(process) = death::process_of(int(a)) {
+                death::kill(process);
+            }
             None
         }
         libc::SYS_rt_sigaction if fault::installed() && d == 8 => {

@@ -3,8 +3,12 @@
 use core::sync::atomic::{AtomicU32, Ordering};
 
 use postern_sim::{
-    config::RUN_VARIABLE, files, guest::fault, identity, inheritance, inside::Scope, limits,
-    runtime, sys,
+    config::RUN_VARIABLE,
+    files,
+    guest::fault,
+    identity, inheritance,
+    inside::{Scope, gate},
+    limits, runtime, sys,
 };
 
 const UNKNOWN: u32 = u32::MAX;
@@ -35,7 +39,14 @@ fn find_out() {
     if STATE.compare_exchange(UNKNOWN, me, Ordering::Acquire, Ordering::Relaxed).is_err() {
         return;
     }
-    let active = is_asked_for() && runtime::active();
+    // Whoever is inside from here on dies only when it comes out.
+    let _inside = Scope::new();
+    let asked = is_asked_for();
+    if asked {
+        gate::prepare();
+        fault::install();
+    }
+    let active = asked && runtime::active();
     if active {
         begin();
     }
@@ -53,7 +64,6 @@ fn is_asked_for() -> bool {
 fn begin() {
     // Before any fork: the child inherits the page that tells it apart.
     let _ = identity::process_id();
-    fault::install();
     limits::refresh();
     crate::process::watch_forks();
     crate::working::inherit();
@@ -62,12 +72,13 @@ fn begin() {
     crate::calls::patch::install();
 }
 
-/// Waits for what is in flight and closes what is open: the process is about to end or to become
-/// another program. A vfork child that leaves does so in its parent's memory: nothing is done.
-pub fn drain() {
+/// Waits for what is in flight and closes what is open: the process is about to end; it goes on to
+/// call us unless this is the `last` it does. A vfork child that leaves does so in its parent's
+/// memory: nothing is done.
+pub fn drain(last: bool) {
     if STATE.load(Ordering::Acquire) == ACTIVE && identity::process_id() == sys::getpid() {
         let _inside = Scope::new();
-        runtime::exit_drain();
+        runtime::exit_drain(last);
     }
 }
 
@@ -94,7 +105,7 @@ extern "C" fn start() {
 }
 
 extern "C" fn end() {
-    drain();
+    drain(false);
 }
 
 #[used]

@@ -136,6 +136,9 @@ impl Family {
 impl Process {
     /// Starts background work of the family's volumes that is due; answers whether there was any.
     pub(crate) fn chores(&'static self, family: &'static Family, now_ns: u64) -> bool {
+        if self.linked().is_none() {
+            return false;
+        }
         let mut started = false;
         for volume in family.open_volumes() {
             let Some(held) = volume.try_hold() else { continue };

@@ -297,6 +297,8 @@ impl Standing {
                     _ => self.want(&mut inner),
                 }
             }
+            // A forked child may have neither lane nor service thread yet.
+            process::current().link()?;
             // Else it has changed already, or woke up without a reason.
             if wait_for_change(&self.changes, seen) == Err(Errno::EINTR) {
                 return Err(Errno::EINTR);

@@ -16,7 +16,7 @@ use core::{
 use postern_trusted::errno::Errno;
 
 use super::{handlers, mask};
-use crate::sys;
+use crate::{death, inside, service, sys};
 
 global_asm!(
     ".pushsection .text.postern_guest,\"ax\",@progbits",
@@ -127,6 +127,7 @@ pub fn install() {
         }
     }
     mask::unblock_faults();
+    handlers::take_defaults();
 }
 
 /// What the kernel is given in place of the guest's `action`: our handler, on the guest's terms.
@@ -134,12 +135,12 @@ fn ours(action: &Action) -> Action {
     let has_handler = action.handler != libc::SIG_DFL && action.handler != libc::SIG_IGN;
     let reset = libc::SA_RESETHAND as u64; // Done by us when the guest's handler is called.
     let flags = if has_handler { action.flags & !reset } else { libc::SA_ONSTACK as u64 };
-    Action {
+    with_own_return(Action {
         handler: on_fault as *const () as usize,
-        flags: flags | libc::SA_SIGINFO as u64 | SA_RESTORER,
-        restorer: core::ptr::from_ref(&postern_signal_return) as usize,
+        flags: flags | libc::SA_SIGINFO as u64,
         mask: if has_handler { action.mask & !mask::FAULTS } else { 0 },
-    }
+        ..Action::default()
+    })
 }
 
 /// rt_sigaction(2) by the kernel itself.
@@ -217,14 +218,21 @@ extern "C" fn on_fault(signal: i32, info: *mut libc::siginfo_t, context: *mut li
         *instruction = landing as i64;
         return;
     }
+    // SAFETY: as above.
+    if unsafe { death::is_order(signal, info) } {
+        // SAFETY: as above.
+        return unsafe { death::obey(context) };
+    }
     let Some(guest) = disposition(signal) else { return };
     let action = guest.load();
     let blocked = is_fault && mask::shadow() & mask::bit(signal) != 0;
     match action.handler {
         libc::SIG_IGN if !is_fault => {}
-        libc::SIG_DFL | libc::SIG_IGN => die(signal, is_fault),
         // The kernel kills a program that blocks the fault it makes.
-        _ if blocked => die(signal, is_fault),
+        // SAFETY: as above.
+        handler if handler <= libc::SIG_IGN || blocked => unsafe {
+            close_and_die(signal, is_fault, context);
+        },
         handler => {
             if action.flags & libc::SA_RESETHAND as u64 != 0 {
                 guest.store(&Action { handler: libc::SIG_DFL, ..action });
@@ -238,16 +246,31 @@ extern "C" fn on_fault(signal: i32, info: *mut libc::siginfo_t, context: *mut li
     }
 }
 
+/// An action that returns from its handler by a way of ours.
+pub(super) fn with_own_return(action: Action) -> Action {
+    let restorer = core::ptr::from_ref(&postern_signal_return) as usize;
+    Action { flags: action.flags | SA_RESTORER, restorer, ..action }
+}
+
+/// Dies, as the guest would have by its own doing: what it has open is closed first. A fault inside
+/// the library is another matter: nothing of ours can be relied on.
+///
+/// # Safety
+/// `context` is what the kernel gave to the handler.
+unsafe fn close_and_die(signal: i32, is_fault: bool, context: *mut libc::ucontext_t) {
+    if !is_fault {
+        // SAFETY: as the caller's.
+        return unsafe { death::come_out_and_die(signal, context) };
+    }
+    if !inside::is_inside() && !service::runs_here() {
+        death::prepare(signal);
+    }
+    die(signal, is_fault);
+}
+
 /// The default way: a fault happens again at once, a signal that was sent is sent again.
-fn die(signal: i32, is_fault: bool) {
-    let _ = raw_sigaction(
-        signal,
-        Some(&Action {
-            flags: SA_RESTORER,
-            restorer: core::ptr::from_ref(&postern_signal_return) as usize,
-            ..Action::default()
-        }),
-    );
+pub(super) fn die(signal: i32, is_fault: bool) {
+    let _ = raw_sigaction(signal, Some(&with_own_return(Action::default())));
     if !is_fault {
         let [process, thread] = [sys::getpid(), sys::gettid()].map(|id| id as usize);
         let number = usize::try_from(signal).unwrap_or(0);
