@@ -19,6 +19,9 @@ pub mod calls {
 /// Protocol version spoken by this build, checked at attach.
 pub const VERSION: u32 = 3;
 
+/// Feature bit of an attach: descriptors may ask for [`port::op::DISCARD`].
+pub const FEATURE_DISCARD: u64 = 1;
+
 /// `postern_open` flag: open for reading only.
 pub const OPEN_READ_ONLY: u32 = 1;
 

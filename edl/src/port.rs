@@ -69,6 +69,9 @@ pub const MAX_ENTRIES: usize = 4096;
 /// Largest length of one request in bytes.
 pub const MAX_REQUEST_BYTES: u64 = 1 << 20;
 
+/// Largest length of one [`op::DISCARD`] in bytes.
+pub const MAX_DISCARD_BYTES: u64 = 128 << 20;
+
 /// Operations of a descriptor.
 pub mod op {
     /// Read `length` bytes of the host file into the transfer area.
@@ -77,6 +80,9 @@ pub mod op {
     pub const WRITE: u64 = 2;
     /// fdatasync of the host file. Offset, length and data are zero.
     pub const FLUSH: u64 = 3;
+    /// Gives the space of `length` bytes of the host file back to the host: what is read there
+    /// afterwards is anything. Data is zero. Only with [`crate::FEATURE_DISCARD`].
+    pub const DISCARD: u64 = 4;
 }
 
 /// A submission: what the enclave asks of the host.
@@ -93,7 +99,8 @@ pub struct Submission {
     pub handle: u32,
     /// Byte offset in the host file, a multiple of 4096.
     pub offset: u64,
-    /// Length in bytes, a multiple of 4096, at most [`MAX_REQUEST_BYTES`].
+    /// Length in bytes, a multiple of 4096, at most [`MAX_REQUEST_BYTES`]; of a discard at most
+    /// [`MAX_DISCARD_BYTES`].
     pub length: u64,
     /// Byte offset of the data from the start of the region, a multiple of 4096.
     pub data: u64,

@@ -19,7 +19,7 @@ import directory
 import snapshots
 import space
 from header import KIND_KEY_FILE, KIND_PASSPHRASE
-from sealing import BLOCK, Damaged, Refused, argon2id
+from sealing import BLOCK, Damaged, Refused, WrongKey, argon2id
 from volume import Volume
 
 
@@ -84,6 +84,7 @@ def report(volume, target, audit):
         "generation": superblock.generation,
         "sessions": superblock.sessions,
         "clean": superblock.clean,
+        "times": tail.times,
         "host_blocks": superblock.host_blocks,
         "ring_blocks": superblock.ring_blocks,
         "reserve_blocks": superblock.reserve_blocks,
@@ -112,10 +113,10 @@ def report(volume, target, audit):
     return said
 
 
-def read_volume(path, secret, target, audit):
-    """The report on the volume in the host file `path`."""
+def read_volume(path, secret, target, audit, check=None):
+    """The report on the volume in the host file `path`, if it passes the check."""
     with open(path, "rb") as file:
-        return report(Volume(file, secret), target, audit)
+        return report(Volume(file, secret, check), target, audit)
 
 
 def read_directory(path, secret, target, audit):
@@ -130,8 +131,20 @@ def read_directory(path, secret, target, audit):
             os.makedirs(out if record.kind == directory.DIRECTORY else os.path.dirname(out), exist_ok=True)
         said[os.fsdecode(name)] = entry = {"inode": record.inode, "mode": record.mode}
         if record.kind == directory.FILE:
-            key = (KIND_KEY_FILE, index.header.file_key(record.id))
-            entry.update(read_volume(os.path.join(path, record.id.hex()), key, out, audit))
+            keys = index.header.file_keys(record.id)
+            file = os.path.join(path, record.id.hex())
+
+            def check(volume, chain, state=record.state):
+                return directory.check_state(volume, chain, state)
+
+            for key in keys:
+                try:
+                    said_of_it = read_volume(file, (KIND_KEY_FILE, key), out, audit, check)
+                    break
+                except WrongKey:
+                    if key is keys[-1]:
+                        raise
+            entry.update(said_of_it)
             damaged += entry["damaged"]
     return {"files": said, "damaged": damaged}
 

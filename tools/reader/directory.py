@@ -9,7 +9,7 @@ from sealing import BLOCK, Damaged, Refused, number
 
 SLOT = 1 << 24
 HEAD = 72
-FILE, DIRECTORY = 2, 1
+FILE, DIRECTORY, RECORDED = 2, 1, 3
 
 
 class Record:
@@ -22,6 +22,11 @@ class Record:
         self.times = tuple(int.from_bytes(data[at : at + 8], "little", signed=True) for at in (40, 48, 56))
         self.mode, self.kind = number(data, 64, 2), data[66]
         self.name = bytes(data[68 : 68 + data[67]])
+        self.length = 68 + len(self.name)
+        self.state = None
+        if self.kind == RECORDED:
+            self.kind, self.state = FILE, bytes(data[self.length : self.length + 40])
+            self.length += 40
 
 
 def _image(index, slot):
@@ -66,7 +71,7 @@ def paths(index):
     known, found, at = {}, {}, 0
     for _ in range(count):
         record = Record(body[at:])
-        at += 68 + len(record.name)
+        at += record.length
         if record.inode == 1:
             known[1] = b""
             continue
@@ -76,3 +81,22 @@ def paths(index):
     if at != len(body):
         raise Refused("the name table has impossible records")
     return found
+
+
+def check_state(volume, chain, state):
+    """The journal block up to which the recorded state vouches for a file's volume. Raises
+    `Refused` unless the volume is in that state, or in a newer one."""
+    superblock = volume.superblock
+    bound, known = superblock.bound, superblock.records
+    base = superblock.replay - 1
+    if state is None and (not bound or known[0] is None):
+        return base
+    if state is not None and bound:
+        if state in known:
+            return base
+        name = hashlib.sha256(superblock.raw).digest()
+        for seq, tag in [(base, superblock.before)] + [(block.seq, block.tag) for block in chain]:
+            point = volume.header.uuid + name + seq.to_bytes(8, "little") + tag + bytes(8)
+            if hashlib.sha256(b"postern/1 point\0" + point).digest() == state[8:]:
+                return seq
+    raise Refused("this is not the state of the file that the index records")

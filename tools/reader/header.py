@@ -13,6 +13,7 @@ from sealing import (
     ZERO_NONCE,
     Damaged,
     Refused,
+    WrongKey,
     argon2id,
     derive,
     mac,
@@ -23,6 +24,9 @@ from sealing import (
 BYTES = 8 * BLOCK
 SLOTS, SLOT_BYTES = 8, 512
 KIND_KEY_FILE, KIND_PASSPHRASE = 1, 2
+# States of an entry of the keyring.
+KEY, RETIRING, DERIVATION = 0, 1, 2
+FEATURE_REKEY = 1 << 8
 
 
 class Header:
@@ -42,37 +46,46 @@ class Header:
             opened = unseal(key, ZERO_NONCE, block[64:], tag, self.uuid, "keyring")
         except Damaged:
             raise Refused("the keyring is damaged") from None
-        keys = {}
+        keys, current = {}, number(opened, 4, 4)
+        self.former = None
         for at in range(64, 64 + 64 * number(opened, 0, 4), 64):
-            keys[number(opened, at, 4)] = opened[at + 8 : at + 40]
-        return keys, number(opened, 4, 4)
+            version, state, secret = number(opened, at, 4), number(opened, at + 4, 4), opened[at + 8 : at + 40]
+            if state in (KEY, RETIRING):
+                keys[version] = secret
+            elif state == DERIVATION:
+                self.former = secret
+        if current not in keys:
+            raise Refused("the keyring has no volume key")
+        return keys, current
 
-    def volume_key(self):
-        """The current volume key."""
-        return self.keys[self.current]
+    def versions(self):
+        """The versions of the volume keys in use, the one that seals first."""
+        return [self.current] + [version for version in self.keys if version != self.current]
 
-    def superblock_key(self, salt):
+    def superblock_key(self, salt, version):
         """The key of the superblock with this salt."""
-        return derive(self.volume_key(), salt, b"superblock", self.uuid, CIPHER)
+        return derive(self.keys[version], salt, b"superblock", self.uuid, CIPHER)
 
-    def table_key(self, salt):
+    def table_key(self, salt, version):
         """The key of the epoch table's node with this salt."""
-        return derive(self.volume_key(), salt, b"epoch table", self.uuid, CIPHER)
+        return derive(self.keys[version], salt, b"epoch table", self.uuid, CIPHER)
 
     def snapshot_key(self, salt):
-        """The key of the snapshot table's block with this salt."""
-        return derive(self.volume_key(), salt, b"snapshot table", self.uuid, CIPHER)
+        """The key of the snapshot table's block with this salt; there is none during a rekey."""
+        return derive(self.keys[self.current], salt, b"snapshot table", self.uuid, CIPHER)
 
-    def epoch_key(self, epoch, salt):
+    def epoch_key(self, epoch, salt, version):
         """The key of an epoch."""
-        return derive(
-            self.volume_key(), salt, b"epoch", self.uuid, epoch.to_bytes(4, "little"), CIPHER
-        )
+        if version not in self.keys:
+            raise Damaged(f"epoch {epoch} is of a key that is gone")
+        return derive(self.keys[version], salt, b"epoch", self.uuid, epoch.to_bytes(4, "little"), CIPHER)
 
-    def file_key(self, file_id):
-        """The key of a file's volume, if this is the header of a directory's index."""
-        secret = derive(self.master, b"", b"derivation", self.uuid)
-        return derive(secret, file_id, b"directory file")
+    def file_keys(self, file_id):
+        """What opens a file's volume, if this is the header of a directory's index: its key, and
+        during a rekey of the directory the one before."""
+        secrets = [derive(self.master, b"", b"derivation", self.uuid)]
+        secrets += [self.former] if self.former else []
+        return [derive(secret, file_id, b"directory file") for secret in secrets]
 
 
 def read(file, secret):
@@ -85,7 +98,7 @@ def read(file, secret):
             continue
         if number(data, 8, 4) != 1:
             raise Refused(f"version {number(data, 8, 4)} of the format is unknown")
-        if number(data, 40, 8) != 0:
+        if number(data, 40, 8) & ~FEATURE_REKEY:
             raise Refused(f"features {number(data, 40, 8):#x} are unknown")
         if hashlib.sha256(data[:32704]).digest() == data[32704:32736]:
             copies.append(data)
@@ -95,7 +108,8 @@ def read(file, secret):
     for data in copies:
         found = _unlock(data, secret)
         if found is None:
-            continue
+            # Not the older copy instead: a change of the keys has happened.
+            break
         master, slot = found
         key = derive(master, b"", b"header", bytes(data[48:64]))
         if not hmac.compare_digest(mac(key, data[:32736]), data[32736:32768]):
@@ -103,7 +117,7 @@ def read(file, secret):
         if (number(data, 64, 4), number(data, 68, 4), number(data, 72, 4)) != (1, BLOCK, 1):
             raise Refused("cipher, block size or segments are unknown")
         return Header(data, master, slot)
-    raise Refused("the key opens no slot")
+    raise WrongKey("the key opens no slot")
 
 
 def _unlock(data, secret):

@@ -45,7 +45,8 @@ class Tail:
 class Jblock:
     """An authentic journal block."""
 
-    def __init__(self, block, payload):
+    def __init__(self, block, payload, version):
+        self.version = version
         self.seq, self.durable, self.generation = (number(block, at, 8) for at in (16, 24, 32))
         self.epoch, self.used = number(block, 40, 4), number(block, 44, 4)
         self.salt, self.before, self.tag = (
@@ -54,18 +55,18 @@ class Jblock:
             bytes(block[112:128]),
         )
         self.payload = payload
+        told = int.from_bytes(payload[-8:], "little", signed=True)
+        self.modified = told if self.used <= len(payload) - 8 else 0
 
     def records(self):
         """(type, count, block, bit 40 of the first word, the record's bytes), in order."""
         at, end = 0, min(self.used, len(self.payload))
-        while at + 8 <= end:
+        while at + 40 <= end:
             word = number(self.payload, at, 8)
-            kind, count = word >> 56, (word >> 40) & 0xFFFF
-            if kind == 0:
-                return
+            kind, count, block = word >> 56, (word >> 40) & 0xFFFF, word & ((1 << 40) - 1)
             length = 24 + 16 * count if kind == EXTENT else 40
-            if at + length > end:
-                raise Refused(f"journal block {self.seq} has an impossible record")
+            if kind not in (MAP, EXTENT, ZERO, SIZE, VOID) or at + length > end or block >= 1 << 34:
+                return
             yield kind, count, word & ((1 << 40) - 1), self.payload[at : at + length]
             at += length
 
@@ -87,13 +88,15 @@ def _read(volume):
         ):
             continue
         epoch, counter = number(block, 40, 4), number(block, 48, 8)
-        key = volume.epoch_key(epoch, bytes(block[56:80]))
         nonce = nonce_of(KIND_JOURNAL, epoch << COUNTER_BITS | counter)
-        try:
-            payload = unseal(key, nonce, block[HEAD:BLOCK], block[112:128], block[:112], "")
-        except Damaged:
-            continue
-        found[seq] = Jblock(block, payload)
+        for version in volume.header.versions():
+            key = volume.header.epoch_key(epoch, bytes(block[56:80]), version)
+            try:
+                payload = unseal(key, nonce, block[HEAD:BLOCK], block[112:128], block[:112], "")
+            except Damaged:
+                continue
+            found[seq] = Jblock(block, payload, version)
+            break
     return found, unreadable
 
 
@@ -117,6 +120,8 @@ def replay(volume):
     tail.last = superblock.replay + len(chain) - 1
     tail.certain = max([superblock.durable] + [block.durable for block in found.values()])
     newest = max([superblock.generation] + [block.generation for block in found.values()])
+    if volume.check:
+        tail.certain = max(tail.certain, volume.check(volume, chain))
     if tail.last < tail.certain:
         raise Refused(f"the journal ends at {tail.last}, but {tail.certain} was durable")
     if newest > superblock.generation:
@@ -124,8 +129,12 @@ def replay(volume):
     if (tail.last + 1) % superblock.ring_blocks in unreadable:
         raise Refused("the host fails to read the place where the journal ends")
     for block in chain:
-        volume.salts.setdefault(block.epoch, block.salt)
+        volume.salts.setdefault(block.epoch, (block.salt, block.version))
 
+    tail.times = list(superblock.times)
+    told = [block.modified for block in chain if block.modified]
+    if told and told[-1] != tail.times[1]:
+        tail.times[1:] = told[-1], max(tail.times[2], told[-1])
     versions, voids, sizes = {}, [], [(superblock.size_order, superblock.size)]
     for jblock in chain:
         for kind, count, block, record in jblock.records():

@@ -22,6 +22,10 @@ class Refused(Exception):
     """The volume cannot be opened: wrong key, unknown version, or damage."""
 
 
+class WrongKey(Refused):
+    """No slot of the header opens with the key."""
+
+
 class Damaged(Exception):
     """A sealed message does not authenticate."""
 

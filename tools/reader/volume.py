@@ -27,6 +27,11 @@ FEATURE_SNAPSHOTS = 1
 MAX_BIRTH = 1 << 24
 
 
+def signed(data, offset):
+    """A signed number of 8 bytes."""
+    return int.from_bytes(data[offset : offset + 8], "little", signed=True)
+
+
 class Pointer:
     """A block pointer: place, birth, order, tag. False if it points to nothing."""
 
@@ -44,11 +49,11 @@ class Pointer:
 class Superblock:
     """An authentic superblock; the fields are those of the document."""
 
-    def __init__(self, data, slot):
+    def __init__(self, data, slot, raw):
         def at(offset, size=8):
             return number(data, offset, size)
 
-        self.slot = slot
+        self.slot, self.raw = slot, raw
         self.version, self.features = at(48, 4), at(52, 4)
         if self.version not in (1, 2):
             raise Refused(f"version {self.version} of the superblock is unknown")
@@ -68,10 +73,16 @@ class Superblock:
         self.birth = at(400, 4)
         self.replay, self.before = at(368), bytes(data[376:392])
         self.durable = at(392)
+        flags = at(448)
+        self.bound = bool(flags & 1)
+        self.records = [
+            bytes(data[place:][:40]) if flags & bit else None for place, bit in ((408, 2), (4056, 4))
+        ]
+        self.times = [signed(data, 464 + 8 * n) for n in range(3)]
         self.epochs = {}
         for index in range(min(at(404, 4), 32)):
             entry = data[640 + 32 * index :][:32]
-            self.epochs[number(entry, 24, 4)] = bytes(entry[:24])
+            self.epochs[number(entry, 24, 4)] = (bytes(entry[:24]), number(entry, 28, 2))
         self._bound(at(72, 4))
 
     def _bound(self, written_to):
@@ -99,9 +110,10 @@ class Superblock:
 class Volume:
     """A volume opened for reading, its journal replayed in memory."""
 
-    def __init__(self, file, secret):
-        """`file`: open for reading in binary. `secret`: (slot kind, key or passphrase)."""
-        self.file = file
+    def __init__(self, file, secret, check=None):
+        """`file`: open for reading in binary. `secret`: (slot kind, key or passphrase). `check`
+        refuses what is not the newest state, or says up to which journal block it vouches."""
+        self.file, self.check = file, check
         self.header = header.read(file, secret)
         self.keys = {}
         self.nodes = {}
@@ -125,23 +137,24 @@ class Volume:
                 block = self.place(place)
                 if block[40:48] != b"PSTRNSUP":
                     continue
-                key = self.header.superblock_key(block[:24])
                 associated = block[40:64] + bytes([slot]) + bytes(7)
-                try:
-                    body = unseal(key, ZERO_NONCE, block[64:], block[24:40], associated, "")
-                except Damaged:
-                    continue
-                found.append(Superblock(block[:64] + body, slot))
+                for version in self.header.versions():
+                    key = self.header.superblock_key(block[:24], version)
+                    try:
+                        body = unseal(key, ZERO_NONCE, block[64:], block[24:40], associated, "")
+                    except Damaged:
+                        continue
+                    found.append(Superblock(block[:64] + body, slot, block))
         if not found:
             raise Refused("no authentic superblock")
         return max(found, key=lambda superblock: superblock.generation)
 
-    def epoch_key(self, epoch, salt=None):
-        """The key of an epoch; without `salt` from the epoch list, the journal or the table."""
-        salt = salt or self.salts.get(epoch) or self._salt_in_table(epoch)
-        if (epoch, salt) not in self.keys:
-            self.keys[epoch, salt] = self.header.epoch_key(epoch, salt)
-        return self.keys[epoch, salt]
+    def epoch_key(self, epoch):
+        """The key of an epoch, by the epoch list, the journal or the table."""
+        if epoch not in self.keys:
+            salt, version = self.salts.get(epoch) or self._salt_in_table(epoch)
+            self.keys[epoch] = self.header.epoch_key(epoch, salt, version)
+        return self.keys[epoch]
 
     def _salt_in_table(self, epoch):
         pointer = self.superblock.table
@@ -154,7 +167,7 @@ class Volume:
                 raise Damaged(f"epoch table, level {level}, node {index}")
             entry = node[32 + 32 * (epoch // TABLE_FANOUT**level % TABLE_FANOUT) :][:32]
             if level == 0 and number(entry, 24, 4) == epoch:
-                self.salts[epoch] = bytes(entry[:24])
+                self.salts[epoch] = (bytes(entry[:24]), number(entry, 28, 2))
                 return self.salts[epoch]
             pointer = Pointer(entry)
         raise Damaged(f"epoch {epoch} has no salt")
@@ -163,11 +176,13 @@ class Volume:
         """A node of the epoch table, or nothing if it is damaged."""
         block = self.place(pointer.place)
         associated = associated_data(5, level, index)
-        key = self.header.table_key(block[:24])
-        try:
-            return block[:32] + unseal(key, ZERO_NONCE, block[32:], pointer.tag, associated, "")
-        except Damaged:
-            return None
+        for version in self.header.versions():
+            key = self.header.table_key(block[:24], version)
+            try:
+                return block[:32] + unseal(key, ZERO_NONCE, block[32:], pointer.tag, associated, "")
+            except Damaged:
+                continue
+        return None
 
     def open(self, pointer, kind, level, index, what):
         """Reads and opens the block that `pointer` names."""

@@ -2,7 +2,7 @@
 
 use std::{ffi::OsString, path::PathBuf};
 
-use clap::{Args, Parser, Subcommand, error::ErrorKind};
+use clap::{Args, Parser, Subcommand, ValueEnum, error::ErrorKind};
 
 use crate::{
     counter::{AccessArgs, CounterArgs, MovesArg},
@@ -275,6 +275,14 @@ pub struct RunArgs {
     /// Save what the daemon says (its standard error)
     #[arg(long, value_name = "FILE", conflicts_with = "socket")]
     pub daemon_log: Option<PathBuf>,
+    /// Memory for the maps of all volumes together (K, M, G): a read whose part of the map is not
+    /// in it costs one more host read, or two
+    #[arg(long, value_name = "SIZE", value_parser = size::parse, default_value = "64M")]
+    pub cache: u64,
+    /// Give space that becomes free back to the host's file system. Without this option only
+    /// protected directories do: in a volume the next writes are faster into space that it keeps
+    #[arg(long, value_name = "WHETHER", value_enum)]
+    pub discard: Option<DiscardArg>,
     /// Go on through the page cache where the host file system does no direct I/O
     #[arg(long)]
     pub allow_buffered: bool,
@@ -284,6 +292,23 @@ pub struct RunArgs {
     /// The program and its arguments
     #[arg(last = true, required = true, value_name = "PROGRAM")]
     pub program: Vec<OsString>,
+}
+
+/// `--discard`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DiscardArg {
+    /// In volumes and protected directories
+    On,
+    /// Nowhere
+    Off,
+}
+
+impl DiscardArg {
+    /// Whether a volume, or a protected directory, gives space back.
+    #[must_use]
+    pub fn applies(given: Option<Self>, directory: bool) -> bool {
+        given.map_or(directory, |given| given == Self::On)
+    }
 }
 
 /// `postern format`.

@@ -6,7 +6,8 @@ use std::{path::Path, sync::Arc};
 
 use postern_trusted::{
     directory::{
-        IMAGE_BLOCK, INDEX_BYTES, INDEX_NAME, ROOT, Table, choose, file_key, host_name, slot_offset,
+        IMAGE_BLOCK, INDEX_BYTES, INDEX_NAME, ROOT, Table, choose, file_keys, host_name,
+        slot_offset,
     },
     volume::{SlotKey, Volume},
 };
@@ -15,6 +16,7 @@ use serde_json::json;
 use crate::{
     cli::{RunArgs, VolumeArgs},
     counter::Source,
+    directory_records::Recorded,
     disk::{Access, FileDisk},
     error::{Exit, Failure},
     key::{self, KeySource},
@@ -103,6 +105,28 @@ struct Looked {
     access: Access,
 }
 
+/// The name table in the open index volume, and the sequence number of its image; 0 before the
+/// first.
+///
+/// # Errors
+/// [`Exit::Damaged`].
+pub fn read_table(disk: &FileDisk, volume: &Volume, index: &Path) -> Result<(Table, u64), Failure> {
+    let damaged = |what: &dyn core::fmt::Display| {
+        Failure::new(Exit::Damaged, what, index.display(), "restore the directory from a copy")
+    };
+    let slot = |sequence| {
+        let read = |length| {
+            volume::read(disk, volume, slot_offset(sequence), length).map_err(|e| damaged(&e))
+        };
+        match Table::image_bytes(&read(IMAGE_BLOCK)?) {
+            Ok(length) => read(length).map(|image| Table::decode(&image)),
+            Err(bad) => Ok(Err(bad)),
+        }
+    };
+    let found = choose([slot(0)?, slot(1)?]).map_err(|bad| damaged(&bad))?;
+    Ok(found.unwrap_or_else(|| (Table::new(Default::default()), 0)))
+}
+
 fn look(args: &VolumeArgs) -> Result<Looked, Failure> {
     let access = Access { write: false, allow_buffered: args.allow_buffered };
     let index = args.host_file.join(INDEX_NAME);
@@ -114,20 +138,7 @@ fn look(args: &VolumeArgs) -> Result<Looked, Failure> {
     {
         return Err(failure);
     }
-    let damaged = |what: &dyn core::fmt::Display| {
-        Failure::new(Exit::Damaged, what, index.display(), "restore the directory from a copy")
-    };
-    let slot = |sequence| {
-        let read = |length| {
-            volume::read(&disk, &volume, slot_offset(sequence), length).map_err(|e| damaged(&e))
-        };
-        match Table::image_bytes(&read(IMAGE_BLOCK)?) {
-            Ok(length) => read(length).map(|image| Table::decode(&image)),
-            Err(bad) => Ok(Err(bad)),
-        }
-    };
-    let found = choose([slot(0)?, slot(1)?]).map_err(|bad| damaged(&bad))?;
-    let table = found.map_or_else(|| Table::new(Default::default()), |(table, _)| table);
+    let (table, _) = read_table(&disk, &volume, &index)?;
     Ok(Looked { _disk: disk, index: volume, table, access })
 }
 
@@ -165,8 +176,9 @@ pub fn verify(args: &VolumeArgs) -> Result<bool, Failure> {
         let path = String::from_utf8_lossy(&path).into_owned();
         files += 1;
         let host_file = args.host_file.join(host_name(id));
-        let key = file_key(&looked.index, id);
-        match volume::open_to_read(&host_file, &key, None, looked.access) {
+        let keys = file_keys(&looked.index, id);
+        let recorded = Recorded::new(node.record).used();
+        match volume::open_file_to_read(&host_file, &keys, recorded, looked.access) {
             Err(failure) if failure.exit == Exit::InUse => return Err(failure),
             Err(failure) => damage.push((path, failure.to_string())),
             Ok((disk, volume, report)) => {

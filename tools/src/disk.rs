@@ -8,7 +8,7 @@
 use std::{
     fs::{File, OpenOptions},
     io,
-    os::unix::fs::OpenOptionsExt as _,
+    os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     path::Path,
     sync::{
         Arc,
@@ -124,6 +124,14 @@ impl FileDisk {
 }
 
 impl FileDisk {
+    /// Bytes that the host's file system has really given to the file; `None` for a device.
+    #[must_use]
+    pub fn allocated(&self) -> Option<u64> {
+        let data = self.file.metadata().ok()?;
+        // POSIX leaves the unit open; on Linux it is 512 bytes.
+        data.file_type().is_file().then(|| data.blocks() * 512)
+    }
+
     /// Makes the host file `blocks` long.
     ///
     /// # Errors

@@ -6,6 +6,7 @@
 mod cli;
 mod control;
 mod counter;
+mod directory_records;
 mod directory_volume;
 mod disk;
 mod error;
@@ -13,6 +14,7 @@ mod key;
 mod key_slots;
 mod passphrase;
 mod rekey;
+mod rekey_directory;
 mod resize;
 mod run;
 mod size;

@@ -13,11 +13,11 @@ use postern_trusted::{
 use serde_json::json;
 
 use crate::{
-    cli::RekeyArgs,
+    cli::{RekeyArgs, VolumeArgs},
     counter::Source,
     disk::{Access, FileDisk},
     error::{Exit, Failure},
-    key, passphrase, size,
+    key, passphrase, rekey_directory, size,
     volume::{Progress, refused_with},
 };
 
@@ -28,20 +28,16 @@ const BLOCK: u64 = 4096;
 ///
 /// # Errors
 /// Those of opening the volume with each key; [`Exit::Damaged`] for a block that cannot be read;
-/// [`Exit::Usage`] for a protected directory and for a volume with snapshots.
+/// [`Exit::Usage`] for the index of a protected directory and for a volume with snapshots.
 pub fn run(args: &RekeyArgs) -> Result<(), Failure> {
     let path = &args.volume.host_file;
-    refuse_directory(path)?;
+    if path.is_dir() {
+        return rekey_directory::run(args);
+    }
+    refuse_index(path)?;
     let access = Access { write: true, allow_buffered: args.volume.allow_buffered };
     let disk = FileDisk::open(path, access)?;
-    let mut keys =
-        vec![key::present(&args.volume.passphrase, args.volume.key_file.as_deref(), path)?];
-    for file in &args.keep_key_file {
-        keys.push(SlotKey::new(*key::read(file)?));
-    }
-    for file in &args.keep_passphrase_file {
-        keys.push(passphrase::read(file)?);
-    }
+    let keys = keys(args)?;
     let keys: Vec<&SlotKey> = keys.iter().collect();
     let mut line: Option<Progress> = None;
     let mut told = 0;
@@ -85,15 +81,30 @@ pub fn run(args: &RekeyArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-/// A directory's index gives the keys of its files: a new one would lock them all out.
-fn refuse_directory(path: &Path) -> Result<(), Failure> {
-    let is_index = path.file_name().is_some_and(|name| name == INDEX_NAME);
-    if path.is_dir() || is_index {
+/// The keys that open the volume afterwards; the first one opens it now.
+///
+/// # Errors
+/// [`Exit::Key`] for one that cannot be read.
+pub fn keys(args: &RekeyArgs) -> Result<Vec<SlotKey>, Failure> {
+    let VolumeArgs { passphrase, key_file, host_file, .. } = &args.volume;
+    let mut keys = vec![key::present(passphrase, key_file.as_deref(), host_file)?];
+    for file in &args.keep_key_file {
+        keys.push(SlotKey::new(*key::read(file)?));
+    }
+    for file in &args.keep_passphrase_file {
+        keys.push(passphrase::read(file)?);
+    }
+    Ok(keys)
+}
+
+/// A directory's index gives the keys of its files: a new one alone would lock them all out.
+fn refuse_index(path: &Path) -> Result<(), Failure> {
+    if path.file_name().is_some_and(|name| name == INDEX_NAME) {
         return Err(Failure::new(
             Exit::Usage,
-            "a protected directory cannot be rekeyed",
+            "the index of a protected directory is rekeyed together with its files",
             path.display(),
-            "copy its files into a new directory with a key of its own, and remove the old one",
+            "give the directory",
         ));
     }
     Ok(())

@@ -12,13 +12,14 @@ use std::{
 };
 
 use postern_trusted::{
+    directory::FileKeys,
     disk::{BLOCK, Disk as _, HostError},
     errno::Errno,
     exec::run_to_end,
     platform::Memory,
     volume::{
-        Damage, FormatOptions, Freshness, Misuse, OpenOptions, OpenReport, SlotKey, SnapshotInfo,
-        Volume, VolumeError,
+        CounterUse, Damage, FormatOptions, Freshness, Misuse, OpenOptions, OpenReport, SlotKey,
+        SnapshotInfo, Volume, VolumeError,
     },
 };
 use serde_json::json;
@@ -116,7 +117,8 @@ pub fn check(
     access: Access,
 ) -> Result<(), Failure> {
     let disk = FileDisk::open(path, access)?;
-    let (_, report) = open_with(&disk, path, key, counter)?;
+    let (_, report) = open_with(&disk, key, used(counter))
+        .map_err(|error| refused_to_read(path, &disk, &error, counter))?;
     match (report.loss, report.freshness) {
         (Some(loss), _) => Err(refused_with(path, &loss, counter.map(|source| &**source))),
         (None, Freshness::Unchecked { sequence }) => {
@@ -149,27 +151,58 @@ pub fn open_to_read(
     access: Access,
 ) -> Result<(FileDisk, Volume, OpenReport), Failure> {
     let disk = FileDisk::open(path, access)?;
-    let (volume, report) = open_with(&disk, path, key, counter)?;
+    let (volume, report) = open_with(&disk, key, used(counter))
+        .map_err(|error| refused_to_read(path, &disk, &error, counter))?;
     Ok((disk, volume, report))
+}
+
+/// The volume of a file of a protected directory, opened for reading only; `recorded` is what the
+/// index says of it.
+///
+/// # Errors
+/// As [`check`].
+pub fn open_file_to_read(
+    path: &Path,
+    keys: &FileKeys,
+    recorded: CounterUse,
+    access: Access,
+) -> Result<(FileDisk, Volume, OpenReport), Failure> {
+    let disk = FileDisk::open(path, access)?;
+    let options =
+        OpenOptions { read_only: true, counter: Some(recorded), ..OpenOptions::default() };
+    let (volume, report) = run_to_end(keys.open(&disk, &options))
+        .map_err(|error| refused_to_read(path, &disk, &error, None))?;
+    Ok((disk, volume, report))
+}
+
+fn used(counter: Option<&Arc<Source>>) -> Option<CounterUse> {
+    counter.map(|source| source.used(false))
 }
 
 fn open_with(
     disk: &FileDisk,
-    path: &Path,
     key: &SlotKey,
+    counter: Option<CounterUse>,
+) -> Result<(Volume, OpenReport), VolumeError> {
+    let options = OpenOptions { read_only: true, counter, ..OpenOptions::default() };
+    run_to_end(Volume::open(disk, key, &options))
+}
+
+fn refused_to_read(
+    path: &Path,
+    disk: &FileDisk,
+    error: &VolumeError,
     counter: Option<&Arc<Source>>,
-) -> Result<(Volume, OpenReport), Failure> {
-    let used = counter.map(|source| source.used(false));
-    let options = OpenOptions { read_only: true, counter: used, ..OpenOptions::default() };
-    run_to_end(Volume::open(disk, key, &options)).map_err(|error| match error {
-        VolumeError::Host { place, .. } if place >= disk.host_blocks() => Failure::new(
+) -> Failure {
+    match error {
+        VolumeError::Host { place, .. } if *place >= disk.host_blocks() => Failure::new(
             Exit::Damaged,
             format_args!("the host file ends before block {place}, which every volume has"),
             path.display(),
             "it is no volume, or was cut off: restore it from a copy",
         ),
-        error => refused_with(path, &error, counter.map(|source| &**source)),
-    })
+        error => refused_with(path, error, counter.map(|source| &**source)),
+    }
 }
 
 /// What a volume's refusal means to the operator, when it was opened with this counter.
@@ -275,6 +308,12 @@ pub fn format(args: &FormatArgs) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Bytes of a mean number of blocks, rounded down.
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss)]
+fn mean(blocks: f64) -> u64 {
+    (blocks * BLOCK as f64) as u64
+}
+
 /// Runs `postern info`.
 ///
 /// # Errors
@@ -283,8 +322,10 @@ pub fn info(args: &VolumeArgs) -> Result<(), Failure> {
     if args.host_file.is_dir() {
         return directory_volume::info(args);
     }
-    let (_disk, volume, report) = look(args)?;
+    let (disk, volume, report) = look(args)?;
     let info = volume.info();
+    let usage = run_to_end(volume.usage(&disk));
+    let allocated = disk.allocated();
     let uuid: String = info.uuid.iter().map(|byte| format!("{byte:02x}")).collect();
     let bytes = |blocks: u64| blocks * BLOCK as u64;
     if args.json {
@@ -297,6 +338,13 @@ pub fn info(args: &VolumeArgs) -> Result<(), Failure> {
             "used_bytes": bytes(info.used_blocks),
             "held_bytes": bytes(info.held_blocks),
             "free_bytes": bytes(info.free_blocks),
+            "allocated_bytes": allocated,
+            "used_runs": usage.used_runs,
+            "mean_used_run_bytes": mean(usage.mean_used()),
+            "free_runs": usage.free_runs,
+            "mean_free_run_bytes": mean(usage.mean_free()),
+            "longest_free_run_bytes": bytes(usage.longest_free),
+            "unreadable_regions": usage.unreadable,
             "journal_bytes": bytes(info.journal_blocks),
             "map_levels": info.map_levels,
             "generation": info.generation,
@@ -323,6 +371,17 @@ pub fn info(args: &VolumeArgs) -> Result<(), Failure> {
         size::show(bytes(info.used_blocks)),
         size::show(bytes(info.free_blocks)),
         size::show(bytes(info.journal_blocks))
+    );
+    if let Some(allocated) = allocated {
+        println!("takes     {} of the host's file system", size::show(allocated));
+    }
+    println!(
+        "pieces    {} used, {} long on average; {} free, {} on average, the longest {}",
+        usage.used_runs,
+        size::show(mean(usage.mean_used())),
+        usage.free_runs,
+        size::show(mean(usage.mean_free())),
+        size::show(bytes(usage.longest_free))
     );
     if info.held_blocks > 0 {
         println!("snapshots hold {} of it", size::show(bytes(info.held_blocks)));
@@ -367,7 +426,8 @@ pub fn look(args: &VolumeArgs) -> Result<(FileDisk, Volume, OpenReport), Failure
     let disk = FileDisk::open(&args.host_file, access)?;
     let key = key::present(&args.passphrase, args.key_file.as_deref(), &args.host_file)?;
     let counter = Source::one(&args.counter)?;
-    let (volume, report) = open_with(&disk, &args.host_file, &key, counter.as_ref())?;
+    let (volume, report) = open_with(&disk, &key, used(counter.as_ref()))
+        .map_err(|error| refused_to_read(&args.host_file, &disk, &error, counter.as_ref()))?;
     Ok((disk, volume, report))
 }
 

@@ -5,7 +5,8 @@
 //!   all is overwritten three times.
 //! - `sync`: host bytes, requests and flushes of one write of 4 KiB and its sync.
 //! - `read`: host requests and bytes of sequential reads, fresh and after three random overwrites.
-//! - `miss`: host reads to find a block, at random.
+//! - `miss`: host reads to find a block, at random; the last number is the MiB of map nodes in
+//!   memory, 64 if it is left out.
 //! - `open`: host reads, memory and time of opening a sparse volume, 1 GiB to 16 TiB.
 //! - `seal`: nanoseconds to seal and to open 4 KiB.
 //!
@@ -320,8 +321,9 @@ fn read(gib: u64) {
     show("after three random overwrites");
 }
 
-fn miss(gib: u64) {
+fn miss(gib: u64, cache_mib: usize) {
     let bench = Bench::new(gib * GIB);
+    bench.volume.limit_cache(cache_mib << 20);
     let buffer = buffer(BLOCK);
     // Every leaf exists, and has holes: reading one takes the way through the map and no data.
     (0..bench.blocks).step_by(128).for_each(|block| bench.write(block, &buffer, true));
@@ -335,7 +337,10 @@ fn miss(gib: u64) {
         wait(bench.volume.read(&bench.host, block * BLOCK as u64, &buffer)).unwrap();
     }
     let counts = bench.counts().since(before);
-    println!("{gib} GiB; host reads to find a block: {:.3}", counts.reads as f64 / reads as f64);
+    println!(
+        "{gib} GiB, {cache_mib} MiB of nodes; host reads to find a block: {:.3}",
+        counts.reads as f64 / reads as f64
+    );
 }
 
 fn open() {
@@ -393,15 +398,16 @@ fn main() {
     let mut words = std::env::args().skip(1);
     let what = words.next().unwrap_or_default();
     let gib = words.next().map_or(1, |word| word.parse().expect("SIZE is a number of GiB"));
+    let cache_mib = words.next().map_or(64, |word| word.parse().expect("CACHE is a number of MiB"));
     match &*what {
         "amplification" => amplification(gib),
         "sync" => sync(gib),
         "read" => read(gib),
-        "miss" => miss(gib),
+        "miss" => miss(gib, cache_mib),
         "open" => open(),
         "seal" => seal(),
         _ => {
-            eprintln!("volume_cost amplification|sync|read|miss|open|seal [GiB]");
+            eprintln!("volume_cost amplification|sync|read|miss|open|seal [GiB [MiB]]");
             std::process::exit(64);
         }
     }

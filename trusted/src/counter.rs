@@ -92,6 +92,22 @@ pub trait Counter: Send + Sync {
 
     /// Changes it from `old` (`None`: from nothing) to `new`, or not at all.
     fn swap(&self, old: Option<Record>, new: Record) -> Answer<'_, Swapped>;
+
+    /// Of a *batched* counter: a record inside the same enclave, whose moves become durable later,
+    /// many at a time. Nobody else can move such a one. No swap ends while a batch is being
+    /// written, so that no third record can be found after a power cut.
+    fn lasting(&self) -> Option<Lasting> {
+        None
+    }
+}
+
+/// What a batched counter may hold after a power cut.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Lasting {
+    /// The durable record.
+    pub durable: Option<Record>,
+    /// The newest one; the same if it is durable.
+    pub newest: Option<Record>,
 }
 
 /// How often the counter moves: what a rollback can take back unnoticed, against what it costs.

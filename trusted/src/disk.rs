@@ -9,7 +9,7 @@
 
 use core::future::Future;
 
-use crate::platform::Platform;
+use crate::{errno::Errno, platform::Platform};
 
 /// Bytes in a block; the unit of places.
 pub const BLOCK: usize = 4096;
@@ -47,6 +47,17 @@ pub trait Disk: Platform {
 
     /// One fdatasync of the host file, issued now.
     fn flush(&self) -> impl Future<Output = Result<(), HostError>> + Send;
+
+    /// Tells the host that `blocks` blocks from `place` on need no space any more: what is read
+    /// there afterwards is anything. Nothing relies on it being done.
+    fn discard(
+        &self,
+        place: u64,
+        blocks: u64,
+    ) -> impl Future<Output = Result<(), HostError>> + Send {
+        let _ = (place, blocks);
+        core::future::ready(Err(HostError::Errno(Errno::EOPNOTSUPP.0)))
+    }
 
     /// Size of the host file in whole blocks, as the host says.
     fn host_blocks(&self) -> u64;

@@ -4,7 +4,6 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use postern_edl::VERSION;
 use postern_edl::calls::{
     self, Host, PosternAttachReply, PosternAttachRequest, PosternAttached, PosternCloseReply,
     PosternCloseRequest, PosternCreateReply, PosternCreateRequest, PosternFile, PosternKeepReply,
@@ -12,6 +11,7 @@ use postern_edl::calls::{
     PosternListRequest, PosternOpenReply, PosternOpenRequest, PosternRemoveReply,
     PosternRemoveRequest, PosternStatsReply, PosternStatsRequest,
 };
+use postern_edl::{FEATURE_DISCARD, VERSION};
 use rustix::io::Errno;
 
 use crate::daemon::Daemon;
@@ -142,7 +142,7 @@ impl Caller {
             version: VERSION,
             // Below MAX_LANES.
             lane: u32::try_from(attached.lane).unwrap_or(u32::MAX),
-            features: 0,
+            features: request.features & FEATURE_DISCARD,
             session: attached.session.number,
             token: attached.session.token,
         };

@@ -97,7 +97,7 @@ impl Daemon {
         )?;
         let listener = Listener::bind(&options.socket)?;
         let source = Source::load(!options.no_probes, options.probe_object.as_deref());
-        raise_descriptor_limit();
+        raise_limits();
         let stats_file = options.stats_file.as_deref().map(stats_file).transpose()?;
         confinement::confine(options);
         let daemon = Self {
@@ -201,10 +201,13 @@ fn no_stats(path: &Path, error: &std::io::Error) -> Problem {
     )
 }
 
-/// A lane takes about eight descriptors; the usual soft limit is 1024.
-fn raise_descriptor_limit() {
+/// A lane takes about eight descriptors; the usual soft limit is 1024. A host file is larger than
+/// the guest's, whose limit of file sizes a daemon of its own inherits.
+fn raise_limits() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let limit = getrlimit(Resource::Nofile);
-    // What it was is enough for a few lanes and files; attach and open say so when it is not.
-    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
+    for resource in [Resource::Nofile, Resource::Fsize] {
+        let limit = getrlimit(resource);
+        // What it was is enough for a few lanes and files; attach and open say so when it is not.
+        let _ = setrlimit(resource, Rlimit { current: limit.maximum, ..limit });
+    }
 }

@@ -7,6 +7,7 @@
 //! Holds: the lane ends only after everything in flight has completed; its mapping and its files
 //! are released before the end is told.
 
+use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,7 +16,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::engine::{Engine, now_ns};
+use crate::engine::{Act, Engine, ThreadWork, now_ns};
 use crate::files::HostFile;
 use crate::problem::log;
 use crate::socket::watch as watch_fd;
@@ -47,7 +48,9 @@ pub enum Command {
     /// Take no further descriptors, finish what is in flight, end.
     Stop,
     /// A flush done on a thread: request index, 0 or a negative errno.
-    Flushed(usize, i64),
+    Done(usize, i64),
+    /// The same of a discard: another may begin.
+    Discarded(usize, i64),
 }
 
 /// What a lane runs with.
@@ -104,6 +107,8 @@ pub fn start(parts: LaneParts) -> std::io::Result<LaneHandle> {
         commands: commands.downgrade(),
         inbox,
         stopping: false,
+        discards: VecDeque::new(),
+        discarding: false,
     };
     std::thread::Builder::new().name(format!("lane-{number}")).spawn(move || {
         runtime.block_on(lane.run());
@@ -123,6 +128,10 @@ struct Lane {
     commands: mpsc::WeakUnboundedSender<Command>,
     inbox: mpsc::UnboundedReceiver<Command>,
     stopping: bool,
+    /// Wait for their turn: one at a time, the file system works on each for a while. At most one
+    /// for each request index.
+    discards: VecDeque<ThreadWork>,
+    discarding: bool,
 }
 
 impl Lane {
@@ -158,21 +167,42 @@ impl Lane {
             self.stopping = true;
             true
         });
-        for flush in self.engine.take_thread_flushes() {
-            let commands = self.commands.upgrade();
-            tokio::task::spawn_blocking(move || {
-                let result = match rustix::fs::fdatasync(&flush.file) {
-                    Ok(()) => 0,
-                    Err(errno) => -i64::from(errno.raw_os_error()),
-                };
-                drop(flush.file);
-                if let Some(commands) = commands {
-                    // The lane waits for this before it ends.
-                    let _ = commands.send(Command::Flushed(flush.index, result));
-                }
-            });
+        // Of nothing, which is usual, this allocates nothing.
+        let work: Vec<_> = self.engine.take_thread_work().collect();
+        for work in work {
+            match work.act {
+                Act::Flush => self.on_thread(work, Command::Done),
+                Act::Discard { .. } => self.discards.push_back(work),
+            }
         }
+        self.discard();
         busy
+    }
+
+    /// Does `work` on a thread, which tells the lane of its end.
+    fn on_thread(&mut self, work: ThreadWork, end: fn(usize, i64) -> Command) {
+        let Some(commands) = self.commands.upgrade() else {
+            // The session forgot this lane: nobody is delayed by it any more.
+            let result = work.run();
+            return self.obey(end(work.index, result));
+        };
+        tokio::task::spawn_blocking(move || {
+            let result = work.run();
+            let ThreadWork { index, file, .. } = work;
+            drop(file);
+            // The lane waits for this before it ends.
+            let _ = commands.send(end(index, result));
+        });
+    }
+
+    /// Begins the next discard, if none is under way.
+    fn discard(&mut self) {
+        if !self.discarding
+            && let Some(work) = self.discards.pop_front()
+        {
+            self.discarding = true;
+            self.on_thread(work, Command::Discarded);
+        }
     }
 
     fn obey(&mut self, command: Command) {
@@ -191,7 +221,12 @@ impl Lane {
                 self.engine.stop();
                 self.stopping = true;
             }
-            Command::Flushed(index, result) => self.engine.flushed(index, result),
+            Command::Done(index, result) => self.engine.done(index, result),
+            Command::Discarded(index, result) => {
+                self.discarding = false;
+                self.engine.done(index, result);
+                self.discard();
+            }
         }
     }
 

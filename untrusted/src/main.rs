@@ -37,6 +37,8 @@ async fn run(options: &Options) -> Result<(), Problem> {
     let signals = |kind| signal(kind).map_err(|e| unavailable("signals can not be watched", &e));
     let mut terminate = signals(SignalKind::terminate())?;
     let mut interrupt = signals(SignalKind::interrupt())?;
+    // A host file beyond the limit of file sizes is an error of that file, not the daemon's end.
+    let _too_large = signals(SignalKind::from_raw(libc::SIGXFSZ))?;
     let (daemon, listener) = Daemon::start(options)?;
     let mut out = std::io::stdout().lock();
     // Whoever started us without a place to read from does not wait for the line.

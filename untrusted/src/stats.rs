@@ -137,6 +137,8 @@ counters! {
     flushes,
     /// Flushes by fdatasync on a thread, because the file has no asynchronous one.
     flushes_on_thread,
+    /// Ranges given back to the host's file system.
+    discards,
     /// Descriptors refused: malformed, or for a file that is not open.
     refused_descriptors,
     /// Host requests that failed.

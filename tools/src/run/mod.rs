@@ -39,7 +39,7 @@ use self::{
     warden::Warden,
 };
 use crate::{
-    cli::RunArgs,
+    cli::{DiscardArg, RunArgs},
     counter::{Server, Source},
     directory_volume,
     disk::Access,
@@ -99,12 +99,7 @@ pub fn run(args: &RunArgs, wait: u32) -> Result<u8, Failure> {
         Server::start(&counter_socket, counters)
             .map_err(|error| Failure::io("cannot serve the counters of", "this run", &error))?;
     }
-    let terms = Terms {
-        file_capacity: args.file_capacity,
-        exclusive: args.exclusive,
-        lease_wait_ms: u64::from(wait) * 1000,
-    };
-    let config = run_config(&socket, &volumes, &terms, counted.as_ref())?;
+    let config = run_config(&socket, &volumes, &Settings::of(args, wait), counted.as_ref())?;
     let run_file = directory.write("run.json", &config)?;
     let mut guest = start(args, &plan, &volumes, &run_file, &signals)?;
     let status = attend(&mut guest, daemon.as_mut(), &signals)?;
@@ -250,17 +245,31 @@ struct Counted<'a> {
     moves: MovesConfig,
 }
 
-/// What all volumes of a run have in common.
-struct Terms {
+/// What the command line says about all volumes.
+struct Settings {
     file_capacity: u64,
+    cache: u64,
+    discard: Option<DiscardArg>,
     exclusive: bool,
     lease_wait_ms: u64,
+}
+
+impl Settings {
+    fn of(args: &RunArgs, wait: u32) -> Self {
+        Self {
+            file_capacity: args.file_capacity,
+            cache: args.cache,
+            discard: args.discard,
+            exclusive: args.exclusive,
+            lease_wait_ms: u64::from(wait) * 1000,
+        }
+    }
 }
 
 fn run_config(
     socket: &Path,
     volumes: &[ReadyVolume],
-    terms: &Terms,
+    settings: &Settings,
     counted: Option<&Counted<'_>>,
 ) -> Result<Vec<u8>, Failure> {
     let counter_of = |number: usize| {
@@ -282,7 +291,8 @@ fn run_config(
     };
     let config = RunConfig {
         socket: text(socket)?,
-        lease_wait_ms: terms.lease_wait_ms,
+        cache_bytes: usize::try_from(settings.cache).unwrap_or(usize::MAX),
+        lease_wait_ms: settings.lease_wait_ms,
         counter_socket: counted.map_or(Ok(String::new()), |counted| text(counted.socket))?,
         volumes: volumes
             .iter()
@@ -294,9 +304,10 @@ fn run_config(
                     name: volume.name.clone(),
                     key_file: key_file(volume)?,
                     key_memory: key_memory(volume),
+                    discard: DiscardArg::applies(settings.discard, false),
                     counter: counter_of(number),
                     read_only: volume.read_only,
-                    exclusive: terms.exclusive,
+                    exclusive: settings.exclusive,
                 })
             })
             .collect::<Result<_, Failure>>()?,
@@ -310,7 +321,8 @@ fn run_config(
                     name: volume.name.clone(),
                     key_file: key_file(volume)?,
                     key_memory: key_memory(volume),
-                    file_capacity: terms.file_capacity,
+                    file_capacity: settings.file_capacity,
+                    discard: DiscardArg::applies(settings.discard, true),
                     counter: counter_of(number),
                 })
             })
@@ -436,8 +448,14 @@ mod tests {
             read_only: false,
         };
         let volumes = [volume("/sealed/data", "v0", false), volume("/data", "v1", true)];
-        let terms = Terms { file_capacity: 4096, exclusive: false, lease_wait_ms: 10_000 };
-        let bytes = run_config(Path::new("/r/daemon.sock"), &volumes, &terms, None).unwrap();
+        let settings = Settings {
+            file_capacity: 4096,
+            cache: 1 << 20,
+            discard: None,
+            exclusive: false,
+            lease_wait_ms: 10_000,
+        };
+        let bytes = run_config(Path::new("/r/daemon.sock"), &volumes, &settings, None).unwrap();
         let json: serde_json::Value = serde_json::from_slice(&bytes).unwrap();
         assert_eq!(json["socket"], "/r/daemon.sock");
         assert_eq!(json["volumes"][0]["guest_path"], "/sealed/data");
@@ -446,5 +464,9 @@ mod tests {
         assert_eq!(json["directories"][0]["guest_path"], "/data");
         assert_eq!(json["directories"][0]["name"], "v1");
         assert_eq!(json["directories"][0]["file_capacity"], 4096);
+        assert_eq!(json["cache_bytes"], 1 << 20);
+        // Without the option files of a directory give space back, a volume keeps it.
+        assert_eq!(json["volumes"][0]["discard"], false);
+        assert_eq!(json["directories"][0]["discard"], true);
     }
 }

@@ -40,7 +40,7 @@ fn volumes(directory: &Path) -> Vec<PathBuf> {
 }
 
 #[test]
-fn every_finished_change_of_a_name_survives_kill_9_and_nothing_else_is_left() {
+fn every_synced_name_survives_kill_9_with_its_content_and_nothing_else_is_left() {
     let Some(world) = World::new() else { return };
     let Some(program) = world.guest("names") else { return };
     let (directory, log) = (world.path("d"), world.path("log"));
@@ -113,6 +113,38 @@ fn exchanged_missing_and_cut_host_files_give_eio_and_name_the_guests_path() {
     end(&mut world.postern(["verify", "d"])).expect(0);
 }
 
+/// The index records the state of each file, whether it has a counter or not.
+#[test]
+fn an_older_state_of_one_file_alone_is_refused_and_the_other_files_go_on() {
+    let Some(world) = World::new() else { return };
+    let directory = world.path("d");
+    shell(&world, &directory, "echo one > /data/one; echo two > /data/two").expect(0);
+    // Sparse: a file's volume takes up to 16 GiB on the host.
+    let copy = |from: &Path, to: &Path| {
+        end(world.command("cp").arg("--sparse=always").arg(from).arg(to)).expect(0);
+    };
+    let old = world.path("old");
+    fs::create_dir(&old).unwrap();
+    volumes(&directory).iter().for_each(|file| copy(file, &old));
+    // Reading is an opening, too.
+    shell(&world, &directory, "echo more >> /data/one; cat /data/two").expect(0);
+    let aside = world.path("aside");
+    for file in volumes(&directory) {
+        copy(&file, &aside);
+        copy(&old.join(file.file_name().unwrap()), &file);
+        let ended = shell(&world, &directory, "cat /data/one /data/two; stat -c %s /data/*");
+        assert_ne!(ended.code(), 0, "{}", ended.stdout);
+        assert!(ended.stderr.contains("the directory's index records"), "{}", ended.stderr);
+        let shown = ["one\nmore\n", "two\n"].map(|text| ended.stdout.contains(text));
+        assert!(shown == [true, false] || shown == [false, true], "{}", ended.stdout);
+        let verified = end(&mut world.postern(["verify", "d"])).expect(DAMAGED);
+        assert!(verified.stdout.contains("the directory's index records"), "{}", verified.stdout);
+        copy(&aside, &file);
+    }
+    let ended = shell(&world, &directory, "cat /data/one /data/two").expect(0);
+    assert_eq!(ended.stdout, "one\nmore\ntwo\n");
+}
+
 #[test]
 fn an_index_of_garbage_is_refused_and_a_shell_shares_its_open_file_with_its_children() {
     let Some(world) = World::new() else { return };
@@ -152,5 +184,46 @@ fn a_file_that_the_host_brings_back_or_adds_has_no_name() {
     assert_eq!(ended.stdout, "two\ntwo\n");
     // A new file of that name is a new one.
     shell(&world, &directory, "echo new > /data/one; cat /data/one").expect(0);
+    end(&mut world.postern(["verify", "d"])).expect(0);
+}
+
+/// The measure of the documentation: a small file costs a write of its volume, of its data, of its
+/// journal and a flush, and a share of the name table.
+#[test]
+fn a_small_file_costs_at_most_five_host_requests() {
+    const FILES: u64 = 400;
+    let Some(world) = World::new() else { return };
+    let directory = world.path("d");
+    shell(&world, &directory, "true").expect(0);
+    let line = format!("i=0; while [ $i -lt {FILES} ]; do echo $i > /data/f$i; i=$((i+1)); done");
+    let stats = world.path("stats");
+    let mut shown = OsString::from("/data/=");
+    shown.push(&directory);
+    let mut command = world.postern(["run", "--no-probes", "--stats"]);
+    command.arg(&stats).arg("--volume").arg(shown).args(["--", "sh", "-c", &line]);
+    end(&mut command).expect(0);
+    let told: serde_json::Value = serde_json::from_slice(&fs::read(&stats).unwrap()).unwrap();
+    let requests = told["counters"]["submissions"].as_u64().unwrap();
+    // Opening and closing the index, the name tables, a checkpoint.
+    assert!(requests <= 5 * FILES + 200, "{requests} host requests for {FILES} files");
+    let count = shell(&world, &directory, "ls /data | wc -l; cat /data/f399").expect(0);
+    assert_eq!(count.stdout, format!("{FILES}\n399\n"));
+    end(&mut world.postern(["verify", "d"])).expect(0);
+}
+
+/// Files made and removed between two batches never get a name on the host; those that had one
+/// are removed there.
+#[test]
+fn removed_files_leave_nothing_on_the_host() {
+    let Some(world) = World::new() else { return };
+    let directory = world.path("d");
+    let line = "cd /data; for i in 1 2 3 4; do echo $i > f$i; done; sync -f .; rm f1 f2; \
+                for i in 5 6; do echo $i > f$i; done; rm f5; mv f6 f3; cat f3 f4";
+    let ended = shell(&world, &directory, line).expect(0);
+    assert_eq!(ended.stdout, "6\n4\n");
+    assert_eq!(volumes(&directory).len(), 2);
+    // What rests with its journal opens again, also to be written.
+    let more = shell(&world, &directory, "cd /data; echo more >> f4; cat *").expect(0);
+    assert_eq!((more.stdout.as_str(), more.stderr.contains("recovered")), ("6\n4\nmore\n", false));
     end(&mut world.postern(["verify", "d"])).expect(0);
 }

@@ -60,6 +60,88 @@ fn a_full_host_gives_enospc_and_the_volume_stays_whole() {
     end(&mut world.postern(["verify", name])).expect(0);
     let check = ["--rw=read", "--bs=64k", "--size=16m", "--verify=crc32c", "--verify_interval=4k"];
     world.fio(&volume, &check).expect(0);
+    // What the guest deletes makes room on the host again, where it is given back.
+    let punch = ["fallocate", "-p", "-o", "16m", "-l", "112m", "/sealed/data"];
+    let giving = ["--no-probes", "--discard", "on"];
+    end(&mut world.run_with(&volume, &giving, punch)).expect(0);
+    let again = ["--rw=write", "--bs=64k", "--offset=100m", "--size=12m", "--verify=crc32c"];
+    world.fio(&volume, &again).expect(0);
+    world.fio(&volume, &check).expect(0);
+}
+
+/// Filled to the last block, overwritten three times over at random, and synced all the while.
+#[test]
+fn a_full_volume_keeps_taking_overwrites() {
+    let Some(world) = World::new() else { return };
+    let volume = world.format("v", "48M");
+    world.fio(&volume, &["--rw=write", "--bs=256k", "--size=48m", "--end_fsync=1"]).expect(0);
+    let over = [
+        "--rw=randwrite",
+        "--bs=4k",
+        "--size=48m",
+        "--loops=3",
+        "--iodepth=16",
+        "--fsync=64",
+        "--verify=crc32c",
+        "--randseed=7",
+    ];
+    world.fio(&volume, &over).expect(0);
+    let told = end(&mut world.postern(["info", "v", "--json"])).expect(0);
+    let told: serde_json::Value = serde_json::from_str(&told.stdout).unwrap();
+    let number = |name: &str| told[name].as_u64().unwrap();
+    assert!(number("used_bytes") >= 48 << 20, "{told}");
+    // What is used and free adds up in runs that are counted.
+    assert!(number("used_runs") > 0 && number("free_runs") > 0, "{told}");
+    assert!(number("longest_free_run_bytes") <= number("free_bytes"), "{told}");
+    // All of it can be deleted.
+    let punch = ["fallocate", "-p", "-o", "0", "-l", "48m", "/sealed/data"];
+    end(&mut world.run(&volume, punch)).expect(0);
+    let told = end(&mut world.postern(["info", "v", "--json"])).expect(0);
+    let told: serde_json::Value = serde_json::from_str(&told.stdout).unwrap();
+    assert!(told["used_bytes"].as_u64().unwrap() <= 1 << 20, "{told}");
+    end(&mut world.postern(["verify", "v"])).expect(0);
+}
+
+/// Bytes that the host's file system has given to a file.
+fn allocated(file: &Path) -> u64 {
+    use std::os::unix::fs::MetadataExt as _;
+    std::fs::metadata(file).unwrap().blocks() * 512
+}
+
+const MIB: u64 = 1 << 20;
+
+#[test]
+fn what_the_guest_deletes_goes_back_to_the_host_if_it_is_to() {
+    let Some(world) = World::new() else { return };
+    let probe = world.path("probe");
+    std::fs::write(&probe, vec![1; 1 << 20]).unwrap();
+    let punch = ["-p", "-o", "0", "-l", "1m"];
+    if end(Command::new("fallocate").args(punch).arg(&probe)).code() != 0 {
+        return skip("the file system of the target directory punches no holes");
+    }
+    let volume = world.format("v", "256M");
+    let fresh = allocated(&volume);
+    let fill = ["--rw=write", "--bs=1m", "--size=128m"];
+    let delete = ["fallocate", "-p", "-o", "1m", "-l", "127m", "/sealed/data"];
+    for giving in ["off", "on"] {
+        world.fio(&volume, &fill).expect(0);
+        let full = allocated(&volume);
+        assert!(full >= fresh + 120 * MIB, "{full} bytes after writing, {fresh} before");
+        let options = ["--no-probes", "--discard", giving];
+        end(&mut world.run_with(&volume, &options, delete)).expect(0);
+        let after = allocated(&volume);
+        let told = end(&mut world.postern(["info", "v", "--json"])).expect(0);
+        let told: serde_json::Value = serde_json::from_str(&told.stdout).unwrap();
+        assert_eq!(told["allocated_bytes"], after);
+        if giving == "on" {
+            assert!(after <= full - 100 * MIB, "{after} bytes after deleting, {full} before");
+        } else {
+            assert!(after >= full, "{after} bytes after deleting, {full} before");
+        }
+        end(&mut world.postern(["verify", "v"])).expect(0);
+    }
+    let look = ["--rw=read", "--bs=1m", "--size=128m"];
+    world.fio(&volume, &look).expect(0);
 }
 
 #[test]

@@ -380,3 +380,59 @@ fn a_passphrase_is_in_no_process_but_the_launcher() {
     let Some(seen) = looked(&world, &volume, &options, &needles) else { return };
     assert_eq!(seen, [BTreeSet::new(), BTreeSet::new(), BTreeSet::new()]);
 }
+
+/// A protected directory: its index and every file, killed after each number of files.
+#[test]
+fn a_directory_whose_rekey_is_killed_runs_on_and_at_its_end_the_dropped_key_opens_nothing() {
+    let Some(world) = World::new() else { return };
+    let (host, own, dropped) =
+        (world.path("d"), key_file(&world, "own", 1), key_file(&world, "dropped", 2));
+    let shell = |line: &str| {
+        let mut shown = std::ffi::OsString::from("/data/=");
+        shown.push(&host);
+        let mut command = world.postern(["run", "--no-probes", "--create", "1M", "--volume"]);
+        command.arg(shown).args(["--key-file", text(&own), "--", "sh", "-ec", line]);
+        end(&mut command)
+    };
+    let index = host.join("index");
+    let all = "cd /data; cat one two a/three; stat -c %s empty; cat new* 2>/dev/null || :";
+    shell("cd /data; seq 20000 > one; seq 9 > two; mkdir a; seq 500 > a/three; : > empty")
+        .expect(0);
+    let mut before = shell(all).expect(0).stdout;
+    let add = ["key", "add", text(&index), "--key-file", text(&own), "--new-key-file"];
+    end(world.postern(add).arg(&dropped)).expect(0);
+    let old = std::fs::read(&index).unwrap();
+    let rekey = ["rekey", text(&host), "--key-file", text(&own), "--json"];
+
+    let mut killed = 0;
+    for lines in 1..=3 {
+        let mut child =
+            world.postern(rekey).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        let mut said = BufReader::new(child.stdout.take().unwrap()).lines();
+        for _ in 0..lines {
+            let _ = said.next();
+        }
+        child.kill().unwrap();
+        killed += usize::from(!child.wait().unwrap().success());
+        assert_eq!(shell(all).expect(0).stdout, before, "killed after {lines} files");
+        // A file made meanwhile is one more.
+        shell(&format!("echo {lines} > /data/new{lines}")).expect(0);
+        before.push_str(&format!("{lines}\n"));
+        end(&mut world.postern(["verify", text(&host), "--key-file", text(&own)])).expect(0);
+    }
+    let ended = end(&mut world.postern(rekey)).expect(0);
+    let last = ended.stdout.lines().last().unwrap();
+    let report = json(last);
+    assert_eq!((&report["files"], &report["resumed"]), (&7.into(), &(killed > 0).into()));
+    assert_eq!(shell(all).expect(0).stdout, before);
+    end(&mut world.postern(["verify", text(&host), "--key-file", text(&own)])).expect(0);
+    let verify = ["verify", text(&host), "--key-file", text(&dropped)];
+    assert_eq!(end(&mut world.postern(verify)).code(), KEY);
+    // The old index gives the keys that the files had: none of them opens any more.
+    let new = std::fs::read(&index).unwrap();
+    std::fs::write(&index, old).unwrap();
+    let ended = end(&mut world.postern(verify)).expect(DAMAGED);
+    let refused = ended.stdout.lines().filter(|line| line.contains("no key slot")).count();
+    assert_eq!(refused, 4, "{}", ended.stdout);
+    std::fs::write(&index, new).unwrap();
+}

@@ -19,6 +19,7 @@ mod matrix;
 mod memory;
 mod programs;
 mod reader;
+mod record;
 mod refusals;
 mod sight;
 mod tamper;

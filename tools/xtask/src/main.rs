@@ -13,6 +13,8 @@ mod setup;
 mod shell;
 mod stages;
 mod test;
+#[cfg(test)]
+mod threats;
 
 use std::process::ExitCode;
 

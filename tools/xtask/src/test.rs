@@ -70,6 +70,21 @@ pub fn conformance(tree: &Tree, options: &Conformance) -> Result<()> {
     })
 }
 
+/// Records the host writes of one long run, and opens this many states that a power cut may leave.
+///
+/// # Errors
+/// If a state has lost something.
+pub fn record(tree: &Tree, states: u64) -> Result<()> {
+    tree.fresh_directory("release/e2e")?;
+    run(tree
+        .cargo()
+        .args(["test", "--package", "postern", "--test", "e2e", "record::"])
+        .args(["--", "--nocapture"])
+        .env("POSTERN_RECORD_STATES", states.to_string())
+        .env("POSTERN_RECORD_WRITES", (states / 4 + 100).to_string())
+        .env(PARTS_VARIABLE, tree.release()))
+}
+
 fn conformance_tests(tree: &Tree, variables: &[(&str, &str)]) -> Result<()> {
     tree.fresh_directory("release/e2e")?;
     against_parts(tree, "postern-conformance", "conformance", variables)

@@ -198,7 +198,7 @@ fn make() -> bool {
 /// across exec. `None`: the arena is for forked children alone.
 fn memory_file(name: &CStr) -> Option<i32> {
     let made = sys::memfd(name).ok()?;
-    let fits = sys::file_size_limit() >= BYTES as u64 && sys::ftruncate(made, BYTES).is_ok();
+    let fits = sys::size_memory_file(made, BYTES).is_ok();
     let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
     let sealed = fits && sys::fcntl(made, libc::F_ADD_SEALS, seals.unsigned_abs() as usize).is_ok();
     let limit = sys::descriptor_limit().min(4096);

@@ -18,12 +18,20 @@ pub struct RunConfig {
     /// The protected directories.
     #[serde(default)]
     pub directories: Vec<DirectoryConfig>,
+    /// Bytes of map nodes that all open volumes may keep in memory together.
+    #[serde(default = "usual_cache")]
+    pub cache_bytes: usize,
     /// The launcher's socket for monotonic counters, if a volume has one.
     #[serde(default)]
     pub counter_socket: String,
     /// How long open(2) waits for a volume that another program has, milliseconds.
     #[serde(default)]
     pub lease_wait_ms: u64,
+}
+
+/// 64 MiB.
+const fn usual_cache() -> usize {
+    64 << 20
 }
 
 /// The monotonic counter of a volume.
@@ -82,6 +90,9 @@ pub struct DirectoryConfig {
     pub key_memory: Option<String>,
     /// Most bytes that a file made in it can have; a multiple of 4096.
     pub file_capacity: u64,
+    /// Its files give space that becomes free back to the host.
+    #[serde(default)]
+    pub discard: bool,
     /// The monotonic counter of its index.
     #[serde(default)]
     pub counter: Option<CounterConfig>,
@@ -100,6 +111,9 @@ pub struct VolumeConfig {
     /// passphrase was stretched to.
     #[serde(default)]
     pub key_memory: Option<String>,
+    /// It gives space that becomes free back to the host.
+    #[serde(default)]
+    pub discard: bool,
     /// Its monotonic counter.
     #[serde(default)]
     pub counter: Option<CounterConfig>,

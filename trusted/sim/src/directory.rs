@@ -1,10 +1,10 @@
 //! A protected directory: its name table, loaded from the index volume and written back.
 //!
-//! The table is written and synced with every change of a name or attribute before the call
-//! returns; times that only a file's content changed go along with the next write, or when the
-//! index is closed. A file's volume is made before its name is published, and removed after its
-//! name is gone and nobody has it open. What a crash leaves without a name is removed when the
-//! directory is opened next.
+//! A change of a name or attribute is made in memory and written in a batch ([`publish`]); times
+//! that only a file's content changed go along with the next batch, or when the index is closed. A
+//! file's volume is made before its name is published, and removed after its name is gone and
+//! nobody has it open. What a crash leaves without a name is removed when the directory is opened
+//! next.
 //!
 //! Holds: one change at a time per family; the index is open (and locked on the host) while a file
 //! of the directory is; after a failed write the table does not change any more.
@@ -13,6 +13,8 @@ pub mod cwd;
 mod look;
 mod open;
 mod ops;
+mod publish;
+mod records;
 
 use core::sync::atomic::{AtomicI64, AtomicU32, Ordering};
 use std::{collections::BTreeMap, sync::Arc};
@@ -25,14 +27,19 @@ use postern_trusted::{
         Attributes, BadImage, FileId, IMAGE_BLOCK, ROOT, Table, choose, host_name, slot_offset,
     },
     errno::Errno,
-    platform::{Buffer as _, Memory},
-    port::LaneFile,
+    platform::Memory,
     sync::Lock,
 };
+pub(crate) use publish::HostFile;
+pub(crate) use records::FileRecord;
 
+use self::{
+    publish::{Backlog, Publishing},
+    records::Records,
+};
 use crate::{
     config::DirectoryConfig,
-    family::{self, Family, OpenVolume, Wanted},
+    family::{self, OpenVolume, Wanted},
     files::{attributes, io::wall_ns},
     identity, message,
     process::{self, SimPlatform},
@@ -49,6 +56,7 @@ pub struct Directory {
     pub entry: usize,
     /// The process that changes names now, or 0.
     turn: AtomicU32,
+    publishing: Publishing,
     state: Lock<Option<Loaded>>,
 }
 
@@ -61,8 +69,13 @@ struct Loaded {
     dirty: bool,
     /// The table could not be written.
     failed: bool,
+    /// That the host has no room for it was said.
+    told: bool,
+    backlog: Backlog,
     /// Sizes of files that are not open, as far as known.
     sizes: BTreeMap<u64, u64>,
+    /// Which records of files are not durable yet.
+    records: Records,
 }
 
 /// What an open volume knows of the directory that its file is in.
@@ -153,7 +166,8 @@ impl Directory {
     #[must_use]
     pub fn new(number: usize, entry: usize, config: DirectoryConfig) -> Self {
         let state = Lock::new(None);
-        Self { config, number, entry, turn: AtomicU32::new(0), state }
+        let (turn, publishing) = (AtomicU32::new(0), Publishing::default());
+        Self { config, number, entry, turn, publishing, state }
     }
 
     fn take_turn(&'static self) -> Turn<'static> {
@@ -206,7 +220,10 @@ impl Directory {
             sequence,
             dirty: false,
             failed: false,
+            told: false,
+            backlog: Backlog::default(),
             sizes: BTreeMap::new(),
+            records: Records::default(),
         });
         Ok(())
     }
@@ -254,50 +271,6 @@ impl Directory {
         }
     }
 
-    /// What is about to be written: the image and where it goes. Marks the table as written.
-    fn next_image(&self, index: &Arc<OpenVolume>) -> Result<(Memory, u64), Errno> {
-        let mut state = self.state.lock();
-        let loaded = state.as_mut().filter(|loaded| Arc::ptr_eq(&loaded.index, index));
-        let loaded = loaded.filter(|loaded| !loaded.failed).ok_or(Errno::EIO)?;
-        loaded.sequence += 1;
-        loaded.dirty = false;
-        let image = loaded.table.encode(loaded.sequence);
-        Ok((Memory::new(image), slot_offset(loaded.sequence)))
-    }
-
-    async fn write(&self, index: &Arc<OpenVolume>, disk: &LaneFile) -> Result<(), Errno> {
-        // An index stays until it is closed.
-        let core = index.standing().core().ok_or(Errno::EIO)?;
-        let (image, offset) = self.next_image(index)?;
-        let length = image.len();
-        let written = match core.volume.write(disk, offset, &image).await {
-            Ok(done) if done == length => core.volume.sync(disk).await,
-            Ok(_) => Err(Errno::EIO),
-            Err(errno) => Err(errno),
-        };
-        written.inspect_err(|errno| {
-            if let Some(loaded) = self.state.lock().as_mut() {
-                loaded.failed = true;
-            }
-            let path = &self.config.guest_path;
-            message::say(&format!(
-                "{path}: the name table cannot be written: {errno}; names do not change any more"
-            ));
-        })
-    }
-
-    /// Before the index is closed: writes the times that no change of a name took along.
-    pub(crate) async fn publish_rest(&self, index: &Arc<OpenVolume>, disk: &LaneFile) {
-        let dirty = self.state.lock().as_ref().is_some_and(|loaded| {
-            loaded.dirty && !loaded.failed && Arc::ptr_eq(&loaded.index, index)
-        });
-        if dirty {
-            // Said by `write`.
-            let _ = self.write(index, disk).await;
-        }
-        *self.state.lock() = None;
-    }
-
     /// A file of the directory was closed: its size, and when its content changed.
     pub(crate) fn remember(&self, member: &Member, size: u64) {
         let mut state = self.state.lock();
@@ -312,21 +285,9 @@ impl Directory {
         }
     }
 
-    /// Removes the volume of a file that has no name any more and that nobody has open.
-    pub(crate) fn reap(&self, family: &Family, inode: u64) {
-        if family.open_file(self.number, inode).is_some() {
-            return; // Whoever closes it does.
-        }
-        let id = {
-            let mut state = self.state.lock();
-            let Some(loaded) = state.as_mut() else { return };
-            let orphan = loaded.table.node(inode).filter(|node| node.parent == 0);
-            let Some(id) = orphan.and_then(|node| node.file().copied()) else { return };
-            loaded.table.forget(inode);
-            loaded.sizes.remove(&inode);
-            id
-        };
-        process::current().remove_host_file(&format!("{}/{}", self.config.name, host_name(&id)));
+    /// Whether a file was closed since the index was opened.
+    pub(crate) fn knows(&self, inode: u64) -> bool {
+        self.state.lock().as_ref().is_some_and(|loaded| loaded.sizes.contains_key(&inode))
     }
 
     /// What messages call a node.
@@ -354,11 +315,22 @@ impl Visit {
         state.as_ref().map(|loaded| look(&loaded.table)).ok_or(Errno::EIO)
     }
 
-    /// Changes the table and makes the change durable.
+    /// Changes the table; the change is durable a moment later.
     fn change<T>(&self, change: impl FnOnce(&mut Table) -> Result<T, Errno>) -> Result<T, Errno> {
-        let changed = self.change_in_memory(change)?;
-        let disk = self.index.hold()?.disk_for_guest(wait::now_ns())?;
-        process::current().block_on(self.directory.write(&self.index, &disk))?;
+        let held = self.index.hold_index()?;
+        let (changed, full) = {
+            let mut state = self.directory.state.lock();
+            let loaded = state.as_mut().filter(|loaded| !loaded.failed).ok_or(Errno::EIO)?;
+            let changed = change(&mut loaded.table)?;
+            loaded.backlog.note();
+            (changed, loaded.backlog.is_full())
+        };
+        if full {
+            let disk = held.disk_for_guest(wait::now_ns())?;
+            let publishing = self.directory.publish(&self.index, (&held, &disk), false);
+            // What it says is for a sync to tell; the change is made.
+            let _ = process::current().block_on(publishing);
+        }
         Ok(changed)
     }
 
@@ -417,10 +389,14 @@ impl Caller {
                 libc::R_OK | libc::W_OK | if execute { libc::X_OK } else { 0 }
             }
             () if self.uid == attributes.uid => mode >> 6 & 7,
-            () if self.gid == attributes.gid => mode >> 3 & 7,
+            () if self.is_in(attributes.gid) => mode >> 3 & 7,
             () => mode & 7,
         };
         if wanted & !granted == 0 { Ok(()) } else { Err(Errno::EACCES) }
+    }
+
+    fn is_in(self, group: u32) -> bool {
+        self.gid == group || sys::is_in_group(group)
     }
 
     /// Whether it may change what belongs to `uid` alone.

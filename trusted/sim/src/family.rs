@@ -11,6 +11,7 @@
 //! process that dies while it opens, closes or works on a volume ends the family (the next open
 //! recovers), instead of leaving others waiting for ever.
 
+mod closing;
 mod keys;
 mod leases;
 mod opening;
@@ -30,7 +31,7 @@ use crate::{
     arena,
     config::{self, RunConfig, VolumeConfig},
     directory::{Directory, Member},
-    files::{self, attributes::Changes, locks::Locks},
+    files::{self, locks::Locks},
     identity,
     inheritance::Inheritance,
     message,
@@ -62,8 +63,6 @@ pub struct Family {
     pub inheritance: Inheritance,
     /// `aio-nr`: what the AIO contexts of all processes of the family were made for.
     pub aio_nr: AtomicU64,
-    /// When each volume of the run file was last changed.
-    pub changes: Changes,
     processes: Lock<Vec<&'static Process>>,
 }
 
@@ -314,7 +313,6 @@ impl Family {
             locks: Locks::new(),
             inheritance: Inheritance::new(),
             aio_nr: AtomicU64::new(0),
-            changes: Changes::new(first_index),
             processes: Lock::new(Vec::with_capacity(64)),
         }
     }
@@ -478,74 +476,6 @@ impl Family {
         let mut slot = entry.slot.lock();
         slot.users = slot.users.saturating_sub(1);
         slot.users == 0
-    }
-
-    /// Closes volume `index` if nobody uses it.
-    pub async fn close(&self, index: usize) {
-        let Some(entry) = self.entry(index) else { return };
-        let volume = {
-            let mut slot = entry.slot.lock();
-            match &slot.state {
-                State::Open(volume) if slot.users == 0 => {
-                    let volume = volume.clone();
-                    slot.state = State::Busy(identity::process_id());
-                    self.closing.fetch_add(1, Ordering::AcqRel);
-                    volume
-                }
-                _ => return,
-            }
-        };
-        if let Source::Index(number) = entry.source
-            && let Some(held) = volume.try_hold()
-            && let Ok(disk) = held.disk()
-        {
-            self.directories[number].publish_rest(&volume, &disk).await;
-        }
-        if let Some(core) = volume.standing.retire().await {
-            let size = core.volume.size();
-            match self.write_down(index, &core).await {
-                Ok(()) => {
-                    if let Some(member) = &volume.member {
-                        self.directories[member.directory].remember(member, size);
-                    }
-                }
-                Err(errno) => volume.report(&self.path_of(&entry.source), "closing failed", errno),
-            }
-        }
-        entry.slot.lock().state = State::Closed;
-        self.retire(index, &entry);
-        if let Some(member) = &volume.member {
-            self.directories[member.directory].reap(self, member.inode);
-            if self.release(&member.index) {
-                // One level: an index is no member.
-                Box::pin(self.close(member.index.index)).await;
-            }
-        }
-        self.closing.fetch_sub(1, Ordering::AcqRel);
-    }
-
-    /// Closes a volume in memory cleanly and gives its host file back.
-    async fn write_down(&self, index: usize, core: &Core) -> Result<(), Errno> {
-        let process = process::current();
-        let disk = process.disk(index, core)?;
-        let closed = core.volume.close(&disk).await;
-        process.give_back(core.handle);
-        closed
-    }
-
-    /// Waits until nothing is being closed any more, by whichever process.
-    pub fn wait_for_closing(&self) {
-        while self.closing.load(Ordering::Acquire) > 0 {
-            process::pause();
-        }
-    }
-
-    /// Waits while volume `index` is being opened or closed.
-    pub fn wait_for_rest(&self, index: usize) {
-        while let Some(entry) = self.entry(index) {
-            let State::Busy(by) = entry.slot.lock().state else { return };
-            wait_for(by);
-        }
     }
 
     /// Volumes that are open now.

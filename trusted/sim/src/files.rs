@@ -20,6 +20,7 @@ pub mod path;
 pub mod placeholder;
 pub mod snapshot;
 pub mod table;
+pub mod transfer;
 
 use core::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
 use std::sync::Arc;

@@ -11,19 +11,16 @@ use std::sync::Arc;
 use postern_trusted::{
     aio::{
         AioContexts, AioFile, AioHost, Completion, Descriptor, EventCounter, FileTraits,
-        GuestVector, KernelContext, Op, Request, RingMapping, RwFlags, Signals, Wait, WaitEnd,
-        WaitKey,
+        KernelContext, Op, Request, RingMapping, Signals, Wait, WaitEnd, WaitKey,
     },
     errno::Errno,
-    platform::{Buffer, Fault, GuestMemory},
-    port::LaneFile,
-    volume::Volume,
+    platform::{Buffer as _, Fault, GuestMemory},
 };
 
 use crate::{
     counter::Counters,
     family::{self, standing::Held},
-    files::{self, OpenFile, direct::Transfer},
+    files::{self, OpenFile, direct::Transfer, transfer::Moving},
     guest::Guest,
     identity, kernel_aio,
     limits::{self, TooBig},
@@ -118,33 +115,11 @@ impl GuestMemory for SimHost {
 
 impl AioHost for SimHost {
     fn map_ring(&self, bytes: usize) -> Result<RingMapping, Errno> {
-        let flags = (libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) as usize;
-        let protection = (libc::PROT_READ | libc::PROT_WRITE) as usize;
-        let shared = libc::MAP_SHARED as usize;
-        // SAFETY: new memory, mapped twice where the kernel chooses: the guest's view and ours.
-        // Sealed against shrinking, so that our view stays whole whatever the guest does to its.
-        unsafe {
-            let name = c"[aio]".as_ptr() as usize;
-            let file = sys::check(sys::syscall6(libc::SYS_memfd_create, name, flags, 0, 0, 0, 0))
-                .map_err(|_| Errno::ENOMEM)?;
-            let map = || {
-                let answer = sys::syscall6(libc::SYS_mmap, 0, bytes, protection, shared, file, 0);
-                sys::check(answer).map_err(|_| Errno::ENOMEM)
-            };
-            let seals = (libc::F_SEAL_SHRINK | libc::F_SEAL_GROW) as usize;
-            let add = libc::F_ADD_SEALS as usize;
-            let mapped = sys::check(sys::syscall6(libc::SYS_ftruncate, file, bytes, 0, 0, 0, 0))
-                .and_then(|_| sys::check(sys::syscall6(libc::SYS_fcntl, file, add, seals, 0, 0, 0)))
-                .map_err(|_| Errno::ENOMEM)
-                .and_then(|_| map())
-                .and_then(|guest| {
-                    map().inspect_err(|_| unmap(guest, bytes)).map(|alias| (guest, alias))
-                });
-            sys::syscall6(libc::SYS_close, file, 0, 0, 0, 0, 0);
-            let (guest, alias) = mapped?;
-            let alias = NonNull::new(alias as *mut u8).ok_or(Errno::ENOMEM)?;
-            Ok(RingMapping::new(guest as u64, alias, bytes))
-        }
+        let (guest, alias) = map_twice(bytes).map_err(|_| Errno::ENOMEM)?;
+        let alias = NonNull::new(alias as *mut u8).ok_or(Errno::ENOMEM)?;
+        // SAFETY: mapped for `bytes`, until `unmap_ring`; the guest's doings with its own view
+        // leave this one whole.
+        Ok(unsafe { RingMapping::new(guest as u64, alias, bytes) })
     }
 
     fn unmap_ring(&self, mapping: RingMapping) {
@@ -267,6 +242,40 @@ impl AioHost for SimHost {
     }
 }
 
+/// New memory, mapped twice where the kernel chooses: the guest's view and ours. Nothing can
+/// shrink it, so that our view stays whole whatever the guest does to its own.
+fn map_twice(bytes: usize) -> Result<(usize, usize), Errno> {
+    let protection = (libc::PROT_READ | libc::PROT_WRITE) as usize;
+    let map = |flags: i32, file: usize| {
+        // SAFETY: new memory where the kernel chooses.
+        sys::check(unsafe {
+            sys::syscall6(libc::SYS_mmap, 0, bytes, protection, flags as usize, file, 0)
+        })
+    };
+    let both = |guest: usize, alias: Result<usize, Errno>| {
+        alias.inspect_err(|_| unmap(guest, bytes)).map(|alias| (guest, alias))
+    };
+    let file = sys::memfd(c"[aio]")?;
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW;
+    let sized = sys::size_memory_file(file, bytes)
+        .and_then(|()| sys::fcntl(file, libc::F_ADD_SEALS, seals as usize));
+    let mapped = sized.and_then(|_| {
+        let guest = map(libc::MAP_SHARED, file as usize)?;
+        both(guest, map(libc::MAP_SHARED, file as usize))
+    });
+    let _ = sys::close(file);
+    if mapped != Err(Errno::EFBIG) {
+        return mapped;
+    }
+    // RLIMIT_FSIZE forbids a file, but no memory: a mapping grown from nothing is the same one.
+    let guest = map(libc::MAP_SHARED | libc::MAP_ANONYMOUS, usize::MAX)?;
+    let may_move = libc::MREMAP_MAYMOVE as usize;
+    // SAFETY: duplicates the mapping made above; moves nothing.
+    let alias =
+        sys::check(unsafe { sys::syscall6(libc::SYS_mremap, guest, 0, bytes, may_move, 0, 0) });
+    both(guest, alias)
+}
+
 fn unmap(at: usize, bytes: usize) {
     // SAFETY: a mapping that `map_ring` made and that nobody uses any more.
     unsafe { sys::syscall6(libc::SYS_munmap, at, bytes, 0, 0, 0, 0) };
@@ -346,9 +355,19 @@ impl Work {
     async fn serve(file: &OpenFile, held: &Held, request: Request) -> Result<usize, Errno> {
         let disk = held.disk_for_guest(request.submitted_ns)?;
         match request.op {
-            Op::Read | Op::Write => file.transfer(&held.volume, &disk, request).await,
+            Op::Read | Op::Write => {
+                let write = request.op == Op::Write;
+                let append = write && request.flags.append();
+                let moving = Moving {
+                    write,
+                    offset: (!append).then_some(request.offset),
+                    sync: write && request.flags.dsync(),
+                };
+                let moved = file.transfer((held, &disk), moving, &request.buffer).await;
+                moved.map(|(_, length)| length)
+            }
             Op::Fsync | Op::Fdatasync => {
-                let synced = held.volume.sync(&disk).await;
+                let synced = file.volume().make_durable(held, &disk).await;
                 file.after_sync(synced).map(|()| 0)
             }
         }
@@ -413,75 +432,6 @@ impl OpenFile {
             checked.or_else(stop)?;
         }
         Ok(())
-    }
-
-    /// Reads or writes. Where the guest's buffer ends early, at whatever byte, so does the
-    /// transfer; with `O_DIRECT` what there was memory for is transferred and the answer is
-    /// `EFAULT`.
-    async fn transfer(
-        &self,
-        volume: &Volume,
-        disk: &LaneFile,
-        request: Request,
-    ) -> Result<usize, Errno> {
-        /// A longer write may have work under way behind the place where the buffer ends.
-        const LONG: usize = 64 << 10;
-        let Request { op, offset, mut buffer, flags, .. } = request;
-        let (write, asked) = (op == Op::Write, buffer.len());
-        if write && asked > LONG {
-            buffer.truncate(buffer.reach(false) as u64);
-        }
-        let mut again = false;
-        let answer = loop {
-            let answer = self.move_bytes((volume, disk), write, offset, &buffer, flags).await;
-            let ended_early = match answer {
-                _ if again => false,
-                Err(errno) => errno == Errno::EFAULT,
-                // Not the end of the file, nor an append, which is not repeated.
-                Ok(moved) if write => moved < buffer.len() && !flags.append(),
-                Ok(moved) => moved < buffer.len() && offset + (moved as u64) < self.volume().size(),
-            };
-            if !ended_early {
-                break answer;
-            }
-            let mut reach = buffer.reach(!write);
-            if reach == buffer.len() {
-                break answer;
-            }
-            if self.direct() {
-                reach -= reach % files::DIRECT_ALIGNMENT as usize;
-            }
-            buffer.truncate(reach as u64);
-            if reach == 0 {
-                break answer;
-            }
-            again = true;
-        };
-        let faulted = buffer.len() < asked;
-        if faulted && (self.direct() || buffer.is_empty()) { Err(Errno::EFAULT) } else { answer }
-    }
-
-    async fn move_bytes(
-        &self,
-        (volume, disk): (&Volume, &LaneFile),
-        write: bool,
-        offset: u64,
-        buffer: &GuestVector,
-        flags: RwFlags,
-    ) -> Result<usize, Errno> {
-        if !write {
-            let moved = volume.read(disk, offset, buffer).await?;
-            return self.end_read(offset, buffer, moved);
-        }
-        let length = if flags.append() {
-            volume.append(disk, buffer).await?
-        } else {
-            volume.write(disk, offset, buffer).await?
-        };
-        if flags.dsync() {
-            volume.sync(disk).await?;
-        }
-        Ok(length)
     }
 
     /// Whether a block of the range has never been written.

@@ -35,6 +35,8 @@ const DATA_BYTES: usize = 16 << 20;
 pub struct Link {
     /// The port.
     pub lane: Lane,
+    /// The daemon takes freed space back.
+    pub discards: bool,
     control: Lock<Enclave<Connection>>,
     socket: i32,
     bells: [i32; 3],
@@ -101,7 +103,7 @@ impl Link {
         let mut control = Enclave(connection);
         let attached = control.postern_attach(&PosternAttachRequest {
             version: postern_edl::VERSION,
-            features: 0,
+            features: postern_edl::FEATURE_DISCARD,
             session: session.map_or(0, |s| s.number),
             token: session.map_or([0; 2], |s| s.token),
             port: 0,
@@ -117,14 +119,10 @@ impl Link {
         };
         *session = Some(Session { number: attached.session, token: attached.token });
         drop(session);
-        Ok(Self {
-            lane,
-            control: Lock::new(control),
-            socket,
-            bells,
-            told: AtomicBool::new(false),
-            leases: AtomicU64::new(0),
-        })
+        let discards = attached.features & postern_edl::FEATURE_DISCARD != 0;
+        let (control, told) = (Lock::new(control), AtomicBool::new(false));
+        let leases = AtomicU64::new(0);
+        Ok(Self { lane, discards, control, socket, bells, told, leases })
     }
 
     /// Opens a host file by its name at the daemon, with flags of `postern_open`.
@@ -268,9 +266,10 @@ fn memory_file(bytes: usize) -> Result<i32, Errno> {
         let file = sys::check(sys::syscall6(libc::SYS_memfd_create, at, flags, 0, 0, 0, 0))?;
         let seals = (libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL) as usize;
         let add = libc::F_ADD_SEALS as usize;
-        let sized = sys::check(sys::syscall6(libc::SYS_ftruncate, file, bytes, 0, 0, 0, 0))
-            .and_then(|_| sys::check(sys::syscall6(libc::SYS_fcntl, file, add, seals, 0, 0, 0)));
         let file = i32::try_from(file).map_err(|_| Errno::EMFILE)?;
+        let sized = sys::size_memory_file(file, bytes).and_then(|()| {
+            sys::check(sys::syscall6(libc::SYS_fcntl, file as usize, add, seals, 0, 0, 0))
+        });
         if let Err(errno) = sized {
             wait::close(file);
             return Err(errno);

@@ -140,7 +140,7 @@ impl Request {
             }
             let held = file.volume().hold_soon().await?;
             let disk = held.disk_for_guest(wait::now_ns())?;
-            let synced = held.volume.sync(&disk).await;
+            let synced = file.volume().make_durable(&held, &disk).await;
             return file.after_sync(synced).map(|()| 0);
         }
         if self.operation == Operation::Unknown {
@@ -156,10 +156,7 @@ impl Request {
             if !file.admits_read(offset, buffer).await? {
                 return Ok(0);
             }
-            let held = file.volume().hold_soon().await?;
-            let disk = held.disk_for_guest(wait::now_ns())?;
-            let moved = held.volume.read(&disk, offset, buffer).await?;
-            return file.end_read(offset, buffer, moved);
+            return file.read_by_itself(offset, buffer).await;
         }
         file.write_by_itself(offset, buffer).await
     }

@@ -65,7 +65,9 @@ impl OpenVolume {
     /// # Errors
     /// `EIO` if it cannot be made durable.
     pub fn sync(&self) -> Result<(), Errno> {
-        self.run(async |volume, disk| volume.sync(disk).await)
+        let held = self.hold()?;
+        let disk = held.disk_for_guest(wait::now_ns())?;
+        process::current().block_on(self.make_durable(&held, &disk))
     }
 
     /// ftruncate(2).
@@ -73,7 +75,7 @@ impl OpenVolume {
     /// # Errors
     /// `EFBIG` beyond the capacity, `EIO`.
     pub fn truncate(&self, size: u64) -> Result<(), Errno> {
-        self.run(async |volume, disk| volume.truncate(disk, size).await)
+        self.change(async |volume, disk| volume.truncate(disk, size).await)
     }
 
     /// Makes a range read as zeros; the size stays.
@@ -81,7 +83,7 @@ impl OpenVolume {
     /// # Errors
     /// `EIO`, `ENOSPC`.
     pub fn punch(&self, offset: u64, length: u64) -> Result<(), Errno> {
-        self.run(async |volume, disk| volume.punch(disk, offset, length).await)
+        self.change(async |volume, disk| volume.punch(disk, offset, length).await)
     }
 
     /// Bytes in the guest's file; while another program has the volume, as they were last.
@@ -94,6 +96,17 @@ impl OpenVolume {
     #[must_use]
     pub fn capacity(&self) -> u64 {
         self.standing().extent().1
+    }
+
+    /// A change of the guest's file, which moves its times.
+    pub(crate) fn change<T>(
+        &self,
+        job: impl AsyncFnOnce(&Volume, &LaneFile) -> Result<T, Errno>,
+    ) -> Result<T, Errno> {
+        self.run(async |volume, disk| {
+            self.touch(volume);
+            job(volume, disk).await
+        })
     }
 
     fn run<T>(

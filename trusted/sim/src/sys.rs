@@ -298,6 +298,75 @@ pub fn ftruncate(fd: i32, bytes: usize) -> Result<(), Errno> {
     numbers(libc::SYS_ftruncate, word(fd), bytes, 0).map(drop)
 }
 
+/// Gives a memory file of ours its size, whatever the guest's RLIMIT_FSIZE: that is about its own
+/// files, and must not end it with SIGXFSZ here. The soft limit is lifted for the moment of the
+/// call; where the hard one is too small as well the call fails.
+///
+/// # Errors
+/// `EFBIG`: beyond the hard limit. `ENOMEM`.
+pub fn size_memory_file(fd: i32, bytes: usize) -> Result<(), Errno> {
+    if file_size_limit() >= bytes as u64 {
+        return ftruncate(fd, bytes);
+    }
+    without_signal(libc::SIGXFSZ, || {
+        let resource = libc::RLIMIT_FSIZE as usize;
+        let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        let to = (&raw mut limit) as usize;
+        // SAFETY: the kernel writes one rlimit64, which has this layout on x86-64, to `limit`.
+        check(unsafe { syscall6(libc::SYS_prlimit64, 0, resource, 0, to, 0, 0) })?;
+        let set = |limit: &libc::rlimit| {
+            let from = core::ptr::from_ref(limit) as usize;
+            // SAFETY: the kernel reads one rlimit64.
+            check(unsafe { syscall6(libc::SYS_prlimit64, 0, resource, from, 0, 0, 0) })
+        };
+        let lifted = libc::rlimit { rlim_cur: limit.rlim_max, ..limit };
+        set(&lifted)?;
+        let sized = ftruncate(fd, bytes);
+        set(&limit)?;
+        sized
+    })
+}
+
+/// Runs `job` without a `signal` that it raises itself reaching anybody: held back meanwhile, and
+/// taken away if it is pending afterwards and was not before.
+fn without_signal<T>(signal: i32, job: impl FnOnce() -> T) -> T {
+    const SET_BYTES: usize = 8;
+    let only = 1_u64 << (signal - 1);
+    let (mut before, mut pending) = (0_u64, 0_u64);
+    let (block, restore) = (libc::SIG_BLOCK as usize, libc::SIG_SETMASK as usize);
+    let set = (&raw const only) as usize;
+    // SAFETY: the kernel reads and writes sets of eight bytes.
+    unsafe {
+        let old = (&raw mut before) as usize;
+        syscall6(libc::SYS_rt_sigprocmask, block, set, old, SET_BYTES, 0, 0);
+        let to = (&raw mut pending) as usize;
+        syscall6(libc::SYS_rt_sigpending, to, SET_BYTES, 0, 0, 0, 0);
+    }
+    let result = job();
+    let now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: as above; nothing is waited for.
+    unsafe {
+        if pending & only == 0 {
+            let time = (&raw const now) as usize;
+            syscall6(libc::SYS_rt_sigtimedwait, set, 0, time, SET_BYTES, 0, 0);
+        }
+        let old = (&raw const before) as usize;
+        syscall6(libc::SYS_rt_sigprocmask, restore, old, 0, SET_BYTES, 0, 0);
+    }
+    result
+}
+
+/// Whether `group` is among the caller's supplementary groups.
+#[must_use]
+pub fn is_in_group(group: u32) -> bool {
+    let count = numbers(libc::SYS_getgroups, 0, 0, 0).unwrap_or(0);
+    let mut groups = vec![0_u32; count];
+    let to = groups.as_mut_ptr() as usize;
+    // SAFETY: the kernel writes at most `count` numbers.
+    let found = check(unsafe { syscall6(libc::SYS_getgroups, count, to, 0, 0, 0, 0) }).unwrap_or(0);
+    count > 0 && groups.get(..found).is_some_and(|groups| groups.contains(&group))
+}
+
 /// The size of the file behind `fd`, in bytes.
 ///
 /// # Errors

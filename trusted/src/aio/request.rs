@@ -113,11 +113,13 @@ impl RwFlags {
 }
 
 /// Where a request's bytes lie in the guest: one range, or the segments of a vector.
+#[derive(Clone)]
 pub struct GuestVector {
     host: Arc<dyn AioHost>,
     segments: Segments,
 }
 
+#[derive(Clone)]
 enum Segments {
     One(Segment),
     Many(Box<[Segment]>),

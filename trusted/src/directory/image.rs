@@ -14,7 +14,7 @@ use super::{
     FileId,
     table::{Attributes, Kind, NAME_MAX, Node, ROOT, Table, check_name},
 };
-use crate::volume::sha256;
+use crate::{counter::Record, volume::sha256};
 
 /// Bytes of a slot.
 pub const SLOT_BYTES: u64 = 16 << 20;
@@ -34,6 +34,8 @@ pub(super) const MAX_BODY: usize = SLOT_BYTES as usize - HEADER;
 
 const DIRECTORY: u8 = 1;
 const FILE: u8 = 2;
+/// A file whose record follows its name.
+const RECORDED: u8 = 3;
 
 /// Why bytes are no image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,8 +90,9 @@ pub fn choose(
     }
 }
 
+/// Bytes that a node takes at most: a file may get a record at any time.
 pub(super) fn record_bytes(node: &Node) -> usize {
-    RECORD + node.name.len()
+    RECORD + node.name.len() + if node.is_directory() { 0 } else { Record::BYTES }
 }
 
 struct Reader<'a>(&'a [u8]);
@@ -126,16 +129,17 @@ impl<'a> Reader<'a> {
         let mode = u16::from_le_bytes(self.array()?);
         let [kind, length] = self.array()?;
         let name: Box<[u8]> = self.take(length.into())?.into();
-        let kind = match kind {
-            DIRECTORY if id == [0; 16] => Kind::Directory(BTreeMap::new()),
-            FILE => Kind::File(id),
+        let (kind, record) = match kind {
+            DIRECTORY if id == [0; 16] => (Kind::Directory(BTreeMap::new()), None),
+            FILE => (Kind::File(id), None),
+            RECORDED => (Kind::File(id), Some(Record::decode(&self.array()?))),
             _ => return None,
         };
         if mode & !0o7777 != 0 {
             return None;
         }
         let attributes = Attributes { mode, uid, gid, accessed, modified, changed };
-        Some((inode, Node { attributes, kind, parent, name }))
+        Some((inode, Node { attributes, kind, parent, name, record }))
     }
 }
 
@@ -162,10 +166,15 @@ impl Table {
                 bytes.extend_from_slice(&time.to_le_bytes());
             }
             bytes.extend_from_slice(&mode.to_le_bytes());
-            bytes.push(if node.is_directory() { DIRECTORY } else { FILE });
+            bytes.push(match (&node.kind, &node.record) {
+                (Kind::Directory(_), _) => DIRECTORY,
+                (Kind::File(_), None) => FILE,
+                (Kind::File(_), Some(_)) => RECORDED,
+            });
             // Names have 255 bytes at most.
             bytes.push(u8::try_from(node.name.len()).unwrap_or(u8::MAX));
             bytes.extend_from_slice(&node.name);
+            bytes.extend(node.record.iter().flat_map(Record::encode));
             open.extend(node.entries().into_iter().flat_map(|entries| entries.values()));
         }
         let body = (bytes.len() - HEADER) as u64;

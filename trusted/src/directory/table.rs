@@ -3,7 +3,7 @@
 use alloc::{boxed::Box, collections::BTreeMap, vec::Vec};
 
 use super::{FileId, image};
-use crate::errno::Errno;
+use crate::{counter::Record, errno::Errno};
 
 /// Inode number of the directory itself.
 pub const ROOT: u64 = 1;
@@ -60,6 +60,8 @@ pub struct Node {
     pub parent: u64,
     /// Its name there; empty for an orphan and the root.
     pub name: Box<[u8]>,
+    /// Of a file: the state of its volume that was recorded last; `None` before the first.
+    pub record: Option<Record>,
 }
 
 impl Node {
@@ -115,7 +117,7 @@ impl Table {
     #[must_use]
     pub fn new(attributes: Attributes) -> Self {
         let kind = Kind::Directory(BTreeMap::new());
-        let root = Node { attributes, kind, parent: ROOT, name: Box::default() };
+        let root = Node { attributes, kind, parent: ROOT, name: Box::default(), record: None };
         let bytes = image::record_bytes(&root);
         Self { nodes: BTreeMap::from([(ROOT, root)]), next: ROOT + 1, bytes }
     }
@@ -129,6 +131,15 @@ impl Table {
     /// The attributes of a node, to be changed.
     pub fn attributes_mut(&mut self, inode: u64) -> Option<&mut Attributes> {
         self.nodes.get_mut(&inode).map(|node| &mut node.attributes)
+    }
+
+    /// Records the state of a file's volume. A table that was made before there were records, and
+    /// is too full for them, stays without.
+    pub fn set_record(&mut self, inode: u64, record: Option<Record>) {
+        let room = self.bytes <= image::MAX_BODY;
+        if let Some(node) = self.nodes.get_mut(&inode).filter(|node| room && !node.is_directory()) {
+            node.record = record;
+        }
     }
 
     /// All nodes, orphans included.
@@ -235,7 +246,7 @@ impl Table {
         }
         check_name(name)?;
         let kind = file.map_or_else(|| Kind::Directory(BTreeMap::new()), Kind::File);
-        let node = Node { attributes, kind, parent, name: name.into() };
+        let node = Node { attributes, kind, parent, name: name.into(), record: None };
         if self.bytes + image::record_bytes(&node) > image::MAX_BODY {
             return Err(Errno::ENOSPC);
         }
@@ -272,7 +283,8 @@ impl Table {
 
     /// A file without a name (O_TMPFILE).
     pub fn create_orphan(&mut self, file: FileId, attributes: Attributes) -> u64 {
-        self.admit(Node { attributes, kind: Kind::File(file), parent: 0, name: Box::default() })
+        let (kind, name) = (Kind::File(file), Box::default());
+        self.admit(Node { attributes, kind, parent: 0, name, record: None })
     }
 
     /// Whether a directory is not a removed one.

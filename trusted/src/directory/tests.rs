@@ -5,7 +5,7 @@ use alloc::{collections::BTreeMap, string::String, vec, vec::Vec};
 use proptest::prelude::*;
 
 use super::*;
-use crate::errno::Errno;
+use crate::{counter::Record, errno::Errno};
 
 const BORN: Attributes = Attributes::new(0o755, 1, 2, 3);
 
@@ -303,7 +303,10 @@ fn a_table_grows_to_its_slot_and_no_further() {
         let mut id = [0; 16];
         id[..4].copy_from_slice(&u32::to_le_bytes(made));
         match table.create(ROOT, &long(made), Some(id), BORN) {
-            Ok(_) => made += 1,
+            Ok(inode) => {
+                table.set_record(inode, Some(Record { sequence: 1, digest: [7; 32] }));
+                made += 1;
+            }
             Err(errno) => break errno,
         }
     };
@@ -313,6 +316,22 @@ fn a_table_grows_to_its_slot_and_no_further() {
     assert_eq!(Table::decode(&image).map(|(table, _)| table.len()), Ok(made as usize + 1));
     table.unlink(ROOT, &long(0), 0).unwrap();
     assert!(table.create(ROOT, &long(made), None, BORN).is_ok());
+}
+
+/// An image of a build without records is one in which no file has any.
+#[test]
+fn records_of_files_survive_the_image_and_files_without_one_stay_without() {
+    let mut table = Table::new(BORN);
+    let with = table.create(ROOT, b"a", Some(id(1)), BORN).unwrap();
+    let without = table.create(ROOT, b"b", Some(id(2)), BORN).unwrap();
+    let directory = table.create(ROOT, b"d", None, BORN).unwrap();
+    let record = Some(Record { sequence: 9, digest: [3; 32] });
+    table.set_record(with, record);
+    table.set_record(directory, record);
+    let (read, _) = Table::decode(&table.encode(2)).unwrap();
+    let recorded = |inode| read.node(inode).unwrap().record;
+    assert_eq!([with, without, directory].map(recorded), [record, None, None]);
+    assert_eq!(read, table);
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use alloc::sync::Arc;
 
-use postern_edl::port::{Submission, op};
+use postern_edl::port::{MAX_DISCARD_BYTES, Submission, op};
 
 use super::{
     Lane, MAX_TRANSFER_BLOCKS,
@@ -111,6 +111,20 @@ impl Disk for LaneFile {
             guest: self.guest,
             ..Submission::default()
         };
+        held.request(submission).await.map(|_| ())
+    }
+
+    /// # Errors
+    /// The host's errno; `EINVAL` for more than [`MAX_DISCARD_BYTES`] or a place beyond the reach
+    /// of a byte offset; [`HostError::Gone`] of a poisoned lane.
+    async fn discard(&self, place: u64, blocks: u64) -> Result<(), HostError> {
+        let length = blocks.checked_mul(BLOCK_BYTES).filter(|n| *n <= MAX_DISCARD_BYTES);
+        let (Some(length), Some(offset)) = (length, place.checked_mul(BLOCK_BYTES)) else {
+            return Err(HostError::Errno(Errno::EINVAL.0));
+        };
+        let mut held = Held::new(self.file.lane.clone(), None);
+        let (op, handle) = (op::DISCARD as u32, self.file.handle);
+        let submission = Submission { op, handle, offset, length, ..Submission::default() };
         held.request(submission).await.map(|_| ())
     }
 

@@ -216,7 +216,7 @@ fn judge(op: u32, asked: u64, result: i64) -> Option<Result<u64, HostError>> {
         return i32::try_from(-result).ok().map(|errno| Err(HostError::Errno(errno)));
     }
     let done = u64::try_from(result).ok()?;
-    let limit = if u64::from(op) == op::FLUSH { 0 } else { asked };
+    let limit = if matches!(u64::from(op), op::FLUSH | op::DISCARD) { 0 } else { asked };
     (done <= limit && done.is_multiple_of(SECTOR)).then_some(Ok(done))
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Holds: an entry is found only under the whole pointer it was read through (place, order), so a
 //! place that was given to another block never answers for its old node. Nodes never change. At
-//! most [`SETS`] × [`WAYS`] nodes are kept, 24 MiB, or what [`NodeCache::limit`] leaves.
+//! most [`BYTES`] of nodes are kept, or what [`NodeCache::limit`] says.
 
 use alloc::{sync::Arc, vec::Vec};
 
@@ -10,7 +10,8 @@ use super::layout::{Order, Ptr};
 use crate::disk::{BLOCK, Block};
 
 const WAYS: usize = 8;
-const SETS: usize = 768;
+/// Nodes kept unless told otherwise: 64 MiB.
+const BYTES: usize = 64 << 20;
 
 /// A node in private memory.
 pub(crate) type Node = Arc<Block>;
@@ -31,12 +32,14 @@ pub(crate) struct NodeCache {
 
 impl NodeCache {
     pub(crate) fn new() -> Self {
-        Self { sets: (0..SETS).map(|_| Vec::new()).collect(), clock: 0 }
+        let mut cache = Self { sets: Vec::new(), clock: 0 };
+        cache.limit(BYTES);
+        cache
     }
 
     /// Forgets everything, and keeps at most `bytes` of nodes from now on.
     pub(crate) fn limit(&mut self, bytes: usize) {
-        let sets = (bytes / (WAYS * BLOCK)).clamp(1, SETS);
+        let sets = (bytes / (WAYS * BLOCK)).max(1);
         self.sets = (0..sets).map(|_| Vec::new()).collect();
     }
 

@@ -190,7 +190,8 @@ impl Volume {
             }
             let frozen = Arc::new(core::mem::take(&mut core.active));
             core.frozen = Some(frozen.clone());
-            core.space.cut(core.in_flight.iter().flatten().map(|write| write.run));
+            let in_flight = core.in_flight.iter().flatten().map(|write| write.run);
+            core.space.cut(in_flight.chain(core.discards.going));
             let mut queued = Vec::new();
             for (id, slot) in core.in_flight.iter_mut().enumerate() {
                 let Some(write) = slot else { continue };
@@ -250,6 +251,12 @@ impl Volume {
         let mut new = core::mem::take(&mut self.core.lock().retable);
         new.extend(cut.epochs.iter().filter(|epoch| !epoch.tabled).cloned());
         let table = self.update_table(disk, &new, &mut allocs, &mut frees).await?;
+        let freed = self.freed_runs(&frees);
+        if self.core.lock().is(canary!(EarlyDiscard)) {
+            for (start, end) in &freed {
+                let _ = disk.discard(*start, end - start).await;
+            }
+        }
         let space = self.update_space(disk, allocs, frees).await?;
         self.carry(disk, carried).await?;
         let (stamp, seq, skip) = {
@@ -265,6 +272,7 @@ impl Volume {
         superblock.epochs.extend(rotated.clone());
         let slot = self.commit(disk, &superblock).await?;
         self.release(cut, superblock, slot, &table, space, rotated, clean);
+        self.core.lock().discards.freed(freed);
         Ok(())
     }
 
@@ -356,6 +364,7 @@ impl Volume {
                 .collect(),
             // `commit` knows.
             counter: None,
+            times: core.times.get(),
         }
     }
 
@@ -372,7 +381,7 @@ impl Volume {
         };
         let mut salt: Salt = [0; 24];
         disk.random(&mut salt).map_err(|_| Errno::EIO)?;
-        let superblock = Superblock { counter: self.hold_counter(), ..superblock.clone() };
+        let superblock = Superblock { counter: self.hold_counter().await, ..superblock.clone() };
         let sealed = Box::new(superblock.seal(&self.key, &salt, slot));
         let committed = self.write_superblock(disk, &sealed, slot).await;
         let done = committed.is_ok().then(|| (&superblock, sha256(&*sealed)));
@@ -424,6 +433,10 @@ impl Volume {
         let core = &mut *guard;
         let frozen = core.frozen.take();
         core.map = Map { root: superblock.map_root, levels: superblock.map_levels, cut: cut.order };
+        if core.discards.wanted() {
+            let unnamed = core.space.unnamed(&space.changed);
+            core.discards.freed(unnamed);
+        }
         core.space.complete(space.changed, space.root, space.free);
         core.journal.start = cut.start;
         core.journal.drop_pending(|pending| pending.interval < cut.interval);

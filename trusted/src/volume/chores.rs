@@ -7,14 +7,17 @@ use super::{
     Chore, Counters, Volume,
     cache::NodeCache,
     core::{Checkpoints, Core, Expect, Flushes, Health, Journal, Map, Timers, Waiters, wake},
-    crypto::{EpochKey, Salt, Secret, VolumeKey},
+    crypto::{EpochKey, Salt, VolumeKey},
     delta::Delta,
+    discard::Discards,
     freshness::Fresh,
+    header::Derivation,
     layout::{BLOCK_BYTES, RING_RESERVE},
     ranges::{EOF, RangeLocks},
     space::Space,
     spacemap,
     superblock::{Bound, Superblock},
+    times::Kept,
 };
 use crate::{disk::Disk, errno::Errno, sync::Lock};
 
@@ -29,6 +32,8 @@ const IDLE_NS: u64 = 30_000_000_000;
 const UNSETTLED: u64 = 32_768;
 /// Records that are worth publishing at once.
 const MANY: usize = 16 * 96;
+/// Changed blocks, and journal blocks, with which a volume may rest: what the next opening reads.
+const REST_RECORDS: u64 = 64;
 /// Seals after which a new epoch begins: far below what one key can bear.
 const ROTATE_AT: u64 = 1 << 32;
 
@@ -129,6 +134,7 @@ impl Core {
             map,
             cache: NodeCache::new(),
             space: Space::new(geometry, superblock.space_root, free),
+            discards: Discards::default(),
             journal: Journal {
                 next: superblock.replay_seq,
                 prev: superblock.replay_prev,
@@ -158,6 +164,7 @@ impl Core {
             counters: Counters::default(),
             fresh: None,
             bound: superblock.counter,
+            times: Arc::new(Kept::new(superblock.times)),
             #[cfg(test)]
             canary: super::tests::canary(),
         }
@@ -204,6 +211,11 @@ impl Core {
                 }
             }
         }
+        if !self.timers.discard_claimed && self.discards.is_due(now) {
+            self.timers.discard_claimed = true;
+            return Some(Chore::Discard);
+        }
+        let timers = &mut self.timers;
         if waiting == 0 && !unmarked {
             timers.pending_since = None;
             return None;
@@ -219,12 +231,13 @@ impl Core {
 }
 
 impl Volume {
-    pub(crate) fn new(key: VolumeKey, derivation: Secret, core: Core) -> Self {
+    pub(crate) fn new(key: VolumeKey, derivation: Derivation, core: Core) -> Self {
         Self {
             geometry: core.geometry,
             key,
             derivation,
             keys: Lock::new(BTreeMap::new()),
+            times: core.times.clone(),
             core: Lock::new(core),
             expecting: AtomicBool::new(false),
         }
@@ -255,6 +268,10 @@ impl Volume {
             Chore::Flush => self.sync_to(disk, stamp, queued).await,
             Chore::Checkpoint => self.checkpoint(disk, false, true).await,
             Chore::Register => self.register().await.map_err(|_| Errno::EIO),
+            Chore::Discard => {
+                self.discard_turn(disk).await;
+                Ok(())
+            }
         };
         self.decline(chore);
         result
@@ -274,6 +291,7 @@ impl Volume {
             Chore::Publish => (timers.publish_claimed, timers.pending_since) = (false, None),
             Chore::Flush => (timers.flush_claimed, timers.dirty_since) = (false, None),
             Chore::Checkpoint => (timers.checkpoint_claimed, timers.idle_since) = (false, None),
+            Chore::Discard => timers.discard_claimed = false,
         }
     }
 
@@ -299,7 +317,8 @@ impl Volume {
             result = result.and(self.sync_to(disk, stamp, queued).await);
         }
         if result.is_ok() {
-            result = self.register().await.map_err(|_| Errno::EIO);
+            result = self.register_close().await.map_err(|_| Errno::EIO);
+            self.discard_rest(disk).await;
         }
         let wakers = {
             let mut core = self.core.lock();
@@ -312,8 +331,48 @@ impl Volume {
         result
     }
 
-    /// Keeps at most `bytes` of map nodes in memory from now on, 32 KiB at least: for many open
-    /// volumes that share one heap.
+    /// Whether [`Self::rest`] is the better way to close: little was changed since the last
+    /// checkpoint, and no space is to be given back.
+    pub fn may_rest(&self) -> bool {
+        let core = self.core.lock();
+        let space = core.active.zeroes.iter().map(|zero| zero.end - zero.first).sum::<u64>();
+        core.health == Health::Good
+            && !core.checkpoints.running
+            && core.active.weight() <= REST_RECORDS
+            && space <= REST_RECORDS
+            && core.active.carried.is_empty()
+            && core.journal.next - core.journal.start <= REST_RECORDS
+            && core.fresh.is_none()
+    }
+
+    /// Waits for all writes and publishes them in the journal, without a checkpoint and without a
+    /// flush: the next opening finds what it finds after a crash of the process, with nothing
+    /// lost. Answers whether a flush of the host file is needed to make it durable. Afterwards the
+    /// volume can be read, not written.
+    ///
+    /// # Errors
+    /// `EIO` when something could not be written: the next opening recovers.
+    pub async fn rest<D: Disk>(&self, disk: &D) -> Result<bool, Errno> {
+        let ticket = self.enter(0, EOF, true).await;
+        let queued = self.core.lock().journal.queued;
+        let mut result = self.publish(disk, queued).await;
+        if result.is_ok() {
+            let last = self.last_sealed().await;
+            result = self.written(last).await;
+        }
+        let (wakers, unflushed) = {
+            let mut core = self.core.lock();
+            if core.health == Health::Good {
+                core.health = Health::ReadOnly;
+            }
+            let unflushed = core.stamp > core.flushes.stamp || core.journal.last > core.flushes.seq;
+            (core.ranges.leave(ticket), unflushed)
+        };
+        wake(wakers);
+        result.map(|()| unflushed)
+    }
+
+    /// Keeps at most `bytes` of map nodes in memory from now on, 32 KiB at least; 64 MiB at first.
     pub fn limit_cache(&self, bytes: usize) {
         self.core.lock().cache.limit(bytes);
     }

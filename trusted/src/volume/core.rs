@@ -15,6 +15,7 @@ use super::{
     cache::NodeCache,
     crypto::{EpochKey, Salt, Tag},
     delta::{self, Delta},
+    discard::Discards,
     freshness::Fresh,
     jblock::Record,
     layout::{Geometry, Order, Ptr, RING_RESERVE, nodes_worst},
@@ -22,6 +23,7 @@ use super::{
     snapshots::Held,
     space::{Run, Space},
     superblock::{Bound, Epoch},
+    times::Kept,
 };
 use crate::errno::Errno;
 
@@ -220,6 +222,7 @@ pub(crate) struct Timers {
     pub(crate) publish_claimed: bool,
     pub(crate) flush_claimed: bool,
     pub(crate) checkpoint_claimed: bool,
+    pub(crate) discard_claimed: bool,
 }
 
 /// When the guest syncs after each few writes, records go out beside the data.
@@ -248,6 +251,8 @@ pub struct Counters {
     pub map_blocks: u64,
     /// Blocks of the guest written.
     pub data_blocks: u64,
+    /// Freed blocks that the host took back.
+    pub discarded_blocks: u64,
 }
 
 /// The state behind the lock.
@@ -282,6 +287,7 @@ pub(crate) struct Core {
     pub(crate) map: Map,
     pub(crate) cache: NodeCache,
     pub(crate) space: Space,
+    pub(crate) discards: Discards,
     pub(crate) journal: Journal,
     pub(crate) flushes: Flushes,
     pub(crate) checkpoints: Checkpoints,
@@ -297,6 +303,7 @@ pub(crate) struct Core {
     pub(crate) fresh: Option<Fresh>,
     /// What the superblock found said of one.
     pub(crate) bound: Option<Bound>,
+    pub(crate) times: Arc<Kept>,
     #[cfg(test)]
     pub(crate) canary: super::tests::Canary,
 }

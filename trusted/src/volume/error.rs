@@ -86,6 +86,14 @@ pub enum VolumeError {
         /// The counter's sequence number.
         counter: u64,
     },
+    /// The directory's index records another state of this file than the one found: an old state of
+    /// the file was put in its place, or the index is an old one.
+    NotAsRecorded {
+        /// Number of the record as far as the file knows.
+        found: u64,
+        /// Number of the record in the index; 0 for none.
+        recorded: u64,
+    },
     /// Another writer moved the counter while this one was at work on the same volume or on a copy
     /// of it: the other goes on, this one ends.
     CounterLost,
@@ -264,6 +272,12 @@ impl fmt::Display for VolumeError {
                 "this is not the newest state of the volume: the counter is at {counter}, the \
                  volume has known it at {found}; an old copy was put in its place, or somebody \
                  went on from a copy"
+            ),
+            Self::NotAsRecorded { found, recorded } => write!(
+                f,
+                "this is not the state of the file that the directory's index records (record \
+                 {recorded}; the file has known record {found}): an old copy of the file or of the \
+                 index was put in its place"
             ),
             Self::CounterLost => f.write_str(
                 "another writer has moved the counter: the same volume or a copy of it is in use \

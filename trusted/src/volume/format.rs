@@ -11,9 +11,11 @@ use super::{
         BLOCK_BYTES, Geometry, HEADER_BLOCKS, HEADERS, Order, Ptr, REGION, RING_START, SPACE_SLOTS,
         SUPERBLOCKS, levels,
     },
+    recovery::Opening,
     slots::{NewSlot, Stretch},
     snapshots::Held,
-    superblock::Superblock,
+    superblock::{Epoch, Superblock},
+    times::Times,
 };
 use crate::disk::{BLOCK, Block, Disk, HostError, Transfer};
 
@@ -87,72 +89,110 @@ pub(crate) async fn format<D: Disk>(
     zeroes(disk, 0, RING_START).await?;
     zeroes(disk, geometry.ring_start, geometry.ring_blocks + geometry.reserve_blocks).await?;
     warm_slots(disk, &geometry, 1).await?;
-    format_fresh(disk, key, geometry, size).await
-}
-
-/// As [`format`], where the host file reads as zeros from the start. Nothing relies on that: what
-/// a host puts there instead does not authenticate under keys made here.
-async fn format_fresh<D: Disk>(
-    disk: &D,
-    key: &SlotKey,
-    geometry: Geometry,
-    size: u64,
-) -> Result<(), VolumeError> {
-    let geometry = check(disk, geometry)?;
-    let mut fresh = Fresh {
-        uuid: [0; 16],
-        master: Secret([0; 32]),
-        key: Secret([0; 32]),
-        keyring_salt: [0; 24],
-    };
+    let made = New::draw(disk, key, geometry, size)?;
     let mut salt = [0; 24];
-    let mut slot_salt = [0; 32];
-    for out in [
-        &mut fresh.uuid[..],
-        &mut fresh.master.0,
-        &mut fresh.key.0,
-        &mut slot_salt,
-        &mut fresh.keyring_salt,
-        &mut salt,
-    ] {
-        disk.random(out)?;
-    }
-    let volume_key = VolumeKey::new(fresh.uuid, fresh.key.clone());
-    let superblock = Superblock {
-        generation: 1,
-        clean: true,
-        session: 0,
-        size,
-        size_order: Order(0),
-        geometry,
-        map_root: Ptr::NULL,
-        map_levels: levels(geometry.capacity),
-        cut: Order(0),
-        space_root: Ptr::NULL,
-        table_root: Ptr::NULL,
-        table_levels: 0,
-        replay_seq: 1,
-        replay_prev: [0; 16],
-        durable: 0,
-        birth: 1,
-        held: Held::default(),
-        epochs: alloc::vec::Vec::new(),
-        counter: None,
-    };
-    let sealed = superblock.seal(&volume_key, &salt, 0);
+    disk.random(&mut salt)?;
+    let sealed = made.superblock.seal(&made.key, &salt, 0);
     for place in SUPERBLOCKS[0] {
         write_blocks(disk, place, &[sealed]).await?;
     }
     disk.flush().await.map_err(VolumeError::Flush)?;
-    let mut bytes: Box<HeaderBytes> = Box::new([0; header::BYTES]);
-    let first = NewSlot { key, stretch: Stretch::default(), salt: slot_salt };
-    header::encode(&mut bytes, &fresh, &first, geometry.host_blocks)?;
-    let (blocks, _) = bytes.as_chunks::<BLOCK>();
     for place in HEADERS {
-        debug_assert_eq!(blocks.len(), HEADER_BLOCKS);
-        write_blocks(disk, place, blocks).await?;
+        write_blocks(disk, place, made.header.as_chunks::<BLOCK>().0).await?;
     }
     disk.flush().await.map_err(VolumeError::Flush)
+}
+
+/// What a new volume begins with.
+struct New {
+    header: Box<HeaderBytes>,
+    key: VolumeKey,
+    superblock: Superblock,
+}
+
+impl New {
+    fn draw<D: Disk>(
+        disk: &D,
+        key: &SlotKey,
+        geometry: Geometry,
+        size: u64,
+    ) -> Result<Self, VolumeError> {
+        let mut fresh = Fresh {
+            uuid: [0; 16],
+            master: Secret([0; 32]),
+            key: Secret([0; 32]),
+            keyring_salt: [0; 24],
+        };
+        let mut slot_salt = [0; 32];
+        for out in [
+            &mut fresh.uuid[..],
+            &mut fresh.master.0,
+            &mut fresh.key.0,
+            &mut slot_salt,
+            &mut fresh.keyring_salt,
+        ] {
+            disk.random(out)?;
+        }
+        let volume_key = VolumeKey::new(fresh.uuid, fresh.key.clone());
+        let superblock = Superblock {
+            generation: 1,
+            clean: true,
+            session: 0,
+            size,
+            size_order: Order(0),
+            geometry,
+            map_root: Ptr::NULL,
+            map_levels: levels(geometry.capacity),
+            cut: Order(0),
+            space_root: Ptr::NULL,
+            table_root: Ptr::NULL,
+            table_levels: 0,
+            replay_seq: 1,
+            replay_prev: [0; 16],
+            durable: 0,
+            birth: 1,
+            held: Held::default(),
+            epochs: alloc::vec::Vec::new(),
+            counter: None,
+            times: Times::default(),
+        };
+        let mut header: Box<HeaderBytes> = Box::new([0; header::BYTES]);
+        let first = NewSlot { key, stretch: Stretch::default(), salt: slot_salt };
+        header::encode(&mut header, &fresh, &first, geometry.host_blocks)?;
+        Ok(Self { header, key: volume_key, superblock })
+    }
+}
+
+/// Makes the volume of one file among many and opens it, in one write and without a flush.
+/// Nothing relies on the host file reading as zeros: what a host puts there instead does not
+/// authenticate under keys made here.
+async fn make_open<D: Disk>(
+    disk: &D,
+    key: &SlotKey,
+    geometry: Geometry,
+) -> Result<Volume, VolumeError> {
+    let geometry = check(disk, geometry)?;
+    let mut made = New::draw(disk, key, geometry, 0)?;
+    let [mut superblock_salt, mut salt] = [[0; 24]; 2];
+    disk.random(&mut superblock_salt)?;
+    disk.random(&mut salt)?;
+    let epoch = Epoch { id: 1, salt, key_version: made.key.version(), tabled: false };
+    (made.superblock.clean, made.superblock.session) = (false, 1);
+    made.superblock.epochs.push(epoch);
+    let sealed = made.superblock.seal(&made.key, &superblock_salt, 0);
+    // Both headers and the first copy of the superblock lie side by side: one write. Its second
+    // copy guards against a bad sector, which the journal and the data that follow do not have
+    // either; from the first checkpoint on there are two.
+    let [first, _] = SUPERBLOCKS[0];
+    let mut front = alloc::vec![[0; BLOCK]; first as usize + 1];
+    let header = made.header.as_chunks::<BLOCK>().0;
+    for place in HEADERS {
+        front[place as usize..place as usize + HEADER_BLOCKS].copy_from_slice(header);
+    }
+    front[first as usize] = sealed;
+    write_blocks(disk, 0, &front).await?;
+    let opened = header::decode(&made.header, key)?;
+    Ok(Opening::of_new(made.superblock).begin(opened, salt))
 }
 
 impl Volume {
@@ -163,26 +203,31 @@ impl Volume {
         Geometry::for_size(size).map_or(0, |geometry| geometry.host_blocks)
     }
 
-    /// Blocks of the host file for [`Self::format_empty`]; 0 for a capacity that cannot be.
+    /// Blocks of the host file for [`Self::make_open`]; 0 for a capacity that cannot be.
     #[must_use]
     pub fn small_host_blocks(capacity: u64) -> u64 {
         Geometry::for_small_file(capacity).map_or(0, |geometry| geometry.host_blocks)
     }
 
-    /// Makes the volume of one file among many in the new, sparse host file behind `disk`: without
-    /// content at first, `capacity` bytes at most. Has a small journal and writes only 18 blocks,
-    /// whatever the capacity; the host gives space for the rest when it is used.
+    /// Makes the volume of one file among many in the new, sparse host file behind `disk`, and
+    /// opens it: without content at first, `capacity` bytes at most. Has a small journal and
+    /// writes only 17 blocks, whatever the capacity; the host gives space for the rest when it is
+    /// used.
     ///
-    /// The file must already have [`Self::small_host_blocks`] blocks.
+    /// The volume is durable, as all that is written to it, with its first sync; before that a
+    /// crash may leave a file that is no volume. The file must already have
+    /// [`Self::small_host_blocks`] blocks.
     ///
     /// # Errors
     /// As [`Self::format`].
-    pub async fn format_empty<D: Disk>(
+    pub async fn make_open<D: Disk>(
         disk: &D,
         key: &SlotKey,
         capacity: u64,
-    ) -> Result<(), VolumeError> {
-        format_fresh(disk, key, Geometry::for_small_file(capacity)?, 0).await
+    ) -> Result<Self, VolumeError> {
+        let geometry = Geometry::for_small_file(capacity)?;
+        // Keys pass through: on the heap, so that little of the stack has to be wiped.
+        Box::pin(make_open(disk, key, geometry)).await
     }
 
     /// Makes a volume in the host file behind `disk`, whatever is there: everything in it is lost.

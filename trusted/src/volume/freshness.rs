@@ -26,7 +26,7 @@ use super::{
     superblock::{Bound, Superblock},
 };
 use crate::{
-    counter::{Counter, CounterError, Moves, Record, Swapped},
+    counter::{Counter, CounterError, Lasting, Moves, Record, Swapped},
     disk::HostError,
     errno::Errno,
 };
@@ -119,6 +119,9 @@ pub(crate) async fn check(
     };
     checked.held = used.counter.load().await.map_err(VolumeError::Counter)?;
     let verdict = match (superblock.counter, checked.held) {
+        (bound, held) if used.counter.lasting().is_some() => {
+            vouch_file(uuid, superblock, bound, id, scan, held)
+        }
         (None, _) => Err(VolumeError::NotBound),
         (Some(_), None) => Err(VolumeError::CounterEmpty { sequence }),
         (Some(bound), Some(held)) => vouch(uuid, superblock, &bound, id, scan, &held)
@@ -157,6 +160,29 @@ fn vouch(
         .chain([(base, superblock.replay_prev)])
         .find(|(seq, tag)| digest(uuid, id, *seq, tag) == held.digest)
         .map(|(seq, _)| seq)
+}
+
+/// As [`vouch`], for a record in a directory's index. The file may be newer than the record: then
+/// its superblock names the record as one that was to be found. A file that has no record yet is
+/// what its superblock says.
+fn vouch_file(
+    uuid: &[u8; 16],
+    superblock: &Superblock,
+    bound: Option<Bound>,
+    id: &SuperblockId,
+    scan: &Scan,
+    held: Option<Record>,
+) -> Result<u64, VolumeError> {
+    let known = bound.and_then(|bound| bound.registered);
+    let vouched = match (bound, held) {
+        (None, None) => Some(superblock.replay_seq - 1),
+        (Some(_), None) => known.is_none().then_some(superblock.replay_seq - 1),
+        (None, Some(_)) => None,
+        (Some(bound), Some(held)) => vouch(uuid, superblock, &bound, id, scan, &held),
+    };
+    let number = |record: Option<Record>| record.map_or(0, |record| record.sequence);
+    let refusal = VolumeError::NotAsRecorded { found: number(known), recorded: number(held) };
+    vouched.ok_or(refusal)
 }
 
 /// How far the counter is, in terms of the volume.
@@ -248,9 +274,23 @@ impl Fresh {
         }
     }
 
-    /// What a superblock written now says.
-    fn bound(&self) -> Bound {
-        Bound { registered: self.registered, attempted: self.attempted.map(|(record, _)| record) }
+    /// What a superblock written now says: every record that may be found after a crash.
+    fn bound(&self, careless: bool) -> Bound {
+        let attempted = self.attempted.map(|(record, _)| record);
+        match self.used.counter.lasting() {
+            Some(Lasting { newest, .. }) if careless => {
+                Bound { registered: newest, attempted: None }
+            }
+            Some(Lasting { durable, newest }) => {
+                Bound { registered: durable, attempted: newest.filter(|_| newest != durable) }
+            }
+            None => Bound { registered: self.registered, attempted },
+        }
+    }
+
+    /// Whether nobody outside this enclave can move the counter, and its moves last later.
+    fn is_batched(&self) -> bool {
+        self.used.counter.lasting().is_some()
     }
 
     /// Whether syncs wait for the counter; then no record is published before its data.
@@ -308,7 +348,9 @@ impl Volume {
     pub(crate) async fn fence(&self, settled: u64, tag: Tag, tip: bool) -> Result<(), Stuck> {
         let planned = {
             let core = self.core.lock();
-            let Some(fresh) = core.fresh.as_ref() else { return Ok(()) };
+            let Some(fresh) = core.fresh.as_ref().filter(|fresh| !fresh.is_batched()) else {
+                return Ok(());
+            };
             let new = fresh.next(self.key.uuid(), settled, &tag);
             // Nothing was ever there, or it is exactly this state and nothing lies behind it that a
             // move on its way could name.
@@ -324,6 +366,16 @@ impl Volume {
         match planned {
             Some(planned) => self.make(planned).await,
             None => Ok(()),
+        }
+    }
+
+    /// After a clean close. A record in an index that cannot be written now stays as it is: the
+    /// file opens all the same.
+    pub(crate) async fn register_close(&self) -> Result<(), Stuck> {
+        let batched = self.core.lock().fresh.as_ref().is_some_and(Fresh::is_batched);
+        match self.register().await {
+            Err(Stuck::Counter(_)) if batched => Ok(()),
+            done => done,
         }
     }
 
@@ -411,6 +463,8 @@ impl Volume {
                 fresh.tags.retain(|(seq, _)| *seq >= reach.seq);
             }
             Err(Stuck::Lost) => wakers.extend(core.fail()),
+            // It has not happened, and means a state that a superblock may leave behind.
+            Err(_) if fresh.is_batched() => fresh.attempted = None,
             Err(_) => {}
         }
         drop(guard);
@@ -419,13 +473,38 @@ impl Volume {
     }
 
     /// A superblock is about to be written: answers what it has to say about the counter.
-    pub(crate) fn hold_counter(&self) -> Option<Bound> {
-        let mut core = self.core.lock();
-        let forgets = core.is(canary!(NoAttempted));
-        let fresh = core.fresh.as_mut()?;
-        fresh.committing = true;
-        let bound = fresh.bound();
-        Some(Bound { attempted: bound.attempted.filter(|_| !forgets), ..bound })
+    pub(crate) async fn hold_counter(&self) -> Option<Bound> {
+        poll_fn(|cx| {
+            let mut core = self.core.lock();
+            let forgets = core.is(canary!(NoAttempted));
+            let careless = core.is(canary!(NoDurable));
+            let Some(fresh) = core.fresh.as_mut() else { return Poll::Ready(None) };
+            if fresh.moving && fresh.is_batched() {
+                // Not to be durable before it is a record that this superblock names.
+                fresh.waiters.add(cx.waker());
+                return Poll::Pending;
+            }
+            let bound = fresh.bound(careless);
+            fresh.committing = true;
+            let attempted = bound.attempted.filter(|_| !forgets);
+            Poll::Ready(Some(Bound { attempted, ..bound }))
+        })
+        .await
+    }
+
+    /// After the first superblock of an opening: registers it, so that a copy of what was found
+    /// opens nowhere else. A batched counter has no one else who could.
+    pub(crate) async fn register_opening(&self) -> Result<(), Stuck> {
+        {
+            let mut core = self.core.lock();
+            let Some(fresh) = core.fresh.as_mut() else { return Ok(()) };
+            if fresh.is_batched() {
+                // What the opening itself has written needs no record.
+                fresh.reached.generation = fresh.generation;
+                return Ok(());
+            }
+        }
+        self.register().await
     }
 
     /// The superblock is durable, or (`None`) nobody knows. Then the counter must not move any

@@ -39,6 +39,8 @@ const ENTRIES: usize = (BLOCK - KEYRING_BODY) / ENTRY_BYTES - 1;
 const ENTRY_KEY: u32 = 0;
 /// A volume key that only opens, until the rekey is finished.
 const ENTRY_RETIRING: u32 = 1;
+/// No volume key: what keys for other volumes were derived from, until the rekey is finished.
+const ENTRY_DERIVATION: u32 = 2;
 const SHA_AT: usize = BYTES - 64;
 const MAC_AT: usize = BYTES - 32;
 
@@ -50,9 +52,16 @@ pub(crate) struct Opened {
     /// The volume keys.
     pub(crate) key: VolumeKey,
     /// What keys for other volumes are derived from.
-    pub(crate) derivation: Secret,
+    pub(crate) derivation: Derivation,
     /// Unknown features that forbid writing.
     pub(crate) read_only: bool,
+}
+
+/// What keys for other volumes are derived from.
+pub(crate) struct Derivation {
+    pub(crate) now: Secret,
+    /// What it was before a rekey that is not finished.
+    pub(crate) former: Option<Secret>,
 }
 
 /// Fresh randomness for a new header.
@@ -221,9 +230,9 @@ fn unlock(bytes: &HeaderBytes, key: &SlotKey) -> Result<(Opened, Secret), Volume
     if !crypto::mac_holds(&header_key(&master, &uuid), &bytes[..MAC_AT], &bytes[MAC_AT..]) {
         return Err(VolumeError::DamagedHeader);
     }
-    let key = open_keyring(bytes, &master, &uuid)?;
+    let (key, former) = open_keyring(bytes, &master, &uuid)?;
     let read_only = get64(bytes, 32) & !RO_COMPAT_KNOWN != 0;
-    let derivation = derivation(&master, &uuid);
+    let derivation = Derivation { now: derivation(&master, &uuid), former };
     let opened = Opened { uuid, generation, key, derivation, read_only };
     Ok((opened, master))
 }
@@ -266,7 +275,7 @@ fn open_keyring(
     bytes: &HeaderBytes,
     master: &Secret,
     uuid: &[u8; 16],
-) -> Result<VolumeKey, VolumeError> {
+) -> Result<(VolumeKey, Option<Secret>), VolumeError> {
     let (current, entries) = keyring_entries(bytes, master, uuid)?;
     let of = |state| entries.iter().find(move |entry| entry.state == state);
     let version = |entry: &Entry| (entry.number, entry.secret.clone());
@@ -274,7 +283,8 @@ fn open_keyring(
         .filter(|entry| u32::from(entry.number) == current)
         .ok_or(VolumeError::DamagedHeader)?;
     let retiring = of(ENTRY_RETIRING).map(version);
-    Ok(VolumeKey::of_keyring(*uuid, version(current), retiring))
+    let former = of(ENTRY_DERIVATION).map(|entry| entry.secret.clone());
+    Ok((VolumeKey::of_keyring(*uuid, version(current), retiring), former))
 }
 
 /// Fresh randomness for a rekey.
@@ -321,7 +331,11 @@ pub(crate) fn begin_rekey(
         place.fill(0);
         new.write(place, &fresh.master, &opened.uuid)?;
     }
-    let keyring = [(number, ENTRY_KEY, &fresh.key), (old.number, ENTRY_RETIRING, &old.secret)];
+    let keyring = [
+        (number, ENTRY_KEY, &fresh.key),
+        (old.number, ENTRY_RETIRING, &old.secret),
+        (0, ENTRY_DERIVATION, &opened.derivation.now),
+    ];
     seal_keyring(bytes, &fresh.master, &fresh.keyring_salt, &opened.uuid, &keyring);
     let features = get64(bytes, INCOMPAT_AT);
     put64(bytes, INCOMPAT_AT, features | INCOMPAT_REKEY);

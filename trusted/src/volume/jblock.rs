@@ -18,11 +18,13 @@ const MAGIC: &[u8; 8] = b"PSTNJRN1";
 const HEADER: usize = 128;
 const TAG_AT: usize = HEADER - TAG;
 const PAYLOAD: usize = BLOCK - HEADER;
+/// Bytes of the payload that records fill. Behind them: when the content was last changed.
+const FILLED: usize = PAYLOAD - 8;
 /// Bytes of a record (an extent is longer).
 const RECORD: usize = 40;
 const EXTENT_HEADER: usize = 24;
 /// Records that fit into a block whatever they are and however they are glued.
-pub(crate) const SURE: usize = PAYLOAD / RECORD - 3;
+pub(crate) const SURE: usize = FILLED / RECORD - 3;
 
 const MAP: u8 = 1;
 const EXTENT: u8 = 2;
@@ -32,7 +34,7 @@ const VOID: u8 = 5;
 /// Flag of a MAP record, in the bits of an extent's count.
 const CARRIED: u64 = 1;
 /// Blocks that one extent may describe.
-const EXTENT_MAX: usize = (PAYLOAD - EXTENT_HEADER) / TAG;
+const EXTENT_MAX: usize = (FILLED - EXTENT_HEADER) / TAG;
 
 /// A change of the volume.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -151,6 +153,14 @@ pub(crate) fn records(bytes: &Block) -> Vec<Record> {
     out
 }
 
+/// When the content had last been changed before the block was sealed, in nanoseconds since 1970.
+/// `None`: it does not tell.
+pub(crate) fn modified(bytes: &Block) -> Option<i64> {
+    let time = i64::from_le_bytes(get_array(bytes, HEADER + FILLED));
+    // Earlier writers filled the payload to its end.
+    (get32(bytes, 44) as usize <= FILLED && time != 0).then_some(time)
+}
+
 /// Fills one block with records.
 pub(crate) struct Builder {
     bytes: Block,
@@ -163,7 +173,7 @@ impl Builder {
     }
 
     const fn left(&self) -> usize {
-        PAYLOAD - self.used
+        FILLED - self.used
     }
 
     fn word(&mut self, kind: u8, count: u64, block: u64) -> usize {
@@ -228,9 +238,16 @@ impl Builder {
         self.used += (EXTENT_HEADER + run.len() * TAG).next_multiple_of(8);
     }
 
-    /// Seals the block under `header.order`.
-    pub(crate) fn seal(mut self, uuid: &[u8; 16], key: &EpochKey, header: &Header) -> (Block, Tag) {
+    /// Seals the block under `header.order`. `modified`: when the content was last changed.
+    pub(crate) fn seal(
+        mut self,
+        uuid: &[u8; 16],
+        key: &EpochKey,
+        header: &Header,
+        modified: i64,
+    ) -> (Block, Tag) {
         let b = &mut self.bytes;
+        put(b, HEADER + FILLED, &modified.to_le_bytes());
         put(b, 0, MAGIC);
         put(b, 8, &uuid[..8]);
         put64(b, 16, header.seq);
@@ -294,9 +311,10 @@ mod tests {
             salt,
             prev: [8; 16],
         };
-        let (mut bytes, tag) = builder.seal(&[1; 16], &key, &header);
+        let (mut bytes, tag) = builder.seal(&[1; 16], &key, &header, -77);
         assert_eq!(peek(&bytes, &[1; 16]), Some(header));
         assert_eq!(open(&mut bytes, &key, &header), Ok(tag));
+        assert_eq!(modified(&bytes), Some(-77));
         (taken, records(&bytes))
     }
 

@@ -105,12 +105,13 @@ impl Volume {
         let (count, resolved) = {
             let mut tags = [[0; TAG]; PIECE];
             let mut header = batch.header;
+            let modified = self.times.modified();
             let mut sealed = 0;
             let mut emit = |block: &Block, index: usize| transfer.put(index, block);
             let mut rest = &batch.records[..];
             while sealed < batch.blocks && (sealed == 0 || !rest.is_empty()) {
                 let builder = fill(&mut rest);
-                let (block, tag) = builder.seal(self.key.uuid(), &batch.key, &header);
+                let (block, tag) = builder.seal(self.key.uuid(), &batch.key, &header, modified);
                 emit(&block, sealed as usize);
                 tags[sealed as usize % PIECE] = tag;
                 header.prev = tag;

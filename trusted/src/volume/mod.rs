@@ -32,6 +32,7 @@ mod chores;
 mod core;
 mod crypto;
 mod delta;
+mod discard;
 mod epochs;
 mod error;
 mod format;
@@ -57,7 +58,9 @@ mod superblock;
 mod sync;
 #[cfg(test)]
 mod tests;
+mod times;
 mod tree;
+mod usage;
 mod verify;
 mod write;
 
@@ -66,7 +69,8 @@ use alloc::{collections::BTreeMap, sync::Arc};
 
 use self::{
     core::Core,
-    crypto::{EpochKey, Secret, VolumeKey},
+    crypto::{EpochKey, VolumeKey},
+    header::Derivation,
     layout::Geometry,
 };
 use crate::sync::Lock;
@@ -81,6 +85,8 @@ pub use self::{
     rekey::RekeyReport,
     slots::{SlotInfo, SlotKey, SlotKind, Stretch},
     snapshots::SnapshotInfo,
+    times::Times,
+    usage::Usage,
     verify::{Damage, SpaceReport, VerifyReport},
 };
 
@@ -136,6 +142,8 @@ pub enum Chore {
     Checkpoint,
     /// Move the monotonic counter.
     Register,
+    /// Give freed places back to the host.
+    Discard,
 }
 
 /// An open volume, shared by all processes and threads of one enclave.
@@ -143,9 +151,10 @@ pub struct Volume {
     geometry: Geometry,
     key: VolumeKey,
     /// What keys for other volumes are derived from.
-    derivation: Secret,
+    derivation: Derivation,
     keys: Lock<BTreeMap<u32, Arc<EpochKey>>>,
     core: Lock<Core>,
+    times: Arc<times::Kept>,
     /// The guest syncs after each few writes: a hint for writers.
     expecting: AtomicBool,
 }

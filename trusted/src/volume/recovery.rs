@@ -405,6 +405,31 @@ pub(crate) struct Opening {
 }
 
 impl Opening {
+    /// Of a volume that has just been made, with the epoch that goes on.
+    pub(crate) fn of_new(superblock: Superblock) -> Self {
+        Self {
+            superblock,
+            slot: 0,
+            scan: Scan::default(),
+            read_only: false,
+            lost: false,
+            fresh: None,
+            fence: false,
+        }
+    }
+
+    /// The volume, in its last epoch, whose salt is `salt`.
+    pub(crate) fn begin(self, opened: header::Opened, salt: Salt) -> Volume {
+        let id = self.superblock.epochs.last().map_or(1, |epoch| epoch.id);
+        let key = Arc::new(opened.key.epoch(id, &salt));
+        let mut core = self.core(key.clone(), salt);
+        // The first sync flushes, whether anything was written or not.
+        core.stamp = 1;
+        let volume = Volume::new(opened.key, opened.derivation, core);
+        volume.remember(key);
+        volume
+    }
+
     fn core(&self, key: Arc<EpochKey>, salt: Salt) -> Core {
         let superblock = &self.superblock;
         let tip = self.scan.tip(superblock);
@@ -503,14 +528,15 @@ impl Opening {
             core.active = replay.delta;
             core.size = replay.size;
             core.size_order = replay.size_order;
+            let told = self.scan.chain.iter().rev().find_map(|found| found.modified);
+            core.times.set(self.superblock.times.after(told));
         }
         if !self.read_only {
             header.repair(disk).await?;
             volume.remember(key);
             let epoch = Epoch { id, salt, key_version, tabled: false };
             self.settle(disk, &volume, epoch, &replay.skipped).await?;
-            // From here on a copy of what was found opens nowhere else.
-            volume.register().await?;
+            volume.register_opening().await?;
         }
         Ok((volume, report))
     }
@@ -570,6 +596,7 @@ impl Opening {
                 clean: false,
                 session: self.superblock.session + 1,
                 durable: core.journal.durable,
+                times: core.times.get(),
                 epochs: core.epochs[keep..].to_vec(),
                 ..self.superblock.clone()
             }

@@ -25,6 +25,8 @@ pub(crate) struct Found {
     pub(crate) header: Header,
     pub(crate) tag: Tag,
     pub(crate) records: Vec<Record>,
+    /// When the content was last changed, if it tells.
+    pub(crate) modified: Option<i64>,
 }
 
 /// What the ring holds.
@@ -166,5 +168,5 @@ fn authenticate(
         }
         opened.ok()
     })?;
-    Some(Found { header, tag, records: jblock::records(block) })
+    Some(Found { header, tag, records: jblock::records(block), modified: jblock::modified(block) })
 }

@@ -260,7 +260,14 @@ impl Volume {
     /// volume within `purpose`. It stays the same when key slots change.
     #[must_use]
     pub fn derive_key(&self, salt: &[u8], purpose: &[u8]) -> SlotKey {
-        SlotKey::new(crypto::derive(&self.derivation.0, salt, &[purpose]).0)
+        SlotKey::new(crypto::derive(&self.derivation.now.0, salt, &[purpose]).0)
+    }
+
+    /// What [`Self::derive_key`] gave before a rekey of this volume that is not finished.
+    #[must_use]
+    pub fn derive_former_key(&self, salt: &[u8], purpose: &[u8]) -> Option<SlotKey> {
+        let former = self.derivation.former.as_ref()?;
+        Some(SlotKey::new(crypto::derive(&former.0, salt, &[purpose]).0))
     }
 
     /// The work of a passphrase, done once: 32 bytes that open the slot that `passphrase` opens,

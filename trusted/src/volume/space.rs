@@ -308,6 +308,13 @@ impl Space {
         Ok(None)
     }
 
+    /// Gives out a free run of `least..=most` blocks in `from..to`, to be given back: not to hold
+    /// anything.
+    pub(crate) fn claim(&mut self, from: u64, to: u64, least: u64, most: u64) -> Option<Run> {
+        let run = self.search(from, to.min(self.limit), least, most).ok().flatten()?;
+        Some(self.take(run))
+    }
+
     /// Searches all pages in memory, from the cursor on, around.
     fn anywhere(&mut self, least: u64, most: u64) -> Option<Run> {
         if least > self.longest {
@@ -443,6 +450,36 @@ impl Space {
         self.longest = REGION;
     }
 
+    /// Runs of places that were given out in the interval that was written down, and that the map
+    /// does not name after it: overwritten before it was written. `changed` as for
+    /// [`Self::complete`], which comes next.
+    pub(crate) fn unnamed(&self, changed: &BTreeMap<u64, Option<Box<Bitmap>>>) -> Vec<(u64, u64)> {
+        let mut runs: Vec<(u64, u64)> = Vec::new();
+        for (number, region) in &self.regions {
+            let durable = match changed.get(number) {
+                Some(page) => page.as_ref(),
+                None => region.durable.as_ref(),
+            };
+            let (Some(durable), Some(frozen)) = (durable, &region.frozen) else { continue };
+            for (n, (frozen, durable)) in (0..).zip(frozen.iter().zip(durable.iter())) {
+                let active = region.active.as_ref().map_or(0, |active| active[n as usize]);
+                let mut bits = frozen & !durable & !active;
+                let base = number * REGION + n * 64;
+                while bits != 0 {
+                    let start = u64::from(bits.trailing_zeros());
+                    let count = u64::from((bits >> start).trailing_ones());
+                    bits &= u64::MAX.checked_shl((start + count) as u32).unwrap_or(0);
+                    match runs.last_mut() {
+                        Some((_, end)) if *end == base + start => *end += count,
+                        _ => runs.push((base + start, base + start + count)),
+                    }
+                }
+            }
+        }
+        runs.retain(|(start, _)| *start >= self.geometry.home_start);
+        runs
+    }
+
     /// The checkpoint was given up: its interval goes on.
     pub(crate) fn abort(&mut self) {
         for region in self.regions.values_mut() {
@@ -530,6 +567,22 @@ mod tests {
         // Free again, and the first choice of its block.
         assert_eq!(space.data(5, 1), Ok(run));
         assert_ne!(space.data(6, 1), Ok(in_flight));
+    }
+
+    #[test]
+    fn places_overwritten_before_their_checkpoint_are_unnamed_after_it() {
+        let mut space = space();
+        let home = space.geometry.home_start;
+        let run = space.data(0, 100).unwrap();
+        assert_eq!(run, Run { place: home, count: 100 });
+        let in_flight = space.data(110, 1).unwrap();
+        space.cut(core::iter::once(in_flight));
+        let region = home / REGION;
+        let mut page = space.durable(region).unwrap();
+        // The checkpoint names 20 of them.
+        set(&mut page, home % REGION + 30, 20, true);
+        let changed = BTreeMap::from([(region, Some(page))]);
+        assert_eq!(space.unnamed(&changed), [(home, home + 30), (home + 50, home + 100)]);
     }
 
     #[test]

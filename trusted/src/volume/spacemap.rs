@@ -154,7 +154,7 @@ impl Volume {
 
     /// A page that is forged, or that the host fails to read again and again, makes its region
     /// unallocatable for this session.
-    async fn load_region<D: Disk>(&self, disk: &D, region: u64) -> Result<(), Bad> {
+    pub(crate) async fn load_region<D: Disk>(&self, disk: &D, region: u64) -> Result<(), Bad> {
         loop {
             let (root, version) = {
                 let core = self.core.lock();

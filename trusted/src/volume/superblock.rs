@@ -6,6 +6,7 @@
 use alloc::vec::Vec;
 
 use super::snapshots::Held;
+use super::times::Times;
 use super::{
     crypto::{SINGLE, Salt, Tag, VolumeKey},
     error::VolumeError,
@@ -136,6 +137,7 @@ pub(crate) struct Superblock {
     pub(crate) epochs: Vec<Epoch>,
     /// If the volume is bound to a counter.
     pub(crate) counter: Option<Bound>,
+    pub(crate) times: Times,
 }
 
 fn aad(bytes: &Block, slot: usize) -> [u8; 32] {
@@ -195,6 +197,7 @@ impl Superblock {
         if let Some(bound) = &self.counter {
             bound.encode(&mut b);
         }
+        self.times.encode(&mut b);
         let aad = aad(&b, slot);
         let tag = key.single(b"postern/1 superblock", salt).seal(SINGLE, &aad, &mut b[BODY..]);
         put(&mut b, 24, &tag);
@@ -270,6 +273,7 @@ impl Superblock {
                 .map(|i| Epoch::decode(&b, RECENT_AT + i * Epoch::BYTES))
                 .collect(),
             counter: Bound::decode(&b),
+            times: Times::decode(&b),
         };
         let ok = get32(&b, 72) as usize == slot
             && count <= RECENT

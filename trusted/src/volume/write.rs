@@ -28,6 +28,9 @@ use crate::{
     platform::Buffer,
 };
 
+/// Checkpoints that a write lets make room, and that leave it none, before it gives up.
+const IN_VAIN: u32 = 32;
+
 /// Blocks an eager write has at most.
 const EAGER_BLOCKS: u64 = 8;
 /// No write is eager while this many blocks have been written since the last sync.
@@ -187,7 +190,11 @@ impl Volume {
 
     /// Waits until blocks `first..=last` may be written; returns the ticket to give back.
     pub(crate) async fn enter(&self, first: u64, last: u64, exclusive: bool) -> u64 {
-        let ticket = self.core.lock().ranges.enter(first, last, exclusive);
+        let ticket = {
+            let mut core = self.core.lock();
+            let exclusive = exclusive && !core.is(canary!(SharedPartial));
+            core.ranges.enter(first, last, exclusive)
+        };
         self.granted(ticket).await;
         ticket
     }
@@ -356,14 +363,14 @@ impl Volume {
                         Ok(false) => rooms = self.room_for_data(disk, rooms).await,
                         Err(bad) => return (done as usize * BLOCK, Some(bad.errno())),
                     }
-                    if rooms > 2 {
+                    if rooms > IN_VAIN {
                         return (done as usize * BLOCK, Some(Errno::ENOSPC));
                     }
                     continue;
                 }
                 Err(Stop::Room) => {
                     rooms = self.room_for_data(disk, rooms).await;
-                    if rooms > 2 {
+                    if rooms > IN_VAIN {
                         return (done as usize * BLOCK, Some(Errno::ENOSPC));
                     }
                     continue;
@@ -392,10 +399,12 @@ impl Volume {
         (done as usize * BLOCK, None)
     }
 
-    /// Lets a checkpoint make room; counts those that were made in vain.
+    /// Lets a checkpoint make room; counts those that were made in vain. One after which others
+    /// have taken places again counts for little: the next one frees what theirs replace.
     async fn room_for_data<D: Disk>(&self, disk: &D, rooms: u32) -> u32 {
         match self.make_room(disk).await {
-            Ok(()) => rooms + 1,
+            Ok(()) if self.core.lock().space.busy() > 0 => rooms + 1,
+            Ok(()) => rooms + IN_VAIN / 2,
             Err(_) => u32::MAX,
         }
     }

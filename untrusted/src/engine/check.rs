@@ -1,6 +1,6 @@
 //! The checks on a submission descriptor. Every field is the enclave's and hostile until it passed.
 
-use postern_edl::port::{Geometry, MAX_REQUEST_BYTES, Submission, op};
+use postern_edl::port::{Geometry, MAX_DISCARD_BYTES, MAX_REQUEST_BYTES, Submission, op};
 
 /// Why a descriptor is refused. Its id was good, so the enclave gets an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,18 +36,22 @@ pub fn index_of(id: u64, entries: usize) -> Option<usize> {
 /// [`Refusal::Invalid`].
 pub fn check(submission: &Submission, geometry: &Geometry) -> Result<(), Refusal> {
     let Submission { op, offset, length, data, .. } = *submission;
+    let aligned = (offset | length | data) & 4095 == 0;
+    // The kernel's offsets are signed.
+    let in_file = offset.checked_add(length).is_some_and(|end| end <= i64::MAX as u64);
     match u64::from(op) {
         op::READ | op::WRITE => {
-            let aligned = (offset | length | data) & 4095 == 0;
             let sized = length != 0 && length <= MAX_REQUEST_BYTES;
-            // The kernel's offsets are signed.
-            let in_file = offset.checked_add(length).is_some_and(|end| end <= i64::MAX as u64);
             let start = geometry.data_offset as u64;
             let in_area = data >= start
                 && data
                     .checked_add(length)
                     .is_some_and(|end| end <= geometry.region_bytes() as u64);
             if aligned && sized && in_file && in_area { Ok(()) } else { Err(Refusal::Invalid) }
+        }
+        op::DISCARD if aligned && in_file && data == 0 => {
+            let sized = length != 0 && length <= MAX_DISCARD_BYTES;
+            if sized { Ok(()) } else { Err(Refusal::Invalid) }
         }
         op::FLUSH if offset == 0 && length == 0 && data == 0 => Ok(()),
         _ => Err(Refusal::Invalid),
@@ -87,6 +91,8 @@ mod tests {
         assert_eq!(check(&Submission { offset: last, ..good }, &g), Ok(()));
         let flush = Submission { op: 3, offset: 0, length: 0, data: 0, ..good };
         assert_eq!(check(&flush, &g), Ok(()));
+        let discard = Submission { op: 4, length: MAX_DISCARD_BYTES, data: 0, ..good };
+        assert_eq!(check(&discard, &g), Ok(()));
     }
 
     #[test]
@@ -96,7 +102,15 @@ mod tests {
         let good = good();
         let table = [
             Submission { op: 0, ..good },
+            Submission { op: 5, ..good },
             Submission { op: 4, ..good },
+            Submission { op: 4, data: 0, length: 0, ..good },
+            Submission { op: 4, data: 0, length: 512, ..good },
+            Submission { op: 4, data: 0, length: MAX_DISCARD_BYTES + 4096, ..good },
+            Submission { op: 4, data: 0, length: u64::MAX - 4095, ..good },
+            Submission { op: 4, data: 0, offset: 1, ..good },
+            Submission { op: 4, data: 0, offset: i64::MAX as u64 - 4095, ..good },
+            Submission { op: 4, data: 0, offset: 1 << 63, ..good },
             Submission { op: u32::MAX, ..good },
             Submission { offset: 1, ..good },
             Submission { offset: 512, ..good },

@@ -19,6 +19,7 @@ use std::sync::atomic::{Ordering, fence};
 
 use postern_ebpf_common::aio_data;
 use postern_edl::port::{CQE_WORDS, Completion, SQE_WORDS, Submission, cursor, op};
+use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 use rustix::time::{ClockId, clock_gettime};
 use tokio::sync::oneshot;
@@ -95,14 +96,45 @@ struct Slot {
     delivered_ns: u64,
 }
 
-/// A flush for which the file has no asynchronous operation: to be done on a thread, then told by
-/// [`Engine::flushed`].
+/// A request for which the kernel has no asynchronous operation: to be done on a thread, then told
+/// by [`Engine::done`].
 #[derive(Debug)]
-pub struct ThreadFlush {
+pub struct ThreadWork {
     /// Request index.
     pub index: usize,
     /// The file.
     pub file: Arc<HostFile>,
+    /// What is to be done with it.
+    pub act: Act,
+}
+
+/// What a thread does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Act {
+    /// fdatasync(2).
+    Flush,
+    /// fallocate(2) that punches a hole and keeps the size.
+    Discard {
+        /// Byte offset.
+        offset: u64,
+        /// Length in bytes.
+        length: u64,
+    },
+}
+
+impl ThreadWork {
+    /// Does it: 0 or a negative errno. Blocks.
+    #[must_use]
+    pub fn run(&self) -> i64 {
+        let done = match self.act {
+            Act::Flush => rustix::fs::fdatasync(&self.file),
+            Act::Discard { offset, length } => {
+                let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+                rustix::fs::fallocate(&self.file, flags, offset, length)
+            }
+        };
+        done.map_or_else(|errno| -i64::from(errno.raw_os_error()), |()| 0)
+    }
 }
 
 /// One lane's data path.
@@ -120,7 +152,7 @@ pub struct Engine {
     files: FileTable,
     /// Completions not yet written to the ring: id, result, when reaped.
     staged: Vec<(u64, i64, u64)>,
-    thread_flushes: Vec<ThreadFlush>,
+    thread_work: Vec<ThreadWork>,
     taken: u64,
     published: u64,
     /// Taken and not published.
@@ -156,7 +188,7 @@ impl Engine {
             slots: vec![Slot::default(); entries].into(),
             files: FileTable::default(),
             staged: Vec::with_capacity(entries),
-            thread_flushes: Vec::new(),
+            thread_work: Vec::new(),
             taken: 0,
             published: 0,
             in_flight: 0,
@@ -202,14 +234,16 @@ impl Engine {
         self.in_flight == 0
     }
 
-    /// Flushes that need a thread, since the last call.
-    pub fn take_thread_flushes(&mut self) -> impl Iterator<Item = ThreadFlush> + '_ {
-        self.thread_flushes.drain(..)
+    /// Requests that need a thread, since the last call.
+    pub fn take_thread_work(&mut self) -> impl Iterator<Item = ThreadWork> + '_ {
+        self.thread_work.drain(..)
     }
 
-    /// A flush handed out by [`Self::take_thread_flushes`] is done: 0 or a negative errno.
-    pub fn flushed(&mut self, index: usize, result: i64) {
-        self.stats.add(|c| &c.flushes_on_thread, 1);
+    /// A request handed out by [`Self::take_thread_work`] is done: 0 or a negative errno.
+    pub fn done(&mut self, index: usize, result: i64) {
+        if self.slots[index].op == op::FLUSH {
+            self.stats.add(|c| &c.flushes_on_thread, 1);
+        }
         self.complete(index, result, now_ns());
         self.publish();
     }
@@ -340,11 +374,12 @@ impl Engine {
         let op = u64::from(submission.op);
         let file = check::check(submission, &geometry).and_then(|()| {
             let (at, file) = self.files.get(submission.handle).ok_or(Refusal::BadFile)?;
-            if op == op::WRITE && !file.writable {
+            if matches!(op, op::WRITE | op::DISCARD) && !file.writable {
                 return Err(Refusal::BadFile);
             }
             Ok((at, file.raw()))
         });
+        let act = Act::Discard { offset: submission.offset, length: submission.length };
         let (file, fd) = match file {
             Ok(file) => file,
             Err(refusal) => {
@@ -369,6 +404,12 @@ impl Engine {
             ..Slot::default()
         };
         self.files.begin(file);
+        if op == op::DISCARD {
+            if let Some(file) = self.files.at(file) {
+                self.thread_work.push(ThreadWork { index, file: Arc::clone(file), act });
+            }
+            return Ok(());
+        }
         let address = if op == op::FLUSH { 0 } else { self.region.address(submission.data) };
         self.batch.push(&Entry {
             data: aio_data(self.lane, index as u64, id >> 32),
@@ -432,7 +473,7 @@ impl Engine {
             && matches!(errno, Errno::INVAL | Errno::OPNOTSUPP)
             && let Some(file) = self.files.at(slot.file)
         {
-            self.thread_flushes.push(ThreadFlush { index, file: Arc::clone(file) });
+            self.thread_work.push(ThreadWork { index, file: Arc::clone(file), act: Act::Flush });
             return;
         }
         self.complete(index, -i64::from(errno.raw_os_error()), now_ns());
@@ -475,6 +516,7 @@ impl Engine {
         match (op, u64::try_from(result)) {
             (op::READ, Ok(bytes)) => self.stats.add(|c| &c.bytes_read, bytes),
             (op::WRITE, Ok(bytes)) => self.stats.add(|c| &c.bytes_written, bytes),
+            (op::DISCARD, Ok(_)) => self.stats.add(|c| &c.discards, 1),
             (_, Ok(_)) => self.stats.add(|c| &c.flushes, 1),
             (_, Err(_)) => self.stats.add(|c| &c.errors, 1),
         }

@@ -1,14 +1,14 @@
 //! The leases of sessions: who is asked, who keeps, who loses.
 //!
-//! Holds: a lease that is taken away is given up only when nothing is in flight on its file and no
-//! lane takes a descriptor for it any more.
+//! Holds: a lease that is taken away is given up only when nothing is in flight on its file, no lane
+//! takes a descriptor for it any more, and what was written is flushed.
 
 use std::time::{Duration, Instant};
 
 use postern_edl::{LEASE_ASKED, LEASE_LOST};
 use rustix::io::Errno;
 
-use super::{Session, Sessions, State, release};
+use super::{Session, Sessions, State, in_background};
 use crate::lane::Command;
 use crate::lease::{Terms, Verdict};
 use crate::problem::log;
@@ -92,7 +92,13 @@ impl Session {
                     format_args!("session {}, {:?}", self.number, file.name),
                     "its I/O on the volume fails until it takes the lease back",
                 );
-                release(file).await;
+                let _ = in_background(move || {
+                    // What its enclave has written and closed has nobody else who flushes it.
+                    if file.writable {
+                        let _ = rustix::fs::fdatasync(&file);
+                    }
+                })
+                .await;
             }
         }
     }

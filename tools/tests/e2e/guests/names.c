@@ -1,6 +1,7 @@
 /*
- * Makes and renames files in a directory and writes down each one that is finished; a later run
- * checks that all of them are there and nothing else is.
+ * Makes and renames files in a directory and writes down each one that was synced: the even ones
+ * with what is in them by an fsync of the file, the odd ones, empty, by one of the directory. A
+ * later run checks that all of them are there and nothing else is.
  *
  * Usage: names write|check DIR LOG
  */
@@ -32,6 +33,9 @@ static long finished(int log)
 static void write_on(const char *dir, int log)
 {
 	char from[512], to[512], line[16];
+	int names = open(dir, O_RDONLY | O_DIRECTORY);
+	if (names < 0)
+		fail("open", dir);
 	/* The one that a kill interrupted may or may not be there. */
 	for (long i = finished(log);; i++) {
 		snprintf(from, sizeof from, "%s/n%ld", dir, i);
@@ -39,9 +43,15 @@ static void write_on(const char *dir, int log)
 		int fd = open(from, O_CREAT | O_WRONLY, 0600);
 		if (fd < 0)
 			fail("open", from);
-		if (close(fd) < 0 || rename(from, to) < 0)
-			fail("rename", from);
 		snprintf(line, sizeof line, "%07ld\n", i);
+		if (i % 2 == 0 && write(fd, line, 8) != 8)
+			fail("write", from);
+		if (rename(from, to) < 0)
+			fail("rename", from);
+		if (fsync(i % 2 == 0 ? fd : names) < 0)
+			fail("fsync", to);
+		if (close(fd) < 0)
+			fail("close", to);
 		if (write(log, line, 8) != 8)
 			fail("write", "log");
 	}
@@ -65,8 +75,16 @@ static void check(const char *dir, int log)
 		char path[512];
 		struct stat st;
 		snprintf(path, sizeof path, "%s/%s", dir, entry->d_name);
-		if (stat(path, &st) < 0 || st.st_size != 0)
+		if (stat(path, &st) < 0)
 			fail("stat", path);
+		char line[16] = "", expected[16] = "";
+		int fd = open(path, O_RDONLY);
+		if (fd < 0 || read(fd, line, sizeof line - 1) < 0 || close(fd) < 0)
+			fail("read", path);
+		if (number % 2 == 0)
+			snprintf(expected, sizeof expected, "%07ld\n", number);
+		if (number < all && strcmp(line, expected) != 0)
+			fail("content", path);
 	}
 	closedir(stream);
 	if (found != all) {

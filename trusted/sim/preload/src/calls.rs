@@ -11,12 +11,17 @@ use core::ffi::{c_char, c_long};
 
 use libc::AT_FDCWD;
 use postern_sim::{
+    directory::cwd,
     files::{self, Kind},
     inside, message, sys,
 };
 use postern_trusted::errno::Errno;
 
-use crate::{guest_paths, namespace, next::set_errno, raw, state};
+use crate::{
+    guest_paths, namespace,
+    next::{answer, set_errno, signed},
+    openat2, raw, state,
+};
 
 /// The six arguments of a system call.
 pub type Arguments = [usize; 6];
@@ -37,7 +42,7 @@ pub mod class {
 }
 
 /// Calls whose first argument is a descriptor.
-const DESCRIPTOR_CALLS: [c_long; 32] = [
+const DESCRIPTOR_CALLS: [c_long; 31] = [
     libc::SYS_read,
     libc::SYS_write,
     libc::SYS_pread64,
@@ -69,7 +74,6 @@ const DESCRIPTOR_CALLS: [c_long; 32] = [
     libc::SYS_fchmod,
     libc::SYS_fchown,
     libc::SYS_fsetxattr,
-    libc::SYS_fchdir,
 ];
 
 /// The path arguments of a call: each the place of its directory descriptor, if it has one, and
@@ -130,7 +134,7 @@ fn paths(number: c_long) -> Paths {
 }
 
 /// Asked whatever their arguments are.
-const ALWAYS: [c_long; 17] = [
+const ALWAYS: [c_long; 23] = [
     libc::SYS_io_setup,
     libc::SYS_io_destroy,
     libc::SYS_io_submit,
@@ -148,6 +152,12 @@ const ALWAYS: [c_long; 17] = [
     libc::SYS_dup3,
     libc::SYS_close_range,
     libc::SYS_getcwd,
+    libc::SYS_fchdir,
+    libc::SYS_execve,
+    libc::SYS_execveat,
+    libc::SYS_mremap,
+    libc::SYS_setrlimit,
+    libc::SYS_prlimit64,
 ];
 
 /// The class of a number.
@@ -223,12 +233,17 @@ unsafe fn answer_asked(number: c_long, arguments: Arguments) -> Option<c_long> {
     if let Some(result) = unsafe { raw::process_call(number, arguments) } {
         return Some(result);
     }
+    if matches!(number, libc::SYS_execve | libc::SYS_execveat) {
+        return None;
+    }
     let fd = int(arguments[0]);
     let by_descriptor = match number {
         libc::SYS_dup2 | libc::SYS_dup3 => {
             files::kind(fd) != Kind::Other || files::kind(int(arguments[1])) != Kind::Other
         }
         libc::SYS_close_range => true,
+        libc::SYS_fchdir => files::kind(fd) != Kind::Other || cwd::is_inside(),
+        libc::SYS_chdir => cwd::is_inside(),
         // SAFETY: as the caller's.
         libc::SYS_getcwd => return unsafe { raw::text_call(number, arguments) },
         _ => class_of(usize::try_from(number).unwrap_or(0)) & class::DESCRIPTOR != 0,
@@ -237,9 +252,23 @@ unsafe fn answer_asked(number: c_long, arguments: Arguments) -> Option<c_long> {
         set_errno(Errno::EBADF);
         return Some(-1);
     }
-    let named = !by_descriptor && names_ours(number, &arguments);
-    if !by_descriptor && !named && !is_relative_to_ours(number, &arguments) {
-        return None;
+    if number == libc::SYS_openat2 {
+        let [directory, path, how, bytes, ..] = arguments;
+        let path = path as *const c_char;
+        if let Some(opened) = openat2::open(int(directory), path, how as u64, bytes as u64) {
+            return Some(answer(|| opened).into());
+        }
+    }
+    // Where openat2 did not find it protected, it is not: its path may count from elsewhere.
+    let named = !by_descriptor && number != libc::SYS_openat2 && names_ours(number, &arguments);
+    if !by_descriptor && !named {
+        // SAFETY: as the caller's.
+        if let Some(result) = unsafe { outward_call(number, arguments) } {
+            return Some(result);
+        }
+        if !is_relative_to_ours(number, &arguments) {
+            return None;
+        }
     }
     // SAFETY: as the caller's.
     unsafe {
@@ -255,6 +284,34 @@ unsafe fn answer_asked(number: c_long, arguments: Arguments) -> Option<c_long> {
         }
         known
     }
+}
+
+/// A call of the kernel's on a path that leads out of a protected directory; the kernel is not in
+/// there, so it is given the path from the root.
+///
+/// # Safety
+/// As the system call.
+unsafe fn outward_call(number: c_long, arguments: Arguments) -> Option<c_long> {
+    let mut changed = arguments;
+    let mut held = [None, None];
+    for (&(directory, path), held) in paths(number).iter().zip(&mut held) {
+        let directory = directory.map_or(AT_FDCWD, |at| int(arguments[at]));
+        if let Some(outward) = guest_paths::outward(directory, arguments[path] as *const c_char) {
+            changed[path] = held.insert(outward).as_ptr() as usize;
+        }
+    }
+    if held[0].is_none() && held[1].is_none() {
+        return None;
+    }
+    let class = class_of(usize::try_from(number).unwrap_or(0));
+    let [a, b, c, d, e, f] = changed;
+    let last = if class & class::PASS != 0 { sys::PASS } else { f };
+    // SAFETY: the caller's arguments, but for paths of ours that live through the call.
+    let result = sys::check(unsafe { sys::syscall6(number, a, b, c, d, e, last) });
+    if let (Ok(fd), true) = (result, class & class::OPENS != 0) {
+        files::is_ordinary(i32::try_from(fd).unwrap_or(-1));
+    }
+    Some(answer(|| result.map(signed)) as c_long)
 }
 
 /// Extended attributes.

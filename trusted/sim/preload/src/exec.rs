@@ -6,7 +6,10 @@
 //! Does not hold: an exec that fails although the file is there and executable (not a program, too
 //! many arguments) closes the protected descriptors that are marked close-on-exec.
 
-use core::ffi::{c_char, c_int, c_void};
+use core::{
+    cell::Cell,
+    ffi::{c_char, c_int, c_long, c_void},
+};
 
 use postern_sim::{
     inheritance::Spawn,
@@ -14,6 +17,8 @@ use postern_sim::{
 };
 
 use crate::{
+    calls::Arguments,
+    guest_paths,
     next::{Next, answer, export},
     process, state, working,
 };
@@ -44,8 +49,46 @@ fn has_slash(path: *const c_char) -> bool {
     postern_sim::guest::read_path(path as u64, &mut room).map_or(true, |path| path.contains(&b'/'))
 }
 
+std::thread_local! {
+    /// The process that prepared itself for an exec that is under way; a vfork child leaves its own
+    /// number to its parent, whom it does not concern.
+    static UNDER_WAY: Cell<u32> = const { Cell::new(0) };
+}
+
+/// execve(2) and execveat(2) as system calls of the program's own, or of the C library's inside
+/// itself (system, popen). `None`: not one of them, or prepared for already.
+///
+/// # Safety
+/// As the system call.
+pub unsafe fn by_number(number: c_long, arguments: Arguments) -> Option<c_long> {
+    let [a, b, c, d, e, _] = arguments;
+    if !matches!(number, libc::SYS_execve | libc::SYS_execveat)
+        || UNDER_WAY.get() == postern_sim::sys::getpid()
+    {
+        return None;
+    }
+    // What is asked from here on is asked anew: a vfork child does not come back to end it.
+    inside::answered();
+    // SAFETY: the caller's arguments, passed to the function of the same meaning.
+    let failed = unsafe {
+        if number == libc::SYS_execve {
+            execve(a as _, b as _, c as _)
+        } else {
+            execveat(a as u32 as c_int, b as _, c as _, d as _, e as u32 as c_int)
+        }
+    };
+    Some(failed.into())
+}
+
 /// Runs `next`, and keeps the errno that it fails with over what is mended afterwards.
 fn attempt(promising: bool, next: impl FnOnce() -> c_int) -> c_int {
+    let before = UNDER_WAY.replace(postern_sim::sys::getpid());
+    let failed = prepared(promising, next);
+    UNDER_WAY.set(before);
+    failed
+}
+
+fn prepared(promising: bool, next: impl FnOnce() -> c_int) -> c_int {
     if !promising {
         return next();
     }
@@ -95,10 +138,18 @@ fn inherited() -> Strings {
     unsafe { environ }
 }
 
-fn replace(path: *const c_char, searched: bool, next: impl FnOnce() -> c_int) -> c_int {
+/// A path, which may be a bare name that is `searched` for, becomes this process's program.
+fn replace(
+    (path, searched): (*const c_char, bool),
+    (name, arguments, environment): (&'static Next, Strings, Strings),
+    next: impl FnOnce() -> c_int,
+) -> c_int {
+    // In a protected working directory `next` is not called, so this is the path that counts.
+    let outward = guest_paths::outward(libc::AT_FDCWD, path);
+    let path = outward.as_ref().map_or(path, |outward| outward.as_ptr());
     let promising =
         state::active() && (searched && !has_slash(path) || is_executable(libc::AT_FDCWD, path, 0));
-    attempt(promising, next)
+    attempt(promising, || with_directory(name, path, arguments, environment, next))
 }
 
 fn spawn(child: *mut libc::pid_t, next: impl FnOnce(*mut libc::pid_t) -> c_int) -> c_int {
@@ -172,13 +223,13 @@ export_spawn! { posix_spawn posix_spawnp }
 
 export! {
     fn [execve](path: *const c_char, arguments: Strings, environment: Strings) -> c_int, next =>
-        replace(path, false, || with_directory(&EXECVE, path, arguments, environment, next));
+        replace((path, false), (&EXECVE, arguments, environment), next);
     fn [execv](path: *const c_char, arguments: Strings) -> c_int, next =>
-        replace(path, false, || with_directory(&EXECVE, path, arguments, inherited(), next));
+        replace((path, false), (&EXECVE, arguments, inherited()), next);
     fn [execvp](path: *const c_char, arguments: Strings) -> c_int, next =>
-        replace(path, true, || with_directory(&EXECVPE, path, arguments, inherited(), next));
+        replace((path, true), (&EXECVPE, arguments, inherited()), next);
     fn [execvpe](path: *const c_char, arguments: Strings, environment: Strings) -> c_int, next =>
-        replace(path, true, || with_directory(&EXECVPE, path, arguments, environment, next));
+        replace((path, true), (&EXECVPE, arguments, environment), next);
     fn [fexecve](fd: c_int, arguments: Strings, environment: Strings) -> c_int, next => {
         let empty = c"".as_ptr();
         attempt(state::active() && is_executable(fd, empty, libc::AT_EMPTY_PATH), next)

@@ -1,10 +1,15 @@
 //! Which volume, or place in a protected directory, a path argument names.
 
 use core::ffi::{c_char, c_int};
+use std::ffi::CString;
 
 use postern_sim::{
     directory::{self, Place, cwd},
-    files::{self, Kind, path::Normal, placeholder},
+    files::{
+        self, Kind,
+        path::{self, Normal},
+        placeholder,
+    },
     guest, message, runtime, sys,
 };
 
@@ -53,12 +58,30 @@ pub fn absolute(directory: c_int, path: *const c_char) -> Option<Normal> {
     Normal::new(base, path)
 }
 
+/// A path that leads out of a protected directory, from where it comes out: for the kernel, which
+/// knows nothing of that. What it goes through outside is left as it is.
+pub fn outward(directory: c_int, path: *const c_char) -> Option<CString> {
+    if path.is_null() || !has_directories() {
+        return None;
+    }
+    let mut room = [0; guest::PATH_ROOM];
+    let path = guest::read_path(path as u64, &mut room).ok()?;
+    if !path.windows(2).any(|pair| pair == b"..") {
+        return None;
+    }
+    let mut base = [0; guest::PATH_ROOM];
+    let base = if path.first() == Some(&b'/') { &[][..] } else { base_of(directory, &mut base)? };
+    let is_root = |path: &[u8]| directory::find(path, true).is_some_and(|at| at.path.is_empty());
+    CString::new(path::outward(base, path, is_root)?).ok()
+}
+
 /// As [`find`], from the working directory.
 pub fn find_here(path: *const c_char) -> Option<Found> {
     find(libc::AT_FDCWD, path)
 }
 
-fn base_of(directory: c_int, room: &mut [u8]) -> Option<&[u8]> {
+/// The directory that a relative path counts from, put into `room`.
+pub fn base_of(directory: c_int, room: &mut [u8]) -> Option<&[u8]> {
     let length = if directory == libc::AT_FDCWD {
         match cwd::get(room) {
             Some(length) => length,

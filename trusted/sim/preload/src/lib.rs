@@ -29,6 +29,7 @@ mod moving;
 mod namespace;
 mod next;
 mod open;
+mod openat2;
 mod posix_aio;
 mod process;
 mod raw;

@@ -2,15 +2,17 @@
 //! renamed (`EBUSY`), and nothing can be put in its place (`EEXIST`, `EXDEV`). Removing one that
 //! nobody has open empties it.
 //!
-//! Mode and owner are fixed (0600, the caller); times are the family's own. Asking for what is
-//! there already succeeds, everything else is `EPERM`. In a protected directory all of it is real;
+//! Mode and owner are fixed (0600, the caller); asking for what is there already succeeds,
+//! everything else is `EPERM`. In a protected directory all of it is real;
 //! links and special files cannot be made there (`EPERM`).
 
 use core::ffi::{c_char, c_int, c_uint};
 
 use postern_sim::{
     directory::{self, Change, Place},
-    files, guest, sys,
+    files, guest,
+    runtime::OpenVolume,
+    sys,
 };
 use postern_trusted::errno::Errno;
 
@@ -170,8 +172,21 @@ fn times_or(
 ) -> c_int {
     match guest_paths::place(directory, path) {
         Some(place) => answer(|| directory::change_at(&place, times()?).map(|()| 0)),
-        None => decide(at(directory, path), Err(Errno::EPERM), next),
+        None => match guest_paths::find(directory, path) {
+            Some(found) => answer(|| set_times(&*files::attributes::hold(found.index)?, times()?)),
+            None => next(),
+        },
     }
+}
+
+/// utimensat(2) on a volume.
+fn set_times(volume: &OpenVolume, times: Change) -> Result<c_int, Errno> {
+    match times {
+        Change::Times([None, None], _) => {}
+        Change::Times(times, _) => volume.set_times(times)?,
+        Change::Mode(_) | Change::Owner(..) => return Err(Errno::EINVAL),
+    }
+    Ok(0)
 }
 
 fn fd_times_or(
@@ -183,7 +198,8 @@ fn fd_times_or(
     answer(|| match file.node() {
         Some(_) if file.is_path() => Err(Errno::EBADF),
         Some((number, inode)) => directory::change(number, inode, times()?).map(|()| 0),
-        None => Err(Errno::EPERM),
+        None if file.is_path() => Err(Errno::EBADF),
+        None => set_times(file.volume(), times()?),
     })
 }
 

@@ -2,15 +2,15 @@
 
 use core::{
     cell::Cell,
-    ffi::{c_char, c_int},
+    ffi::{c_char, c_int, c_long},
 };
 
 use postern_sim::{
     files::{self, Transit},
-    inside,
+    guest, inside,
 };
 
-use crate::{next::export, state, working};
+use crate::{calls::Arguments, next::export, state, working};
 
 std::thread_local! {
     /// What the child of the fork under way will own; null outside of one.
@@ -66,7 +66,7 @@ fn take_transit() -> Option<Transit> {
 }
 
 /// In the parent: what the child was to own, and whether there is one.
-fn settle(transit: Option<Transit>, child: c_int) {
+fn settle(transit: Option<Transit>, child: i64) {
     match transit {
         Some(transit) if child >= 0 => transit.arrived(),
         other => drop(other),
@@ -79,7 +79,7 @@ export! {
         let child = next();
         WATCHED.set(outer);
         if child != 0 {
-            settle(take_transit(), child);
+            settle(take_transit(), child.into());
         }
         child
     };
@@ -89,20 +89,38 @@ export! {
         if !state::active() {
             return next();
         }
-        let_go();
-        inside::hold();
-        let transit = files::fork_prepare();
-        let child = next();
-        if child == 0 {
-            files::fork_child();
-            core::mem::forget(transit);
-        } else {
-            files::fork_parent();
-            settle(Some(transit), child);
-        }
-        inside::release();
-        child
+        counted(next)
     };
+}
+
+/// Whether a system call forks: clone(2) or clone3(2) without shared memory or another stack.
+pub fn forks(number: c_long, arguments: Arguments) -> bool {
+    let [a, b, ..] = arguments.map(|word| word as u64);
+    let (flags, stack) = match number {
+        libc::SYS_clone => (Ok(a), Ok(b)),
+        // struct clone_args: flags first, the stack's address sixth.
+        libc::SYS_clone3 => (guest::read_u64(a), guest::read_u64(a.saturating_add(40))),
+        _ => return false,
+    };
+    let shares = |flags: u64| flags & libc::CLONE_VM as u64 != 0;
+    flags.is_ok_and(|flags| !shares(flags)) && stack == Ok(0)
+}
+
+/// Runs `fork`, which runs no handlers of pthread_atfork: the child owns what it has open.
+pub fn counted<T: Copy + Into<i64>>(fork: impl FnOnce() -> T) -> T {
+    let_go();
+    inside::hold();
+    let transit = files::fork_prepare();
+    let child = fork();
+    if child.into() == 0 {
+        files::fork_child();
+        core::mem::forget(transit);
+    } else {
+        files::fork_parent();
+        settle(Some(transit), child.into());
+    }
+    inside::release();
+    child
 }
 
 export! {

@@ -16,9 +16,9 @@ use postern_trusted::errno::Errno;
 use crate::{
     aio, attributes,
     calls::Arguments,
-    data, descriptors, limits, listing, mapping, namespace,
+    data, descriptors, exec, limits, listing, mapping, namespace,
     next::{answer, export, signed},
-    open, size, state, working,
+    open, process, size, state, working,
 };
 
 /// io_pgetevents(2)'s number on x86-64.
@@ -172,8 +172,6 @@ pub unsafe fn other_call(number: c_long, arguments: Arguments) -> Option<c_long>
             libc::SYS_dup3 => descriptors::dup3(int(a), int(b), int(c)),
             libc::SYS_close_range => descriptors::close_range(uint(a), uint(b), int(c)),
             libc::SYS_fork => crate::process::fork(),
-            libc::SYS_setrlimit => limits::setrlimit(int(a), b as _),
-            libc::SYS_prlimit64 => limits::prlimit(int(a), int(b), c as _, d as _),
             _ => return None,
         }
     };
@@ -212,7 +210,7 @@ pub unsafe fn process_call(number: c_long, arguments: Arguments) -> Option<c_lon
             answer(|| aio_call(number, arguments).unwrap_or(Err(Errno::ENOSYS)).map(signed));
         return Some(result as c_long);
     }
-    let [a, b, c, d, ..] = arguments;
+    let [a, b, c, d, e, _] = arguments;
     match number {
         libc::SYS_exit_group => {
             state::drain(true);
@@ -239,6 +237,18 @@ pub unsafe fn process_call(number: c_long, arguments: Arguments) -> Option<c_lon
                 death::kill(process);
             }
             None
+        }
+        // SAFETY: the caller's arguments.
+        libc::SYS_execve | libc::SYS_execveat => unsafe { exec::by_number(number, arguments) },
+        libc::SYS_mremap => {
+            // SAFETY: the caller's arguments, passed to the function of the same meaning.
+            Some(unsafe { mapping::mremap(a as _, b, c, int(d), e as _) } as c_long)
+        }
+        // SAFETY: as above.
+        libc::SYS_setrlimit => Some(unsafe { limits::setrlimit(int(a), b as _) }.into()),
+        libc::SYS_prlimit64 => {
+            // SAFETY: as above.
+            Some(unsafe { limits::prlimit(int(a), int(b), c as _, d as _) }.into())
         }
         libc::SYS_rt_sigaction if fault::installed() && d == 8 => {
             Some(signal_action(int(a), b as _, c as _))
@@ -273,9 +283,8 @@ export! {
         if let Some(result) = unsafe { process_call(number, arguments) } {
             return result;
         }
-        if number == libc::SYS_mremap {
-            // SAFETY: the caller's arguments.
-            return unsafe { mapping::mremap(a as _, b, c, int(d), e as _) } as c_long;
+        if process::forks(number, arguments) {
+            return process::counted(next);
         }
         let concerns = files::kind(int(a)) != Kind::Other;
         // SAFETY: the caller's arguments.

@@ -1,7 +1,4 @@
 //! The working directory: chdir, getcwd, realpath.
-//!
-//! Does not hold: a relative path that leads out of a protected working directory is looked for
-//! where the kernel is parked, and not found; give it from the root.
 
 use core::ffi::{c_char, c_int};
 
@@ -31,19 +28,19 @@ fn go(place: &Place) -> Result<c_int, Errno> {
 
 /// The kernel goes somewhere: a relative path counts from a protected working directory.
 fn go_elsewhere(path: *const c_char, next: impl FnOnce() -> c_int) -> c_int {
-    let mut room = [0; guest::PATH_ROOM];
-    if cwd::get(&mut room).is_none() {
+    if !cwd::is_inside() {
         return next();
     }
-    let Some(normal) = guest_paths::absolute(HERE, path) else { return next() };
     type Call = unsafe extern "C" fn(*const c_char) -> c_int;
     static NEXT: Next = Next::new(c"chdir");
-    let from_root = [b"/".as_slice(), normal.as_bytes(), b"\0"].concat();
-    let Some(at) = NEXT.find() else { return next() };
-    // SAFETY: the C function of this name, with a C string that lives through the call.
-    let gone = unsafe {
-        let chdir: Call = core::mem::transmute(at);
-        chdir(from_root.as_ptr().cast())
+    let outward = guest_paths::outward(HERE, path);
+    let gone = match (outward, NEXT.find()) {
+        // SAFETY: the C function of this name, with a C string that lives through the call.
+        (Some(outward), Some(at)) => unsafe {
+            let chdir: Call = core::mem::transmute(at);
+            chdir(outward.as_ptr())
+        },
+        _ => next(),
     };
     if gone == 0 {
         cwd::leave();

@@ -3,6 +3,8 @@
 
 mod common;
 
+use std::ffi::OsStr;
+
 use common::Ground;
 
 /// Natively and inside, on one file.
@@ -18,6 +20,11 @@ fn file_calls_answer_on_a_protected_path_what_they_answer_on_ext4() {
 }
 
 #[test]
+fn transfers_whose_memory_ends_early_move_on_a_protected_path_what_they_move_on_ext4() {
+    compare("faulting");
+}
+
+#[test]
 fn children_threads_and_moved_rings_behave_on_a_protected_path_as_on_ext4() {
     compare("processes");
 }
@@ -27,6 +34,29 @@ fn names_attributes_and_listings_of_a_protected_directory_are_what_ext4_has() {
     let Some(ground) = Ground::find("directory") else { return };
     let Some(program) = ground.compile("cc", "directory.c", &[]) else { return };
     ground.compare_in_directory(&program);
+}
+
+#[test]
+fn paths_out_of_a_protected_directory_and_openat2_lead_where_they_lead_on_ext4() {
+    let Some(ground) = Ground::find("leaving") else { return };
+    let Some(program) = ground.compile("cc", "leaving.c", &[]) else { return };
+    ground.compare_in_directory(&program);
+}
+
+#[test]
+fn what_a_process_passes_on_by_calls_of_its_own_is_what_it_passes_on_on_ext4() {
+    compare("passing");
+}
+
+#[test]
+fn the_times_of_a_file_outlive_the_run_and_a_crash_as_on_ext4() {
+    let Some(ground) = Ground::find("times") else { return };
+    let Some(program) = ground.compile("cc", "times.c", &[]) else { return };
+    for step in ["set", "show", "write", "show", "kill", "show"] {
+        let [there, here] = ground.run_both(&program, &[OsStr::new(step)]);
+        assert_eq!(there.stdout, here.stdout, "{step} (left: ext4, right: protected)");
+        assert_eq!(there.stdout.ends_with("done\n"), step != "kill", "{}", there.stdout);
+    }
 }
 
 #[test]

@@ -8,7 +8,7 @@ use postern_trusted::{
 };
 
 use super::{
-    Caller, Listing, Place, Visit, fresh_id, number, ops::masked, resolve, resolve_parent,
+    Caller, HostFile, Listing, Place, Visit, fresh_id, number, ops::masked, resolve, resolve_parent,
 };
 use crate::{
     family::{self, OpenVolume},
@@ -152,8 +152,11 @@ fn new_file(
     })?;
     let made = make_volume(visit, inode, id, &place.path)?;
     let published = visit.change(|table| {
+        let record = table.node(inode).and_then(|node| node.record);
         table.forget(inode);
-        table.create_as(inode, parent, name, id, attributes)
+        table.create_as(inode, parent, name, id, attributes)?;
+        table.set_record(inode, record);
+        Ok(())
     });
     if let Err(errno) = published {
         crate::runtime::close_volume(&made);
@@ -187,6 +190,16 @@ fn make_volume(
     let family = family::family().ok_or(Errno::EIO)?;
     let path = format!("{}{}", visit.directory.config.guest_path, String::from_utf8_lossy(path));
     let made = family.acquire_file(&visit.wanted(inode, Some((id, path)))?);
+    let made = made.and_then(|volume| {
+        // One that is lost by now is as good as not made.
+        let Some(core) = volume.standing().core() else {
+            crate::runtime::close_volume(&volume);
+            return Err(Errno::EIO);
+        };
+        let file = HostFile { handle: core.handle, blocks: core.host_blocks };
+        visit.directory.born(inode, file);
+        Ok(volume)
+    });
     if made.is_err() {
         // Nothing was made: only the orphan is to be forgotten.
         let _ = visit.change_in_memory(|table| {

@@ -213,7 +213,7 @@ fn may_change(table: &Table, caller: Caller, inode: u64, change: Change) -> Resu
         Change::Mode(_) => caller.owns(now.uid)?,
         Change::Owner(uid, gid) => {
             let same = (uid == u32::MAX || uid == now.uid)
-                && (gid == u32::MAX || gid == now.gid || gid == caller.gid);
+                && (gid == u32::MAX || gid == now.gid || caller.is_in(gid));
             if caller.uid != 0 && !(same && caller.uid == now.uid) {
                 return Err(Errno::EPERM);
             }
@@ -230,7 +230,12 @@ fn may_change(table: &Table, caller: Caller, inode: u64, change: Change) -> Resu
 fn apply(attributes: &mut Attributes, caller: Caller, change: Change) {
     attributes.changed = wall_ns();
     match change {
-        Change::Mode(mode) => attributes.mode = u16::try_from(mode & 0o7777).unwrap_or(0),
+        Change::Mode(mode) => {
+            // As the kernel does for whoever does not belong to the group.
+            let foreign = caller.uid != 0 && !caller.is_in(attributes.gid);
+            let mode = if foreign { mode & !0o2000 } else { mode };
+            attributes.mode = u16::try_from(mode & 0o7777).unwrap_or(0);
+        }
         Change::Owner(uid, gid) => {
             for (to, new) in [(&mut attributes.uid, uid), (&mut attributes.gid, gid)] {
                 if new != u32::MAX {

@@ -60,8 +60,11 @@ impl Family {
                     self.lose(&volume, lease.handle);
                     link.close(lease.handle);
                 }
-                // Let go of already.
-                None if lease.state == LEASE_LOST => link.close(lease.handle),
+                // Let go of already, or a directory's file that rests.
+                None if lease.state == LEASE_LOST => {
+                    self.directories.iter().for_each(|directory| directory.lose(lease.handle));
+                    link.close(lease.handle);
+                }
                 Some(volume) if self.may_leave(&volume) => {
                     match volume.standing().leave(process.id()) {
                         Leave::Begins => self.hand_over(process, volume),
@@ -113,6 +116,10 @@ impl Family {
         let Some(entry) = self.entry(volume.index) else {
             return volume.standing().stays_away(true);
         };
+        // What is in memory of a directory is no longer about what is on the host.
+        if !matches!(entry.source, Source::Volume(_)) {
+            return volume.standing().stays_away(true);
+        }
         match self.reopen(&entry.source, volume.standing().progress()) {
             Ok(Some(core)) => volume.standing().came(core),
             Ok(None) => volume.standing().stays_away(false),
@@ -124,8 +131,9 @@ impl Family {
     pub fn sync_all(&self) {
         for volume in self.open_volumes() {
             let Some(held) = volume.try_hold() else { continue };
-            let synced =
-                held.disk().and_then(|disk| process::current().block_on(held.volume.sync(&disk)));
+            let synced = held
+                .disk()
+                .and_then(|disk| process::current().block_on(volume.make_durable(&held, &disk)));
             if let Err(errno) = synced {
                 volume.report(&self.guest_path(volume.index), "sync before exec failed", errno);
             }
@@ -140,6 +148,9 @@ impl Process {
             return false;
         }
         let mut started = false;
+        for directory in &family.directories {
+            started |= directory.tend(self, family);
+        }
         for volume in family.open_volumes() {
             let Some(held) = volume.try_hold() else { continue };
             let Some(chore) = held.volume.due(now_ns) else { continue };

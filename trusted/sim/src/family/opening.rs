@@ -7,7 +7,8 @@ use std::sync::Arc;
 use postern_edl::{OPEN_ASK, OPEN_READ_ONLY, calls::PosternFile};
 
 use postern_trusted::{
-    directory::{INDEX_NAME, file_key, host_name},
+    counter::Moves,
+    directory::{FileKeys, INDEX_NAME, file_keys, host_name},
     errno::Errno,
     volume::{CounterUse, OpenOptions, OpenReport, Progress, SlotKey, Volume, VolumeError},
 };
@@ -17,12 +18,24 @@ use zeroize::Zeroizing;
 use super::{FILE_CACHE, Family, OpenVolume, Source, Wanted, keys::wipe_stack, standing::Core};
 use crate::{
     config,
-    directory::Member,
+    directory::{FileRecord, HostFile, Member},
+    files::attributes,
     freshness::RunCounter,
     message,
     process::{self, Process},
     runtime, wait,
 };
+
+/// How a volume is opened.
+#[derive(Default)]
+struct Terms {
+    /// It is made first, for so many bytes.
+    capacity: Option<u64>,
+    /// It must have come after this.
+    left: Option<Progress>,
+    /// It was closed without a checkpoint: that is not worth a word.
+    rests: bool,
+}
 
 impl Family {
     /// Name at the daemon of a volume.
@@ -60,7 +73,7 @@ impl Family {
         let config = match source {
             Source::Volume(config) => config.counter,
             Source::Index(number) => self.directories[*number].config.counter,
-            Source::File(_) => None,
+            Source::File(file) => return Some(recorded(file)),
         }?;
         let counter = Arc::new(RunCounter::new(config.index, self.path_of(source)));
         Some(CounterUse { counter, moves: config.moves.into(), adopt: false })
@@ -75,18 +88,16 @@ impl Family {
     #[inline(never)]
     fn open_by(&self, index: usize, source: &Source) -> Result<OpenVolume, Errno> {
         let Source::File(file) = source else {
-            let key = self.key_of(source)?;
+            let keys = FileKeys { now: self.key_of(source)?, former: None };
             let host = self.wait_for_host_file(source)?;
-            let (core, report) = self.open_core(source, host, &key, None, None)?;
-            return Ok(OpenVolume::new(index, core, None, report.clean));
+            let (core, clean) = self.open_core(source, host, &keys, Terms::default())?;
+            return Ok(OpenVolume::new(index, core, None, clean));
         };
-        let directory = &self.directories[file.directory];
-        let names = self.acquire(directory.entry)?;
+        let names = self.acquire(self.directories[file.directory].entry)?;
         let opened = self.open_member(source, file, &names);
-        let (core, report) = opened.inspect_err(|_| runtime::close_volume(&names))?;
-        core.volume.limit_cache(FILE_CACHE);
+        let (core, clean) = opened.inspect_err(|_| runtime::close_volume(&names))?;
         let member = Member::new(file.directory, file.inode, names);
-        Ok(OpenVolume::new(index, core, Some(member), report.clean))
+        Ok(OpenVolume::new(index, core, Some(member), clean))
     }
 
     fn open_member(
@@ -94,19 +105,22 @@ impl Family {
         source: &Source,
         file: &Wanted,
         names: &OpenVolume,
-    ) -> Result<(Core, OpenReport), Errno> {
-        let key = file_key(&names.hold()?.volume, &file.id);
-        let capacity = file.fresh.then_some(self.directories[file.directory].config.file_capacity);
+    ) -> Result<(Core, bool), Errno> {
+        let keys = file_keys(&names.hold_index()?.volume, &file.id);
+        let directory = &self.directories[file.directory];
+        let capacity = file.fresh.then_some(directory.config.file_capacity);
         let name = self.place_of(source);
         let host = match capacity {
             Some(capacity) => {
                 let blocks = Volume::small_host_blocks(capacity);
                 process::current().create_host_file(&name, blocks)
             }
-            None => process::current().open_host_file(&name, 0),
+            None => self.host_file_of(file, &name),
         };
         let host = host.map_err(|errno| self.no_host_file(source, errno))?;
-        self.open_core(source, host, &key, capacity, None)
+        // A journal to replay is then none of a crash.
+        let rests = names.clean || directory.knows(file.inode);
+        self.open_core(source, host, &keys, Terms { capacity, left: None, rests })
     }
 
     /// Opens the volume again that another program had meanwhile; `None`: that one still has it.
@@ -128,7 +142,9 @@ impl Family {
             host => host.map_err(|errno| self.no_host_file(source, errno))?,
         };
         let key = self.key_of(source).inspect_err(|_| process::current().give_back(host.handle))?;
-        Ok(Some(self.open_core(source, host, &key, None, Some(left))?.0))
+        let keys = FileKeys { now: key, former: None };
+        let terms = Terms { left: Some(left), ..Terms::default() };
+        Ok(Some(self.open_core(source, host, &keys, terms)?.0))
     }
 
     /// Flags of `postern_open` for a volume of the run file.
@@ -176,28 +192,29 @@ impl Family {
         if damaged { Errno::EIO } else { errno }
     }
 
-    /// Opens the volume in an open host file with `key`; makes it first if it is given a
-    /// `capacity`. It must have come `after` what is given.
+    /// Opens the volume in an open host file with its keys. Answers whether it was closed cleanly.
     fn open_core(
         &self,
         source: &Source,
         file: PosternFile,
-        key: &SlotKey,
-        capacity: Option<u64>,
-        after: Option<Progress>,
-    ) -> Result<(Core, OpenReport), Errno> {
+        keys: &FileKeys,
+        terms: Terms,
+    ) -> Result<(Core, bool), Errno> {
+        let Terms { capacity, left, rests } = terms;
         let process = process::current();
         let path = &self.path_of(source);
         let disk = process.lane_file(file.handle, file.blocks);
         let opened = disk.and_then(|disk| {
             let opening = async {
                 if let Some(capacity) = capacity {
-                    Volume::format_empty(&disk, key, capacity).await?;
+                    let made = Volume::make_open(&disk, &keys.now, capacity).await?;
+                    return Ok((made, OpenReport::default()));
                 }
                 let counter = self.counter_of(source);
                 let read_only = self.access_of(source) & OPEN_READ_ONLY != 0;
-                let options = OpenOptions { counter, read_only, after, ..OpenOptions::default() };
-                Volume::open(&disk, key, &options).await
+                let options =
+                    OpenOptions { counter, read_only, after: left, ..OpenOptions::default() };
+                keys.open(&disk, &options).await
             };
             process.block_on(opening).map_err(|error: VolumeError| {
                 message::say(&format!("{path}: {error}"));
@@ -206,14 +223,16 @@ impl Family {
         });
         match opened {
             Ok((volume, report)) => {
-                if !report.clean && report.journal_blocks > 0 {
+                if !report.clean && report.journal_blocks > 0 && !rests {
                     message::say(&format!(
                         "{path}: recovered after a crash: {} journal blocks replayed, {} records \
                          applied, {} unsynced ones skipped",
                         report.journal_blocks, report.records_applied, report.records_skipped
                     ));
                 }
-                Ok((Core::new(volume, file.handle, file.blocks), report))
+                self.tune(source, &volume, process.linked().is_some_and(|link| link.discards));
+                attributes::begin_times(&volume);
+                Ok((Core::new(volume, file.handle, file.blocks), report.clean))
             }
             Err(errno) => {
                 process.give_back(file.handle);
@@ -223,6 +242,30 @@ impl Family {
                 Err(errno)
             }
         }
+    }
+
+    /// Opens the host file of a directory's file, unless the directory has it open still.
+    fn host_file_of(&self, file: &Wanted, name: &str) -> Result<PosternFile, Errno> {
+        if let Some(kept) = self.directories[file.directory].wake(file.inode) {
+            let HostFile { handle, blocks } = kept;
+            return Ok(PosternFile { handle, blocks, flags: 0, alignment: 0 });
+        }
+        process::current().open_host_file(name, 0)
+    }
+
+    /// Sets what the run file says about memory and space.
+    fn tune(&self, source: &Source, volume: &Volume, discards: bool) {
+        let volumes = self.config.volumes.len() + self.config.directories.len();
+        let share = self.config.cache_bytes / volumes.max(1);
+        let (cache, wanted) = match source {
+            Source::Volume(config) => (share, config.discard && !config.read_only),
+            Source::Index(_) => (share, false),
+            Source::File(file) => {
+                (share.min(FILE_CACHE), self.directories[file.directory].config.discard)
+            }
+        };
+        volume.limit_cache(cache);
+        volume.discard_freed(wanted && discards);
     }
 
     /// Bytes in a file of a protected directory that is not open. Writes nothing.
@@ -240,9 +283,10 @@ impl Family {
         let process = process::current();
         let path = wanted.path.clone();
         let names = self.acquire(self.directories[wanted.directory].entry)?;
-        let key = names.hold().map(|held| file_key(&held.volume, &wanted.id));
+        let keys = names.hold_index().map(|held| file_keys(&held.volume, &wanted.id));
         runtime::close_volume(&names);
-        let key = key?;
+        let keys = keys?;
+        let counter = Some(recorded(&wanted));
         let name = self.place_of(&Source::File(wanted));
         let failed = |what: &dyn core::fmt::Display| {
             message::say(&format!("{path}: {name}: {what}"));
@@ -250,13 +294,23 @@ impl Family {
         };
         let file = process.open_host_file(&name, 0).map_err(|errno| failed(&errno))?;
         let size = process.lane_file(file.handle, file.blocks).and_then(|disk| {
-            let options = OpenOptions { read_only: true, ..OpenOptions::default() };
-            let opened = process.block_on(Volume::open(&disk, &key, &options));
-            opened.map(|(volume, _)| volume.size()).map_err(|error| failed(&error))
+            let options = OpenOptions { read_only: true, counter, ..OpenOptions::default() };
+            let opened = process.block_on(keys.open(&disk, &options));
+            match opened {
+                Ok((_, OpenReport { loss: Some(loss), .. })) => Err(failed(&loss)),
+                Ok((volume, _)) => Ok(volume.size()),
+                Err(error) => Err(failed(&error)),
+            }
         });
         process.give_back(file.handle);
         size
     }
+}
+
+/// What the index records of a file, in place of a counter.
+fn recorded(file: &Wanted) -> CounterUse {
+    let counter = Arc::new(FileRecord { directory: file.directory, inode: file.inode });
+    CounterUse { counter, moves: Moves::Checkpoint, adopt: false }
 }
 
 /// Lets a moment pass.

@@ -7,9 +7,9 @@
 //! `EIO` once.
 //!
 //! Holds: a core is used only under a [`Held`], counted under the lock that decides that it leaves,
-//! so nothing is started on a core that is being closed; nobody holds twice at once, so nobody
-//! waits for itself. A core that was lost is only let go of: requests that still hold it fail at
-//! the daemon, which knows its handle no more.
+//! so nothing is started on a core that is being closed; nobody waits for a core who holds it. A
+//! core that was lost is only let go of: requests that still hold it fail at the daemon, which knows
+//! its handle no more.
 #![allow(unsafe_code)]
 
 use core::{
@@ -24,7 +24,7 @@ use postern_trusted::{
     errno::Errno,
     port::LaneFile,
     sync::Lock,
-    volume::{Progress, Volume},
+    volume::{Progress, Times, Volume},
 };
 
 use crate::{files::locks, identity, inside, process};
@@ -72,13 +72,14 @@ enum Place {
 struct Last {
     size: u64,
     capacity: u64,
+    times: Times,
     progress: Progress,
 }
 
 impl Last {
     fn of(volume: &Volume) -> Self {
         let (size, capacity) = (volume.size(), volume.capacity());
-        Self { size, capacity, progress: volume.progress() }
+        Self { size, capacity, times: volume.times(), progress: volume.progress() }
     }
 }
 
@@ -195,6 +196,16 @@ impl Standing {
         match &inner.place {
             Place::Here(core) => (core.volume.size(), core.volume.capacity()),
             _ => (inner.last.size, inner.last.capacity),
+        }
+    }
+
+    /// Times of the guest's file, as they are or were last.
+    #[must_use]
+    pub fn times(&self) -> Times {
+        let inner = self.inner.lock();
+        match &inner.place {
+            Place::Here(core) => core.volume.times(),
+            _ => inner.last.times,
         }
     }
 

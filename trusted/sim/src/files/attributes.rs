@@ -1,13 +1,14 @@
-//! What stat(2) says of a protected file: a regular file, mode 0600, of the caller.
-//!
-//! Times are kept by the family while it runs: a volume stores none, so a program that starts
-//! sees the moment it first looked.
+//! What stat(2) says of a protected file: a regular file, mode 0600, of the caller. Its times are
+//! part of the sealed volume.
 #![allow(unsafe_code)]
 
-use core::sync::atomic::{AtomicI64, Ordering};
 use std::sync::Arc;
 
-use postern_trusted::{errno::Errno, sync::Lock};
+use postern_trusted::{
+    errno::Errno,
+    sync::Lock,
+    volume::{Times, Volume},
+};
 
 use super::io::wall_ns;
 use crate::{
@@ -25,36 +26,45 @@ const BLOCK: i64 = 4096;
 /// Device number of all protected files: no device of the host has major 1872.
 const DEVICE_MAJOR: u32 = 1872;
 
-/// Last change of each volume's data, wall-clock nanoseconds: of the family, also after exec.
-pub struct Changes(Box<[AtomicI64]>);
-
-impl Changes {
-    /// For `volumes` volumes that nobody has changed yet.
-    #[must_use]
-    pub fn new(volumes: usize) -> Self {
+/// A volume that has never been used has no times yet: it begins now.
+pub(crate) fn begin_times(volume: &Volume) {
+    if volume.times() == Times::default() {
         let now = wall_ns();
-        Self((0..volumes).map(|_| AtomicI64::new(now)).collect())
+        volume.set_times(Times { accessed: now, modified: now, changed: now });
     }
-}
-
-fn changed(index: usize) -> Option<&'static AtomicI64> {
-    family::family()?.changes.0.get(index)
 }
 
 impl OpenVolume {
-    /// Notes that the guest changed the file now.
-    pub(super) fn touch(&self) {
+    /// Notes that the guest changes the file now, of which this is the core.
+    pub(crate) fn touch(&self, volume: &Volume) {
         if let Some(member) = &self.member {
             return member.touch();
         }
-        if let Some(changed) = changed(self.index) {
-            changed.store(wall_ns(), Ordering::Relaxed);
-        }
+        volume.touch(wall_ns());
     }
 
-    fn changed_at(&self) -> (i64, i64) {
-        let at = changed(self.index).map_or(0, |changed| changed.load(Ordering::Relaxed));
-        (at.div_euclid(1_000_000_000), at.rem_euclid(1_000_000_000))
+    /// Last access, change of content, change of anything.
+    fn times(&self) -> [i64; 3] {
+        let Times { accessed, modified, changed } = self.standing().times();
+        [accessed, modified, changed]
+    }
+
+    /// utimensat(2): access and content, in nanoseconds or left as they are.
+    ///
+    /// # Errors
+    /// `EROFS`: the volume is only read. As [`Self::hold`].
+    pub fn set_times(&self, times: [Option<i64>; 2]) -> Result<(), Errno> {
+        if family::is_read_only(self.index) {
+            return Err(Errno::EROFS);
+        }
+        let held = self.hold()?;
+        let now = held.volume.times();
+        held.volume.set_times(Times {
+            accessed: times[0].unwrap_or(now.accessed),
+            modified: times[1].unwrap_or(now.modified),
+            changed: wall_ns(),
+        });
+        Ok(())
     }
 
     /// Units of 512 bytes.
@@ -72,7 +82,7 @@ impl OpenVolume {
         // SAFETY: all-zero is a valid stat: it has only integers.
         let mut stat: libc::stat = unsafe { core::mem::zeroed() };
         let (user, group) = sys::effective_ids();
-        let (seconds, nanoseconds) = self.changed_at();
+        let [accessed, modified, changed] = self.times().map(split);
         stat.st_dev = libc::makedev(DEVICE_MAJOR, 0);
         stat.st_ino = self.inode();
         stat.st_mode = libc::S_IFREG | 0o600;
@@ -81,9 +91,9 @@ impl OpenVolume {
         stat.st_size = i64::try_from(self.size()).unwrap_or(i64::MAX);
         stat.st_blksize = BLOCK;
         stat.st_blocks = i64::try_from(self.sectors()).unwrap_or(i64::MAX);
-        (stat.st_atime, stat.st_atime_nsec) = (seconds, nanoseconds);
-        (stat.st_mtime, stat.st_mtime_nsec) = (seconds, nanoseconds);
-        (stat.st_ctime, stat.st_ctime_nsec) = (seconds, nanoseconds);
+        (stat.st_atime, stat.st_atime_nsec) = accessed;
+        (stat.st_mtime, stat.st_mtime_nsec) = modified;
+        (stat.st_ctime, stat.st_ctime_nsec) = changed;
         stat
     }
 
@@ -93,14 +103,6 @@ impl OpenVolume {
         // SAFETY: all-zero is a valid statx: it has only integers.
         let mut statx: libc::statx = unsafe { core::mem::zeroed() };
         let (user, group) = sys::effective_ids();
-        let (seconds, nanoseconds) = self.changed_at();
-        let time = || {
-            // SAFETY: as above.
-            let mut time: libc::statx_timestamp = unsafe { core::mem::zeroed() };
-            time.tv_sec = seconds;
-            time.tv_nsec = u32::try_from(nanoseconds).unwrap_or(0);
-            time
-        };
         statx.stx_mask = libc::STATX_BASIC_STATS;
         statx.stx_blksize = u32::try_from(BLOCK).unwrap_or(4096);
         statx.stx_nlink = 1;
@@ -109,7 +111,7 @@ impl OpenVolume {
         statx.stx_ino = self.inode();
         statx.stx_size = self.size();
         statx.stx_blocks = self.sectors();
-        (statx.stx_atime, statx.stx_mtime, statx.stx_ctime) = (time(), time(), time());
+        [statx.stx_atime, statx.stx_mtime, statx.stx_ctime] = self.times().map(timestamp);
         statx.stx_dev_major = DEVICE_MAJOR;
         statx
     }
@@ -155,15 +157,7 @@ impl Facts {
         statx.stx_ino = self.inode;
         statx.stx_size = self.size;
         statx.stx_blocks = self.size.next_multiple_of(4096) / 512;
-        let times = self.times.map(|time| {
-            let (seconds, nanoseconds) = split(time);
-            // SAFETY: as above.
-            let mut time: libc::statx_timestamp = unsafe { core::mem::zeroed() };
-            time.tv_sec = seconds;
-            time.tv_nsec = u32::try_from(nanoseconds).unwrap_or(0);
-            time
-        });
-        [statx.stx_atime, statx.stx_mtime, statx.stx_ctime] = times;
+        [statx.stx_atime, statx.stx_mtime, statx.stx_ctime] = self.times.map(timestamp);
         (statx.stx_dev_major, statx.stx_dev_minor) = (DEVICE_MAJOR, minor(self.directory));
         statx
     }
@@ -208,15 +202,22 @@ const fn split(time: i64) -> (i64, i64) {
     (time.div_euclid(1_000_000_000), time.rem_euclid(1_000_000_000))
 }
 
+fn timestamp(time: i64) -> libc::statx_timestamp {
+    let (seconds, nanoseconds) = split(time);
+    // SAFETY: all-zero is a valid timestamp: it has only integers.
+    let mut time: libc::statx_timestamp = unsafe { core::mem::zeroed() };
+    time.tv_sec = seconds;
+    time.tv_nsec = u32::try_from(nanoseconds).unwrap_or(0);
+    time
+}
+
 impl OpenVolume {
     /// truncate(2): the size changes, and the times.
     ///
     /// # Errors
     /// `EFBIG`, `ENOSPC`, `EIO`.
     pub fn resize(&self, size: u64) -> Result<(), Errno> {
-        self.truncate(size)?;
-        self.touch();
-        Ok(())
+        self.truncate(size)
     }
 
     /// Blocks of 4096 bytes: all, and those behind the end of the file.

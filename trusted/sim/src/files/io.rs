@@ -5,7 +5,7 @@ use core::sync::atomic::Ordering;
 
 use postern_trusted::{errno::Errno, platform::Buffer};
 
-use super::{OpenFile, direct::Transfer};
+use super::{OpenFile, direct::Transfer, transfer::Moving};
 use crate::{
     directory::{Entry, Listing},
     family,
@@ -142,7 +142,18 @@ impl OpenFile {
         if !admitted? {
             return Ok(0);
         }
-        self.end_read(offset, buffer, self.volume.read(offset, buffer)?)
+        process::current().block_on(self.read_by_itself(offset, buffer))
+    }
+
+    /// pread(2) where [`Self::admits_read`] says yes.
+    ///
+    /// # Errors
+    /// `EFAULT`, `EIO`.
+    pub async fn read_by_itself(&self, offset: u64, buffer: &GuestBuffer) -> Result<usize, Errno> {
+        let held = self.volume.hold_soon().await?;
+        let disk = held.disk_for_guest(wait::now_ns())?;
+        let moving = Moving { write: false, offset: Some(offset), sync: false };
+        self.transfer((&held, &disk), moving, buffer).await.map(|(_, length)| length)
     }
 
     fn has_something(&self, offset: u64, buffer: &GuestBuffer) -> Result<bool, Errno> {
@@ -264,16 +275,8 @@ impl OpenFile {
         self.check_alignment(true, start, buffer).await?;
         let held = self.volume.hold_soon().await?;
         let disk = held.disk_for_guest(wait::now_ns())?;
-        let volume = &held.volume;
-        let written = match offset {
-            Some(offset) => (offset, volume.write(&disk, offset, buffer).await?),
-            None => volume.append_somewhere(&disk, buffer).await?,
-        };
-        if sync {
-            volume.sync(&disk).await?;
-        }
-        self.volume.touch();
-        Ok(written)
+        let moving = Moving { write: true, offset, sync };
+        self.transfer((&held, &disk), moving, buffer).await
     }
 
     /// Moves the position past what `plan` wants to transfer there, in one step against others
@@ -455,13 +458,14 @@ impl OpenFile {
             return Err(Errno::ENOSPC);
         }
         let size = self.volume.size();
+        // Also where nothing else changes.
+        self.volume.change(async |_, _| Ok(()))?;
         if zero && start < size {
             self.volume.punch(start, length.min(size - start))?;
         }
         if !keep_size && end > size {
             self.volume.truncate(end)?;
         }
-        self.volume.touch();
         Ok(())
     }
 

@@ -61,6 +61,30 @@ impl Normal {
     }
 }
 
+/// A path that goes through a protected directory and out of it again, from where it comes out: the
+/// kernel knows nothing of that directory. What follows outside is left as it is. `None` for a path
+/// that does not come out of one. `base` is where a relative `path` counts from; `is_root` knows
+/// the protected directories by their paths.
+#[must_use]
+pub fn outward(base: &[u8], path: &[u8], is_root: impl Fn(&[u8]) -> bool) -> Option<Vec<u8>> {
+    let mut at = Normal { bytes: [0; PATH_ROOM], length: 0, directory: true };
+    if path.first() != Some(&b'/') {
+        at.append(base)?;
+    }
+    let (mut rest, mut found) = (path, None);
+    while !rest.is_empty() {
+        let end = rest.iter().position(|&byte| byte == b'/').unwrap_or(rest.len());
+        let (part, after) = rest.split_at(end);
+        rest = after.strip_prefix(b"/").unwrap_or(after);
+        let leaves = part == b".." && is_root(at.as_bytes());
+        at.append(part)?;
+        if leaves {
+            found = Some([at.as_bytes(), b"/", rest].concat());
+        }
+    }
+    found
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -90,5 +114,25 @@ mod tests {
         assert_eq!(normal("(unreachable)/vault", "db"), None);
         assert_eq!(normal("/", &"x/".repeat(513)), None);
         assert!(normal("/", &"/x".repeat(512)).is_some());
+    }
+
+    #[test]
+    fn a_path_out_of_a_protected_directory_goes_on_outside_as_it_is() {
+        let lead = |base: &str, path: &str| {
+            outward(base.as_bytes(), path.as_bytes(), |at| at == b"/srv/vault")
+                .map(|path| String::from_utf8_lossy(&path).into_owned())
+        };
+        let to = |path: &str| Some(path.to_owned());
+        assert_eq!(lead("/srv/vault", ".."), to("/srv/"));
+        assert_eq!(lead("/srv/vault", "../etc"), to("/srv/etc"));
+        assert_eq!(lead("/srv/vault/a/b", "../.././../../etc//x/"), to("/srv/../etc//x/"));
+        assert_eq!(lead("/srv/vault/a", "b/../..//../link/../x"), to("/srv/link/../x"));
+        assert_eq!(lead("/nowhere", "/srv//vault/../x"), to("/srv/x"));
+        assert_eq!(lead("/srv", "vault/a/../../x"), to("/srv/x"));
+        for path in ["../x", "x/../..", "/etc", "/etc/../srv/vault/a", ""] {
+            assert_eq!(lead("/srv/vault/a", path), None, "{path}");
+        }
+        let at_root = |path: &[u8]| outward(b"/vault", path, |at| at == b"/vault");
+        assert_eq!(at_root(b"../x"), Some(b"/x".to_vec()));
     }
 }

@@ -24,7 +24,7 @@ impl OpenFile {
     pub fn snapshot(&self, offset: u64, length: u64) -> Result<i32, Errno> {
         self.volume.attend()?;
         let bytes = length.min(self.volume.size().saturating_sub(offset));
-        if bytes > MOST_BYTES || bytes > sys::file_size_limit() {
+        if bytes > MOST_BYTES {
             return Err(Errno::ENODEV);
         }
         let file = sys::memfd(c"postern-mapping")?;
@@ -41,7 +41,7 @@ impl OpenFile {
         if bytes == 0 {
             return Ok(());
         }
-        sys::ftruncate(file, bytes)?;
+        sys::size_memory_file(file, bytes)?;
         let protection = (libc::PROT_READ | libc::PROT_WRITE) as usize;
         let shared = libc::MAP_SHARED as usize;
         // SAFETY: a new mapping where the kernel chooses.

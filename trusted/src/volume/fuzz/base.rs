@@ -5,6 +5,7 @@ use std::sync::OnceLock;
 
 use super::host::{Host, Image, wait};
 use crate::{
+    counter::Record,
     directory::{Attributes, ROOT, Table},
     disk::BLOCK,
     platform::Memory,
@@ -122,6 +123,30 @@ impl Base {
         base.fresh()
     }
 
+    /// Closed cleanly, with two snapshots; between them and after them something was written.
+    pub(super) fn kept() -> Self {
+        static MADE: OnceLock<Base> = OnceLock::new();
+        let base = MADE.get_or_init(|| {
+            let base = Self::closed();
+            let host = Host::new(base.image, base.blocks, 3);
+            let done = wait(async {
+                let options = OpenOptions::default();
+                let (volume, _) = Volume::open(&host, &key(), &options).await.map_err(|_| ())?;
+                for (name, first) in [("before", 5), ("after", 40)] {
+                    volume.make_snapshot(&host, name, 7).await.map_err(|_| ())?;
+                    for block in first..first + 6 {
+                        let bytes = Memory::new(plain(block, 9));
+                        volume.write(&host, block * BLOCK_BYTES, &bytes).await.map_err(|_| ())?;
+                    }
+                }
+                volume.close(&host).await.map_err(|_| ())
+            });
+            assert_eq!(done, Ok(()), "the base volume gets no snapshots");
+            Self { image: host.image(), blocks: base.blocks }
+        });
+        base.clone().fresh()
+    }
+
     /// Each run seals anew what an earlier one sealed; the tests' table of nonces must forget.
     fn fresh(self) -> Self {
         #[cfg(test)]
@@ -183,7 +208,8 @@ pub(super) fn table() -> Table {
     let mut table = Table::new(attributes);
     let mut made = || {
         let inner = table.create(ROOT, b"a", None, attributes)?;
-        table.create(inner, b"b", Some([1; 16]), attributes)?;
+        let file = table.create(inner, b"b", Some([1; 16]), attributes)?;
+        table.set_record(file, Some(Record { sequence: 3, digest: [8; 32] }));
         table.create(ROOT, b"a long name", Some([2; 16]), attributes)?;
         table.create(inner, b"empty", None, attributes)
     };

@@ -51,13 +51,14 @@ pub(crate) fn is_forged() -> bool {
 pub type Target = fn(&[u8]);
 
 /// All targets by name.
-pub const TARGETS: [(&str, Target); 8] = [
+pub const TARGETS: [(&str, Target); 9] = [
     ("header", header),
     ("superblock", superblock),
     ("journal", journal),
     ("map", map),
     ("space", space),
     ("epochs", epochs),
+    ("snapshots", snapshots),
     ("directory", directory),
     ("image", image),
 ];
@@ -217,6 +218,27 @@ pub fn space(data: &[u8]) {
 /// Nodes of the epoch table. Second and third byte: level and which one.
 pub fn epochs(data: &[u8]) {
     tree(data, Tree::Epochs);
+}
+
+/// The table of snapshots, and what they read as. Patches from the pointer to the next block on.
+pub fn snapshots(data: &[u8]) {
+    let Some((first, rest)) = data.split_first() else { return };
+    let mut base = Base::kept();
+    // Entries lie at the beginning: patches beyond them would change nothing.
+    base.with_snapshots(|table| apply(rest, &mut table[..32 + 4 * 128]));
+    let host = Host::new(base.image.clone(), base.blocks, 7);
+    let open = || {
+        let options = OpenOptions { read_only: true, ..OpenOptions::default() };
+        wait(Volume::open(&host, &base::key(), &options)).ok().map(|(volume, _)| volume)
+    };
+    let listed = open().and_then(|volume| wait(volume.snapshots(&host)).ok());
+    for kept in listed.into_iter().flatten().take(8) {
+        let Some(volume) = open() else { continue };
+        if let Ok(volume) = wait(volume.at_snapshot(&host, &kept.name)) {
+            read(&host, &volume);
+        }
+    }
+    use_volume(base.image, base.blocks, *first);
 }
 
 fn tree(data: &[u8], tree: Tree) {

@@ -207,6 +207,24 @@ impl Base {
         }
     }
 
+    /// Changes the first block of the snapshot table, from its first entry on.
+    pub(super) fn with_snapshots(&mut self, change: impl FnOnce(&mut [u8])) {
+        let key = self.volume_key();
+        let (slot, mut superblock) = self.superblock(&key);
+        let mut ptr = Ptr::decode(&superblock, 288);
+        let mut block = self.block(ptr.place());
+        let single = key.single(b"postern/1 snapshot table", &get_array(&block, 0));
+        let mut aad = [0; 16];
+        aad[0] = 6;
+        let opened = single.open(SINGLE, &aad, &ptr.tag, &mut block[32..]);
+        assert!(opened.is_ok(), "the snapshots of the base volume do not open");
+        change(&mut block[32..]);
+        ptr.tag = single.seal(SINGLE, &aad, &mut block[32..]);
+        self.set(ptr.place(), block);
+        ptr.encode(&mut superblock, 288);
+        self.put_superblock(&key, slot, superblock);
+    }
+
     /// Changes a node of `tree`, `depth` levels below its root, and seals the way up.
     pub(super) fn with_node(
         &mut self,

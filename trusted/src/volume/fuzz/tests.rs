@@ -120,6 +120,17 @@ fn a_changed_structure_is_sealed_so_that_it_opens() {
     let (volume, _) = wait(Volume::open(&host, &key(), &OpenOptions::default())).unwrap();
     assert_eq!(wait(volume.snapshots(&host)), Err(VolumeError::DamagedSnapshots));
 
+    let names = |base: &Base| {
+        let host = Host::new(base.image.clone(), base.blocks, 7);
+        let (volume, _) = wait(Volume::open(&host, &key(), &OpenOptions::default())).unwrap();
+        let listed = wait(volume.snapshots(&host)).unwrap();
+        listed.into_iter().map(|kept| kept.name).collect::<Vec<_>>()
+    };
+    assert_eq!(names(&Base::kept()), ["before", "after"]);
+    let mut changed = Base::kept();
+    changed.with_snapshots(|table| table[32 + 72] = b'B');
+    assert_eq!(names(&changed), ["Before", "after"]);
+
     let mut changed = Base::synced();
     changed.with_journal(1, |block| block[112..].fill(0));
     assert!(open(&changed).unwrap().1 < before[1].1);

@@ -68,6 +68,34 @@ fn read(
     })
 }
 
+/// Data, and the guest's bytes within a block that was read, changed and written again.
+#[test]
+fn no_plain_byte_of_the_guest_is_on_the_host() {
+    // A text that chance does not make.
+    let secret = *b"plain \xa7 as a text";
+    let text: Vec<u8> = secret.iter().copied().cycle().take(3 * BLOCK + 512).collect();
+    for close in [false, true] {
+        let mut runner = Runner::new(SimDisk::new(5, tiny().host_blocks, made(true)));
+        let disk = runner.disk.clone();
+        let words = text.clone();
+        runner.block_on(async move {
+            let (volume, _) = open(disk.clone(), options()).await.unwrap();
+            volume.write(&disk, 7 * 4096 + 512, &Memory::new(words)).await.unwrap();
+            volume.sync(&disk).await.unwrap();
+            if close {
+                volume.close(&disk).await.unwrap();
+            }
+        });
+        for (place, block) in runner.disk.image() {
+            let found = block.windows(secret.len()).any(|window| window == secret);
+            assert!(!found, "place {place} shows the guest's text");
+        }
+        let (mut runner, volume) = opened(&runner.disk.image(), options());
+        let seen = read(&mut runner, &volume.unwrap(), 7, 4).unwrap();
+        assert!(seen[512..].starts_with(&text), "the text is not there at all");
+    }
+}
+
 #[test]
 fn reading_a_never_written_block_returns_zeros() {
     let (mut runner, volume) = opened(&made(true), options());

@@ -11,6 +11,7 @@ use alloc::{
 use super::disk::SimDisk;
 use crate::volume::{
     Volume,
+    crypto::Kind,
     layout::{FANOUT, Order, Ptr, REGION, child, node_index},
     space::fresh,
     tree::Miss,
@@ -48,6 +49,32 @@ async fn walk(
         }
     }
     Ok(reached)
+}
+
+/// Whether everything that the newest superblock's map names is there and authentic, without the
+/// journal: a recovery that finds an uncertain record void falls back to it. `volume` was opened
+/// for reading.
+pub(super) async fn durable_tree(disk: SimDisk, volume: Arc<Volume>) -> Result<(), String> {
+    let (map, geometry) = {
+        let core = volume.core.lock();
+        (core.map, core.geometry)
+    };
+    walk(&disk, &volume, (map.root, map.levels, geometry.capacity)).await?;
+    for block in 0..geometry.capacity {
+        let leaf = volume.descend(&disk, map.root, map.levels, 0, block / FANOUT).await;
+        let leaf = leaf.map_err(|bad| format!("leaf {}: {bad:?}", block / FANOUT))?;
+        if leaf.is_null() {
+            continue;
+        }
+        let node = volume.node(&disk, &Miss { ptr: leaf, level: 0, index: block / FANOUT }).await;
+        let node = node.map_err(|bad| format!("leaf {}: {bad:?}", block / FANOUT))?;
+        let ptr = child(&node, (block % FANOUT) as usize);
+        if !ptr.is_null() {
+            let read = volume.read_sealed(&disk, ptr.place(), &ptr, Kind::Data, 0, block).await;
+            read.map_err(|bad| format!("block {block}: {bad:?}"))?;
+        }
+    }
+    Ok(())
 }
 
 /// Walks map, snapshots and epoch table of a volume that nobody writes.

@@ -48,8 +48,12 @@ canaries! {
     eager_writes_lost_at_the_cut_are_caught => NoCarry from 28,
     a_superblock_that_overtakes_carried_writes_is_caught => NoCarryWait from 309,
     a_superblock_over_the_last_one_is_caught => SameSlot from 254,
+    a_discard_before_the_checkpoint_is_durable_is_caught => EarlyDiscard from 1,
+    giving_out_a_place_that_is_being_discarded_is_caught => DiscardUnheld from 1,
     freeing_what_a_snapshot_holds_is_caught => FreeHeld from 1,
     a_birth_number_that_a_snapshot_shares_is_caught => SameBirth from 1,
     a_superblock_that_forgets_a_move_on_its_way_is_caught => NoAttempted from 1,
+    a_partial_write_that_shares_its_block_is_caught => SharedPartial from 1,
+    a_file_that_forgets_the_durable_record_is_caught => NoDurable from 1,
     an_opening_that_a_late_move_can_overtake_is_caught => NoFence from 160,
 }

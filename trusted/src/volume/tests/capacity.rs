@@ -5,7 +5,7 @@ use alloc::{format, sync::Arc, vec, vec::Vec};
 use super::{
     audit,
     crash::{formatted, key, open, read_all, tiny},
-    disk::{Rng, SimDisk},
+    disk::{Image, Rng, SimDisk},
     nonces,
     run::Runner,
 };
@@ -164,6 +164,28 @@ fn a_host_file_too_short_to_grow_in_is_refused() {
     let needed = geometry.host_blocks;
     assert_eq!(refused, Some(VolumeError::HostFileShort { needed, found }));
     sut.check();
+}
+
+/// What a resize leaves that is cut off, one after each so many steps, and the end.
+pub(super) fn cut_off_images(from: u64, to: u64, every: usize) -> Vec<Image> {
+    let mut made = Sut::new(5, from);
+    made.scatter(&mut Rng(5), &(0..from.min(to).min(100)).collect::<Vec<_>>(), 2);
+    let image = made.disk().image();
+    let mut images = Vec::new();
+    for steps in (0..).step_by(every) {
+        nonces::reset();
+        let host_blocks = sized(from).host_blocks.max(sized(to).host_blocks);
+        let mut runner = Runner::new(SimDisk::new(5 ^ steps, host_blocks, image.clone()));
+        let task = resize(runner.disk.clone(), OpenOptions::default(), sized(to));
+        let done = runner.finish(task, steps).is_some();
+        runner.kill();
+        runner.disk.power_cut();
+        images.push(runner.disk.image());
+        if done {
+            break;
+        }
+    }
+    images
 }
 
 /// Crashes once after each number of steps, until the resize is done before the crash comes.

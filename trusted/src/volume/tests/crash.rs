@@ -12,6 +12,7 @@ use super::{
     disk::{Faults, Image, Rng, SimDisk},
     model::{Model, SECTOR},
     nonces,
+    recorded::SimIndex,
     run::Runner,
 };
 use crate::{
@@ -19,7 +20,7 @@ use crate::{
     errno::Errno,
     platform::Memory,
     volume::{
-        OpenOptions, OpenReport, SlotKey, Volume, VolumeError,
+        Chore, OpenOptions, OpenReport, SlotKey, Volume, VolumeError,
         core::Health,
         format,
         layout::{BLOCK_BYTES, FANOUT, Geometry, RING_START},
@@ -125,10 +126,14 @@ struct Sim {
     left: Vec<Image>,
     /// With a monotonic counter: how often it moves, and how often it gives no answer.
     moves: Option<(Moves, f64)>,
+    /// What the host has kept of the file, and the records that its superblock may name.
+    aside: Vec<(Image, [Option<Record>; 2])>,
     /// What the host has kept of earlier openings, and what the counter held then.
     kept: Vec<(Image, Option<Record>)>,
     /// Snapshots by name: what they hold, and whether they are certainly there.
     snapshots: BTreeMap<String, (Vec<u8>, bool)>,
+    /// Freed places are given back to the host.
+    discards: bool,
     made: u32,
     /// A change of the snapshots was cut short: only a crash can follow.
     cut_short: bool,
@@ -168,6 +173,8 @@ impl Sim {
                 faults: Faults { write: 12.0, ..Faults::default() },
                 ..plan
             },
+            // Needs writes of parts of one block at once.
+            Canary::SharedPartial => Plan { depth: 8, partial: 70.0, hot: 4, resize: 0.0, ..plan },
             // Needs an eager write on its way during a whole checkpoint, and a death soon after.
             Canary::NoCarryWait => {
                 Plan { depth: 3, syncs: 45.0, power: 0.0, newest: 90.0, large: 0.0, ..plan }
@@ -186,6 +193,10 @@ impl Sim {
             Canary::NoFence => Some((Moves::Sync, 30.0)),
             _ => None,
         };
+        let in_directory = match canary {
+            Canary::None => seed % 4 == 1,
+            _ => canary == Canary::NoDurable,
+        };
         let mut sim = Self {
             rng,
             plan,
@@ -194,11 +205,17 @@ impl Sim {
             host_blocks: geometry.host_blocks,
             left: Vec::new(),
             moves,
+            aside: Vec::new(),
             kept: Vec::new(),
             snapshots: BTreeMap::new(),
+            discards: match canary {
+                Canary::None => seed % 3 == 1,
+                canary => matches!(canary, Canary::EarlyDiscard | Canary::DiscardUnheld),
+            },
             made: 0,
             cut_short: false,
         };
+        sim.runner.index = in_directory.then(SimIndex::default);
         if moves.is_some() {
             sim.bind(seed);
         }
@@ -220,7 +237,21 @@ impl Sim {
         if power || self.plan.faults.flush > 0.0 {
             self.model.lock().unwrap().power_lost();
         }
+        if let Some(index) = &self.runner.index {
+            index.crash(&mut self.rng);
+        }
         self.left.push(self.runner.disk.image());
+        self.check_durable_tree();
+    }
+
+    /// Whatever a recovery decides about the journal, the tree below it is whole.
+    fn check_durable_tree(&self) {
+        let disk = SimDisk::new(7, self.host_blocks, self.runner.disk.image());
+        let options = OpenOptions { read_only: true, ..OpenOptions::default() };
+        let mut runner = Runner::new(disk.clone());
+        let (volume, _) = runner.block_on(open(disk.clone(), options)).expect("it can be read");
+        let whole = runner.block_on(audit::durable_tree(disk, volume));
+        whole.expect("the durable tree is whole after a crash");
     }
 
     /// Opens, at times crashing inside; checks that the file is one it may be.
@@ -237,6 +268,9 @@ impl Sim {
                     self.model.lock().unwrap().check_crash(volume.size(), &bytes);
                     if self.plan.snapshots > 0.0 {
                         self.check_snapshots(&volume);
+                    }
+                    if let Some(index) = &self.runner.index {
+                        self.aside.push((self.runner.disk.image(), index.pair()));
                     }
                     if self.moves.is_some() {
                         self.kept.push((self.runner.disk.image(), self.held()));
@@ -271,6 +305,7 @@ impl Sim {
         let (disk, volume, model) = (self.disk(), volume.clone(), self.model.clone());
         self.runner.spawn(async move {
             let (op, bytes) = model.lock().unwrap().write(first, count);
+            volume.touch(1 + first.cast_signed());
             let written = volume.write(&disk, first * SECTOR, &Memory::new(bytes)).await;
             assert!(faulty || written.is_ok(), "a write fails on a good disk: {written:?}");
             let mut model = model.lock().unwrap();
@@ -374,6 +409,9 @@ impl Sim {
     }
 
     fn live(&mut self, volume: &Arc<Volume>) {
+        if self.discards {
+            volume.discard_at_once();
+        }
         self.set_faults(true);
         self.runner.disk.state().newest = self.plan.newest;
         for _ in 0..5 + self.rng.below(250) {
@@ -383,11 +421,18 @@ impl Sim {
             if self.rng.chance(0.5) {
                 self.runner.disk.state().now += 31_000_000_000;
             }
+            if let Some(index) = self.runner.index.as_ref().filter(|_| self.rng.chance(10.0)) {
+                index.step();
+            }
             let now = self.runner.disk.state().now;
             if let Some(chore) = volume.due(now) {
                 let (disk, volume) = (self.disk(), volume.clone());
+                // A record that cannot change now does so later.
+                let waits = chore == Chore::Register && self.runner.index.is_some();
+                let faulty = waits || self.syncs_may_fail() || self.plan.faults.read > 0.0;
                 self.runner.spawn(async move {
-                    let _ = volume.run_chore(&disk, chore).await;
+                    let done = volume.run_chore(&disk, chore).await;
+                    assert!(faulty || done.is_ok(), "{chore:?} fails on a good disk: {done:?}");
                 });
             }
             if self.plan.snapshots > 0.0 && self.rng.chance(self.plan.snapshots) {
@@ -429,6 +474,7 @@ impl Sim {
         let volume = self.reopen();
         self.close_cleanly(&volume);
         self.try_old_states();
+        self.try_unrecorded_states();
     }
 
     fn close_cleanly(&mut self, volume: &Arc<Volume>) {

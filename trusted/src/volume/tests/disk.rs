@@ -8,11 +8,12 @@ use core::{
     future::poll_fn,
     task::{Poll, Waker},
 };
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 
 use crate::{
     disk::{BLOCK, Block, Disk, HostError, Transfer},
     platform::{NoEntropy, Platform},
+    volume::layout::SUPERBLOCKS,
 };
 
 const SECTOR: usize = 512;
@@ -87,10 +88,14 @@ pub(super) struct State {
     next: u64,
     buffers: usize,
     waiting: Vec<Waker>,
+    /// The process has heard of a failed flush.
+    flush_failed: bool,
     /// Host calls since the counters were taken.
     pub(super) written: u64,
     pub(super) flushed: u64,
     pub(super) requests: u64,
+    /// Blocks discarded.
+    pub(super) discarded: u64,
 }
 
 #[derive(Clone)]
@@ -112,14 +117,17 @@ impl SimDisk {
             next: 1,
             buffers: BUFFERS,
             waiting: Vec::new(),
+            flush_failed: false,
             written: 0,
             flushed: 0,
             requests: 0,
+            discarded: 0,
         })))
     }
 
     pub(super) fn state(&self) -> std::sync::MutexGuard<'_, State> {
-        self.0.lock().unwrap()
+        // A rule that was seen broken is told once, and not again by every destructor.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Completes one pending operation at random. `false`: there is none.
@@ -219,6 +227,7 @@ impl State {
         self.ops.clear();
         self.answers.clear();
         self.waiting.clear();
+        self.flush_failed = false;
         self.buffers = BUFFERS;
     }
 
@@ -238,6 +247,19 @@ impl State {
         self.requests += 1;
         let id = self.next;
         self.ops.push(Op { id, kind: kind(id), waker: None });
+        id
+    }
+
+    /// Issues a write.
+    fn put(&mut self, place: u64, blocks: Vec<Arc<Block>>) -> u64 {
+        let end = place + blocks.len() as u64;
+        assert!(end <= self.host_blocks, "write beyond the host file");
+        let twice = self.cached.iter().any(|w| {
+            w.completed.is_none() && w.place < end && place < w.place + w.blocks.len() as u64
+        });
+        assert!(!twice, "two outstanding writes on place {place}");
+        let id = self.issue(|id| Kind::Write { cached: id });
+        self.cached.push(Cached { id, place, blocks, completed: None });
         id
     }
 
@@ -294,6 +316,12 @@ impl State {
         self.answers.insert(op.id, answer);
         op.waker
     }
+}
+
+/// The slot that a block goes to, if it is a superblock.
+fn superblock_slot(place: u64, block: &Block) -> Option<usize> {
+    let slot = SUPERBLOCKS.iter().position(|copies| copies.contains(&place))?;
+    (&block[40..48] == b"PSTRNSUP").then_some(slot)
 }
 
 impl Platform for SimDisk {
@@ -354,10 +382,30 @@ impl Disk for SimDisk {
     async fn flush(&self) -> Result<(), HostError> {
         let id = {
             let mut state = self.state();
+            assert!(!state.flush_failed, "a flush after one that failed proves nothing");
             state.flushed += 1;
             let covers =
                 state.cached.iter().filter(|w| w.completed.is_some()).map(|w| w.id).collect();
             state.issue(|_| Kind::Flush { covers })
+        };
+        let answer = self.answer(id).await;
+        self.state().flush_failed |= answer.is_err();
+        answer.map(|_| ())
+    }
+
+    /// As a write of anything: of the old content a part may stay, too.
+    async fn discard(&self, place: u64, blocks: u64) -> Result<(), HostError> {
+        let id = {
+            let mut state = self.state();
+            let anything = (place..place + blocks)
+                .map(|at| match state.rng.below(3) {
+                    0 => Arc::new([0; BLOCK]),
+                    1 => Arc::new([state.rng.next() as u8; BLOCK]),
+                    _ => state.view.get(&at).cloned().unwrap_or_else(|| Arc::new([0; BLOCK])),
+                })
+                .collect();
+            state.discarded += blocks;
+            state.put(place, anything)
         };
         self.answer(id).await.map(|_| ())
     }
@@ -395,17 +443,13 @@ impl Transfer for SimTransfer {
     async fn write(&mut self, place: u64, blocks: usize) -> Result<(), HostError> {
         let id = {
             let mut state = self.disk.state();
-            assert!(place + blocks as u64 <= state.host_blocks, "write beyond the host file");
-            let end = place + blocks as u64;
-            let twice = state.cached.iter().any(|w| {
-                w.completed.is_none() && w.place < end && place < w.place + w.blocks.len() as u64
-            });
-            assert!(!twice, "two outstanding writes on place {place}");
+            if let Some(slot) = superblock_slot(place, &self.blocks[0]) {
+                let other = |w: &Cached| superblock_slot(w.place, &w.blocks[0]) == Some(1 - slot);
+                let torn = state.cached.iter().any(other);
+                assert!(!torn, "a superblock while the one in the other slot is not durable");
+            }
             state.written += blocks as u64;
-            let content = self.blocks[..blocks].iter().map(|b| Arc::new(**b)).collect();
-            let id = state.issue(|id| Kind::Write { cached: id });
-            state.cached.push(Cached { id, place, blocks: content, completed: None });
-            id
+            state.put(place, self.blocks[..blocks].iter().map(|b| Arc::new(**b)).collect())
         };
         self.disk.answer(id).await.map(|_| ())
     }

@@ -17,6 +17,9 @@ use crate::{
     volume::{Chore, FormatOptions, OpenOptions, Volume},
 };
 
+/// Places and counts of blocks.
+pub(super) type Given = Vec<(u64, u64)>;
+
 /// A host file in memory that answers at once.
 #[derive(Clone, Default)]
 pub(super) struct MemDisk {
@@ -26,6 +29,8 @@ pub(super) struct MemDisk {
     pub(super) bad: Arc<Mutex<Option<u64>>>,
     /// Places that were written, and how many more the host has room for.
     pub(super) warm: Arc<Mutex<(BTreeSet<u64>, u64)>>,
+    /// What was given back: place and blocks; or the host cannot.
+    pub(super) discards: Arc<Mutex<Option<Given>>>,
     pub(super) size: u64,
     pub(super) seed: Arc<Mutex<u64>>,
 }
@@ -61,6 +66,14 @@ impl Disk for MemDisk {
 
     async fn flush(&self) -> Result<(), HostError> {
         self.calls.lock().unwrap().2 += 1;
+        Ok(())
+    }
+
+    async fn discard(&self, place: u64, count: u64) -> Result<(), HostError> {
+        let mut discards = self.discards.lock().unwrap();
+        discards.as_mut().ok_or(HostError::Errno(95))?.push((place, count));
+        let mut blocks = self.blocks.lock().unwrap();
+        blocks.extend((place..place + count).map(|at| (at, [0x5a; BLOCK])));
         Ok(())
     }
 

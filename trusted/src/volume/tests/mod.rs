@@ -16,9 +16,11 @@ mod golden;
 mod memory;
 mod model;
 mod reader;
+mod recorded;
 mod rekey;
 mod run;
 mod slots;
+mod small;
 mod space;
 mod tamper;
 mod usage;
@@ -52,6 +54,10 @@ pub(crate) enum Canary {
     NoCarryWait,
     /// The superblock overwrites the last one.
     SameSlot,
+    /// Places are discarded before the checkpoint that frees them is durable.
+    EarlyDiscard,
+    /// A place is given out while it is being discarded.
+    DiscardUnheld,
     /// What a snapshot holds is freed.
     FreeHeld,
     /// What is written after a snapshot is as old as it.
@@ -60,8 +66,12 @@ pub(crate) enum Canary {
     NoRegister,
     /// A superblock forgets a move of the counter that is on its way.
     NoAttempted,
+    /// A write of a part of a block does not keep others off the block.
+    SharedPartial,
     /// An opening does not shut out late moves of the one before.
     NoFence,
+    /// A superblock of a directory's file names the newest record alone, not the durable one.
+    NoDurable,
 }
 
 std::thread_local! {

@@ -18,16 +18,17 @@ use std::{
 };
 
 use super::{
+    capacity,
     crash::{crash_images, crash_images_with_snapshots, key, open, roomy, tiny},
     disk::{Image, Rng, SimDisk},
-    nonces,
+    nonces, rekey,
     run::Runner,
 };
 use crate::{
     disk::BLOCK,
     errno::Errno,
     platform::Memory,
-    volume::{OpenOptions, Volume, crypto},
+    volume::{OpenOptions, Times, Volume, crypto},
 };
 
 /// The second implementation.
@@ -70,12 +71,12 @@ fn python() -> Option<&'static str> {
 }
 
 /// What reading a volume gives, in words that both implementations can say: the content's hash
-/// with zeros for what is damaged, the damaged blocks, and the hash of each snapshot; or that it is
-/// refused.
+/// with zeros for what is damaged, the damaged blocks, the hash of each snapshot, and the file's
+/// times; or that it is refused.
 #[derive(Debug, PartialEq, Eq)]
 enum Said {
     Refused,
-    Read { sha256: String, damaged: Vec<u64>, snapshots: Vec<String> },
+    Read { sha256: String, damaged: Vec<u64>, snapshots: Vec<String>, times: [i64; 3] },
 }
 
 fn ours(image: &Image) -> Said {
@@ -95,7 +96,9 @@ fn ours(image: &Image) -> Said {
             let volume = volume.at_snapshot(&disk, &kept.name).await.unwrap();
             snapshots.push(hex(&content(&disk, &Arc::new(volume)).await.0));
         }
-        Said::Read { sha256: hex(&bytes), damaged, snapshots }
+        let Times { accessed, modified, changed } = volume.times();
+        let times = [accessed, modified, changed];
+        Said::Read { sha256: hex(&bytes), damaged, snapshots, times }
     })
 }
 
@@ -183,7 +186,14 @@ fn theirs(python: &str, images: &[Image], name: &str, whole: bool) -> Vec<Said> 
                 .collect();
             let snapshots = field(line, "snapshots").split("\"sha256\": \"").skip(1);
             let snapshots = snapshots.map(|rest| rest[..64].into()).collect();
-            Said::Read { sha256: field(line, "sha256").into(), damaged, snapshots }
+            let times = field(line, "times").trim_matches(['[', ']']).split(", ");
+            let times: Vec<i64> = times.map(|time| time.parse().unwrap()).collect();
+            Said::Read {
+                sha256: field(line, "sha256").into(),
+                damaged,
+                snapshots,
+                times: times.try_into().unwrap(),
+            }
         })
         .collect()
 }
@@ -233,6 +243,29 @@ fn a_second_implementation_reads_the_same_snapshots_and_counts_their_blocks() {
     };
     let kept: usize = said.iter().map(kept).sum();
     assert!(kept > 40, "only {kept} snapshots in {} images", images.len());
+}
+
+/// Two volume keys at once, and one that has followed another.
+#[test]
+fn a_second_implementation_reads_the_same_amid_a_rekey_and_after_it() {
+    let Some(python) = python() else { return };
+    let images = rekey::cut_off_images(23);
+    assert!(images.len() > 6, "only {} rekeys were cut off", images.len());
+    let said = compare(python, &images, "rekeyed", true);
+    assert!(said.iter().all(|one| *one == said[0]), "a rekey has changed the content");
+    assert!(matches!(&said[0], Said::Read { damaged, .. } if damaged.is_empty()));
+}
+
+#[test]
+fn a_second_implementation_reads_the_same_amid_a_resize_and_after_it() {
+    let Some(python) = python() else { return };
+    for (from, to) in [(120, 300), (300, 101)] {
+        let images = capacity::cut_off_images(from, to, 19);
+        assert!(images.len() > 3, "only {} resizes were cut off", images.len());
+        let said = compare(python, &images, &format!("resized-{to}"), true);
+        let read = |said: &Said| matches!(said, Said::Read { damaged, .. } if damaged.is_empty());
+        assert!(said.iter().all(read), "a crash has damaged or refused something");
+    }
 }
 
 #[test]

@@ -102,6 +102,24 @@ async fn rekey(disk: SimDisk) -> Result<RekeyReport, VolumeError> {
     .await
 }
 
+/// What rekeys leave that are cut off, one after each so many steps, and the end.
+pub(super) fn cut_off_images(every: usize) -> Vec<Image> {
+    let (before, _) = made();
+    let mut images = Vec::new();
+    for n in (0..).step_by(every) {
+        let mut runner = runner(11 + n, &before);
+        let task = rekey(runner.disk.clone());
+        let finished = runner.finish(task, n).is_some();
+        runner.kill();
+        runner.disk.power_cut();
+        images.push(runner.disk.image());
+        if finished {
+            break;
+        }
+    }
+    images
+}
+
 fn header_of(image: &Image, copy: usize) -> alloc::boxed::Box<header::HeaderBytes> {
     let mut bytes = alloc::boxed::Box::new([0; header::BYTES]);
     for i in 0..HEADER_BLOCKS {

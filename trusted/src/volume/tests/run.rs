@@ -9,7 +9,7 @@ use core::{
 };
 use std::sync::Mutex;
 
-use super::{counter::SimCounter, disk::SimDisk};
+use super::{counter::SimCounter, disk::SimDisk, recorded::SimIndex};
 
 type Task = Pin<Box<dyn Future<Output = ()> + Send>>;
 
@@ -25,12 +25,14 @@ pub(super) struct Runner {
     pub(super) disk: SimDisk,
     /// Answers when the simulation decides, too.
     pub(super) counter: Option<SimCounter>,
+    /// The index of the directory that the volume is a file of.
+    pub(super) index: Option<SimIndex>,
     tasks: Vec<(Task, Arc<Flag>)>,
 }
 
 impl Runner {
     pub(super) fn new(disk: SimDisk) -> Self {
-        Self { disk, counter: None, tasks: Vec::new() }
+        Self { disk, counter: None, index: None, tasks: Vec::new() }
     }
 
     pub(super) fn spawn(&mut self, task: impl Future<Output = ()> + Send + 'static) {
@@ -54,7 +56,8 @@ impl Runner {
             let counts = || self.counter.as_ref().is_some_and(SimCounter::complete_one);
             // Rarely the counter first: it is the slower one.
             let before = draw % 7 == 0 && counts();
-            let moved = before || self.disk.complete_one() || counts();
+            let lands = || self.index.as_ref().is_some_and(SimIndex::land);
+            let moved = before || self.disk.complete_one() || counts() || lands();
             if moved {
                 return true;
             }

@@ -12,7 +12,7 @@ use crate::{
     errno::Errno,
     exec::run_to_end,
     platform::Memory,
-    volume::{Chore, FormatOptions, OpenOptions, Volume, VolumeError},
+    volume::{Chore, FormatOptions, OpenOptions, Times, Volume, VolumeError},
 };
 
 #[test]
@@ -57,6 +57,25 @@ fn what_a_shrink_cut_off_reads_as_zeros_after_growing() {
     run_to_end(volume.sync(&disk)).unwrap();
     drop(volume);
     assert!(read(&disk, &reopen(&disk), 0, 1 << 16).unwrap() == expected);
+}
+
+#[test]
+fn times_of_content_survive_with_it_and_all_of_them_a_clean_closing() {
+    let disk = made(1 << 16);
+    let volume = reopen(&disk);
+    assert_eq!(volume.times(), Times::default(), "a new volume has no times");
+    volume.set_times(Times { accessed: -5, modified: 6, changed: 7 });
+    volume.touch(80);
+    write(&disk, &volume, 0, &[1; 10]).unwrap();
+    run_to_end(volume.sync(&disk)).unwrap();
+    drop(volume);
+    let volume = reopen(&disk);
+    let synced = Times { modified: 80, changed: 80, ..volume.times() };
+    assert_eq!(volume.times(), synced, "after a crash behind a sync");
+    let set = Times { accessed: -5, modified: i64::MIN, changed: 100 };
+    volume.set_times(set);
+    run_to_end(volume.close(&disk)).unwrap();
+    assert_eq!(reopen(&disk).times(), set, "after a clean closing");
 }
 
 #[test]
@@ -319,4 +338,51 @@ fn a_volume_leads_to_its_own_later_states_alone() {
     let fresh = reopen(&other).progress();
     assert_eq!(open(&image(&other), fresh), Ok(()));
     assert_eq!(open(&turns[8].2, fresh), Err(VolumeError::NotWhatWasLeft), "another volume");
+}
+
+/// Four homes in a row are given up, with the 32 places that each has to spare; the last one's
+/// stay. Then two on either side.
+#[test]
+fn what_the_guest_gave_up_goes_back_to_the_host_and_the_rest_stays() {
+    let disk = made(1 << 24);
+    *disk.discards.lock().unwrap() = Some(vec![]);
+    let volume = reopen(&disk);
+    volume.discard_freed(true);
+    write(&disk, &volume, 0, &vec![7; 4 << 20]).unwrap();
+    run_to_end(volume.run_chore(&disk, Chore::Checkpoint)).unwrap();
+    run_to_end(volume.punch(&disk, 1 << 20, 2 << 20)).unwrap();
+    run_to_end(volume.run_chore(&disk, Chore::Checkpoint)).unwrap();
+    let given = |disk: &super::memory::MemDisk| {
+        disk.discards.lock().unwrap().iter().flatten().map(|(_, count)| count).sum::<u64>()
+    };
+    // It rests first.
+    assert_eq!((volume.due(1), given(&disk)), (None, 0));
+    assert_eq!(volume.due(30_000_000_000), Some(Chore::Discard));
+    run_to_end(volume.run_chore(&disk, Chore::Discard)).unwrap();
+    let first = 4 * 128 + 3 * 32;
+    assert_eq!((given(&disk), volume.counters().discarded_blocks), (first, first));
+    assert_eq!(volume.due(60_000_000_000), None);
+    let mut expected = vec![7; 4 << 20];
+    expected[1 << 20..3 << 20].fill(0);
+    assert!(read(&disk, &volume, 0, 4 << 20).unwrap() == expected);
+    // Closing gives back what has not rested long enough.
+    run_to_end(volume.truncate(&disk, 0)).unwrap();
+    run_to_end(volume.close(&disk)).unwrap();
+    assert_eq!(given(&disk), first + 2 * (2 * 128 + 32));
+}
+
+#[test]
+fn a_host_that_takes_nothing_back_is_asked_once() {
+    let disk = made(1 << 24);
+    let volume = reopen(&disk);
+    volume.discard_freed(true);
+    write(&disk, &volume, 0, &vec![7; 4 << 20]).unwrap();
+    run_to_end(volume.truncate(&disk, 0)).unwrap();
+    run_to_end(volume.run_chore(&disk, Chore::Checkpoint)).unwrap();
+    assert_eq!(volume.due(1), None);
+    assert_eq!(volume.due(30_000_000_000), Some(Chore::Discard));
+    run_to_end(volume.run_chore(&disk, Chore::Discard)).unwrap();
+    assert_eq!((volume.due(90_000_000_000), volume.counters().discarded_blocks), (None, 0));
+    write(&disk, &volume, 0, &vec![9; 4 << 20]).unwrap();
+    assert!(read(&disk, &volume, 0, 4 << 20).unwrap() == vec![9; 4 << 20]);
 }

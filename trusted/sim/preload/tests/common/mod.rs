@@ -163,13 +163,20 @@ impl Ground {
     /// With the path of a native file or of the volume as first argument, and `more`: the same
     /// lines.
     pub fn compare(&self, program: &Path, more: &[&OsStr]) {
+        let [there, here] = self.run_both(program, more);
+        same_lines(there, here);
+    }
+
+    /// With the path of a native file as first argument, and with that of the volume.
+    pub fn run_both(&self, program: &Path, more: &[&OsStr]) -> [Ended; 2] {
         let native = self.path("native");
-        end(Command::new("truncate").args(["-s", SIZE]).arg(&native)).unwrap().expect_success();
-        end(Command::new("chmod").arg("600").arg(&native)).unwrap().expect_success();
+        if !native.exists() {
+            end(Command::new("truncate").args(["-s", SIZE]).arg(&native)).unwrap().expect_success();
+            end(Command::new("chmod").arg("600").arg(&native)).unwrap().expect_success();
+        }
         let there = end(Command::new(program).arg(&native).args(more)).unwrap();
         let guest = self.guest();
-        let here = self.protected(program, [guest.as_os_str()].iter().chain(more));
-        same_lines(there, here);
+        [there, self.protected(program, [guest.as_os_str()].iter().chain(more))]
     }
 
     /// In a native directory and in a protected one: the same lines.

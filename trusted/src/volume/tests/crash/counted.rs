@@ -24,8 +24,9 @@ impl Sim {
     }
 
     pub(super) fn options(&self, adopt: bool) -> OpenOptions {
-        match (&self.runner.counter, self.moves) {
-            (Some(counter), Some((moves, _))) => counted(counter, moves, adopt),
+        match (&self.runner.counter, self.moves, &self.runner.index) {
+            (Some(counter), Some((moves, _)), _) => counted(counter, moves, adopt),
+            (_, _, Some(index)) => index.options(),
             _ => OpenOptions::default(),
         }
     }
@@ -46,6 +47,21 @@ impl Sim {
     pub(super) fn syncs_may_fail(&self) -> bool {
         let moves = self.moves.is_some_and(|(_, percent)| percent > 0.0);
         self.plan.faults.flush > 0.0 || self.plan.faults.write > 0.0 || moves
+    }
+
+    /// States of a directory's file that the index has left behind are refused.
+    pub(super) fn try_unrecorded_states(&mut self) {
+        let Some(index) = self.runner.index.clone() else { return };
+        for (n, (image, then)) in core::mem::take(&mut self.aside).into_iter().enumerate() {
+            if then.contains(&index.newest()) {
+                continue;
+            }
+            let disk = SimDisk::new(n as u64 * 7919, self.host_blocks, image);
+            let opened = Runner::new(disk.clone()).block_on(open(disk, index.options()));
+            let why =
+                opened.map(|_| ()).expect_err("an old state of a file is taken for its newest");
+            assert!(matches!(why, VolumeError::NotAsRecorded { .. }), "{why}");
+        }
     }
 
     /// States that the counter has left behind are refused.
