@@ -127,6 +127,30 @@ fn two_programs_take_turns_on_a_volume_and_each_reads_what_the_other_wrote() {
 }
 
 #[test]
+fn the_times_of_a_file_go_with_it_from_program_to_program() {
+    let Some((world, volume, program)) = surroundings() else { return };
+    let mut one = Server::on(&world, &volume, &program, &[]);
+    one.expect("w 0 1", "ok");
+    one.expect("c 1000000000", "ok");
+    let mut two = Server::on(&world, &volume, &program, &[]);
+    two.expect("m", "1000000000");
+    two.expect("w 1 1", "ok");
+    let changed = one.tell("m");
+    assert_ne!(changed, "1000000000");
+    two.expect("m", &changed);
+    two.expect("c 1234567890", "ok");
+    one.expect("m", "1234567890");
+    let (mut reader, first) = Server::reading(&world, &volume, &program);
+    assert_eq!(first, "ready");
+    reader.expect("m", "1234567890");
+    reader.expect("c 5", EROFS);
+    one.expect("m", "1234567890");
+    for server in [one, two, reader] {
+        server.end();
+    }
+}
+
+#[test]
 fn a_program_that_was_stopped_loses_the_volume_and_hears_of_it_once() {
     let Some((world, volume, program)) = surroundings() else { return };
     let mut stopped = Server::on(&world, &volume, &program, &[]);

@@ -4,6 +4,8 @@
  *   s               fsync
  *   t SIZE          ftruncate
  *   z               answers the file's size
+ *   c SECONDS       sets the file's times
+ *   m               answers when the content was changed last, in seconds
  *   l, u            takes and drops a write lock on the file's first byte
  * A call that fails answers its errno's number. Usage: serve FILE rw|ro */
 #define _GNU_SOURCE
@@ -56,6 +58,21 @@ int main(int count, char **words)
             }
             snprintf(text, sizeof text, "%d", bytes[0]);
             answer(0, memcmp(bytes, bytes + 1, BLOCK - 1) ? "mixed" : text);
+            break;
+        case 'c': {
+            struct timespec times[2] = {{0}};
+            sscanf(line + 1, "%ld", &times[0].tv_sec);
+            times[1] = times[0];
+            answer(futimens(file, times), "ok");
+            break;
+        }
+        case 'm':
+            if (fstat(file, &stat)) {
+                answer(1, "");
+                break;
+            }
+            snprintf(text, sizeof text, "%ld", (long)stat.st_mtime);
+            answer(0, text);
             break;
         case 's':
             answer(fsync(file), "ok");
