@@ -17,13 +17,21 @@ pub mod calls {
 }
 
 /// Protocol version spoken by this build, checked at attach.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// Feature bit of an attach: descriptors may ask for [`port::op::DISCARD`].
 pub const FEATURE_DISCARD: u64 = 1;
 
 /// `postern_open` flag: open for reading only.
 pub const OPEN_READ_ONLY: u32 = 1;
+
+/// `postern_open` flag: ask whoever has the lease to hand it over.
+pub const OPEN_ASK: u32 = 2;
+
+/// State of a lease: somebody else asks for it. Finish, close the file, or keep it.
+pub const LEASE_ASKED: u32 = 1;
+/// State of a lease: taken away. No descriptor of its handle is served any more.
+pub const LEASE_LOST: u32 = 2;
 
 /// `postern_file_t` flag: the host file system refused O_DIRECT and the operator allowed buffered I/O.
 pub const FILE_BUFFERED: u32 = 1;

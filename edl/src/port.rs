@@ -53,6 +53,9 @@ pub mod cursor {
     pub const SERVICE_SLEEPS: usize = 560;
     /// Requests the daemon has taken and not published the completion of. Writer: daemon.
     pub const IN_FLIGHT: usize = 568;
+    /// Changes when a lease of the session is asked for or lost: ask with `postern_lease`.
+    /// Writer: daemon.
+    pub const LEASES: usize = 576;
 }
 
 /// Byte offset of the submission ring.
@@ -241,7 +244,7 @@ impl Geometry {
 
 const _: () = assert!(core::mem::size_of::<[u64; SQE_WORDS]>() == 64);
 const _: () = assert!(core::mem::size_of::<[u64; CQE_WORDS]>() == 32);
-const _: () = assert!(cursor::SQ_PUBLISHED * 8 == 4096 && cursor::IN_FLIGHT * 8 + 64 <= SQ_OFFSET);
+const _: () = assert!(cursor::SQ_PUBLISHED * 8 == 4096 && cursor::LEASES * 8 + 64 <= SQ_OFFSET);
 
 #[cfg(test)]
 mod tests {

@@ -6,7 +6,8 @@
 use postern_edl::calls::{
     CallError, Carrier, Enclave, FINGERPRINT, Host, Malformed, PosternAttachReply,
     PosternAttachRequest, PosternAttached, PosternCloseReply, PosternCloseRequest,
-    PosternCreateReply, PosternCreateRequest, PosternFile, PosternListReply, PosternListRequest,
+    PosternCreateReply, PosternCreateRequest, PosternFile, PosternKeepReply, PosternKeepRequest,
+    PosternLease, PosternLeaseReply, PosternLeaseRequest, PosternListReply, PosternListRequest,
     PosternOpenReply, PosternOpenRequest, PosternRemoveReply, PosternRemoveRequest,
     PosternStatsReply, PosternStatsRequest, Request, dispatch,
 };
@@ -47,6 +48,8 @@ enum Any {
     Create(PosternCreateReply),
     Remove(PosternRemoveReply),
     List(PosternListReply),
+    Lease(PosternLeaseReply),
+    Keep(PosternKeepReply),
 }
 
 macro_rules! told {
@@ -71,6 +74,8 @@ told! {
     postern_create, PosternCreate, PosternCreateRequest, PosternCreateReply, Create;
     postern_remove, PosternRemove, PosternRemoveRequest, PosternRemoveReply, Remove;
     postern_list, PosternList, PosternListRequest, PosternListReply, List;
+    postern_lease, PosternLease, PosternLeaseRequest, PosternLeaseReply, Lease;
+    postern_keep, PosternKeep, PosternKeepRequest, PosternKeepReply, Keep;
 }
 
 /// A carrier right into a host.
@@ -136,6 +141,12 @@ fn each_request_is_the_words_that_the_format_says() {
     let list = PosternListRequest { name: "d/".into(), after: String::new(), capacity: 32 };
     Request::PosternList(list).encode(&mut bytes).unwrap();
     assert_eq!(bytes, words(&[7, 2, short, 0, 32]));
+
+    Request::PosternLease(PosternLeaseRequest { first: 11 }).encode(&mut bytes).unwrap();
+    assert_eq!(bytes, words(&[8, 11]));
+
+    Request::PosternKeep(PosternKeepRequest { handle: 12 }).encode(&mut bytes).unwrap();
+    assert_eq!(bytes, words(&[9, 12]));
 }
 
 #[test]
@@ -164,6 +175,12 @@ fn each_reply_is_the_words_that_the_format_says() {
             words(&[7, 0, 0, 32]),
             words(&[0, 2, u64::from(u16::from_le_bytes(*b"ab")), 2]),
         ),
+        (
+            Any::Lease(PosternLeaseReply { lease: PosternLease { handle: 3, state: 1 } }),
+            words(&[8, 0]),
+            words(&[0, 3, 1]),
+        ),
+        (Any::Keep(PosternKeepReply), words(&[9, 3]), words(&[0])),
         (
             Any::Stats(stats),
             words(&[4, 2]),
@@ -252,7 +269,7 @@ fn the_host_is_not_called_for_a_request_that_is_not_one() {
         (vec![], Malformed::Short { word: 0 }),
         (vec![0; 9], Malformed::Ragged { bytes: 9 }),
         (words(&[0]), Malformed::UnknownCall { call: 0 }),
-        (words(&[8, 0]), Malformed::UnknownCall { call: 8 }),
+        (words(&[10, 0]), Malformed::UnknownCall { call: 10 }),
         (words(&[u64::MAX]), Malformed::UnknownCall { call: u64::MAX }),
         (words(&[3]), Malformed::Short { word: 1 }),
         (words(&[3, 1, 1]), Malformed::Long { word: 2 }),

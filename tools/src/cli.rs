@@ -49,6 +49,9 @@ pub struct Cli {
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
+    /// Wait this long for a volume that another program has; it is asked to hand it over
+    #[arg(long, global = true, value_name = "SECONDS", default_value_t = 10)]
+    pub wait: u32,
 }
 
 /// The commands.
@@ -67,13 +70,14 @@ pub enum Command {
     /// Read and authenticate everything in a volume; report each damaged range. Never writes
     #[command(after_help = "Exit code 0: whole. 65: damage, each range on a line of its own.")]
     Verify(VolumeArgs),
-    /// Grow or shrink a volume that nobody has open
+    /// Grow or shrink a volume
     #[command(
         after_help = "Example:\n  postern resize /srv/data.vol --size 128G\n\nData beyond the new size \
                       is in the way of a shrink: it is refused, and nothing changes."
     )]
     Resize(ResizeArgs),
-    /// Keep, list, delete or copy states of a volume that nobody has open
+    /// Keep, list, delete or copy states of a volume. A running program is asked for it and goes on
+    /// afterwards: what it had written by then is in the snapshot
     Snapshot(SnapshotArgs),
     /// Who can open a volume: list, add, change and remove keys
     #[command(subcommand)]
@@ -234,8 +238,14 @@ pub struct RunArgs {
     /// The program sees the volume in HOST_FILE under the absolute path GUEST_PATH; may be repeated.
     /// With a slash at the end of GUEST_PATH it sees a directory, and HOST_FILE is one: each file
     /// made there is a volume of its own
-    #[arg(long, value_name = "GUEST_PATH=HOST_FILE", required = true)]
+    #[arg(long, value_name = "GUEST_PATH=HOST_FILE", required_unless_present = "volume_ro")]
     pub volume: Vec<OsString>,
+    /// As --volume, but the program can only read it, at the same time as others that only read
+    #[arg(long, value_name = "GUEST_PATH=HOST_FILE")]
+    pub volume_ro: Vec<OsString>,
+    /// Keep the volumes while the program has them open, whoever asks for them
+    #[arg(long)]
+    pub exclusive: bool,
     /// Most bytes that a file made in a protected directory can have (K, M, G, T)
     #[arg(long, value_name = "SIZE", value_parser = size::parse, default_value = "16G")]
     pub file_capacity: u64,

@@ -1,24 +1,30 @@
 //! A volume's store on a plain host file, for the offline tools.
 //!
 //! Every future completes on the spot: one `pread` or `pwrite` per transfer, `O_DIRECT` with
-//! aligned buffers. The file is held under an exclusive flock(2), the same lock that the daemon
-//! takes, so that a tool never works on a volume that is in use.
+//! aligned buffers. The file is held under its lease, as the daemon holds it: alone to write, with
+//! others to read. A program that has the volume is asked to hand it over, and takes it back
+//! afterwards.
 
 use std::{
     fs::{File, OpenOptions},
     io,
     os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     path::Path,
-    sync::Arc,
-    time::Instant,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
 };
+
+use postern_lease::Use;
 
 use postern_trusted::{
     disk::{BLOCK, Block, Disk, HostError, Transfer},
     platform::{NoEntropy, Platform},
 };
 use rustix::{
-    fs::{AtFlags, FlockOperation, OFlags, StatxFlags, fdatasync, flock, fstatfs, statx},
+    fs::{AtFlags, OFlags, StatxFlags, fdatasync, fstatfs, statx},
     io::{Errno, pread, pwrite},
     rand::{GetRandomFlags, getrandom},
 };
@@ -31,6 +37,14 @@ const MAX_BLOCKS: usize = 256;
 const CONTINUATIONS: u32 = 3;
 /// File system types (statfs(2)) that accept `O_DIRECT` and go through memory all the same.
 const MEMORY_FILE_SYSTEMS: [u64; 2] = [0x0102_1994, 0x8584_58f6];
+
+/// Seconds that this command waits for a volume that somebody else has.
+static PATIENCE: AtomicU64 = AtomicU64::new(0);
+
+/// Sets how long the command waits for a volume that somebody else has, in seconds.
+pub fn set_patience(seconds: u32) {
+    PATIENCE.store(seconds.into(), Ordering::Relaxed);
+}
 
 /// How a host file is opened.
 #[derive(Clone, Copy, Debug)]
@@ -89,15 +103,19 @@ impl FileDisk {
                 ));
             }
         };
-        flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|errno| match errno {
-            Errno::WOULDBLOCK => Failure::new(
+        let usage = if access.write { Use::Alone } else { Use::Shared };
+        let patience = Duration::from_secs(PATIENCE.load(Ordering::Relaxed));
+        let leased = postern_lease::wait(&file, usage, patience)
+            .map_err(|errno| Failure::io("cannot lock the volume", place, &errno.into()))?;
+        if !leased {
+            return Err(Failure::new(
                 Exit::InUse,
                 "the volume is in use",
                 place,
-                "another process holds its lock; wait for it or stop it (`fuser -v FILE` names it)",
-            ),
-            errno => Failure::io("cannot lock the volume", place, &errno.into()),
-        })?;
+                "another process keeps its lock; wait for it (--wait) or stop it (`fuser -v FILE` \
+                 names it)",
+            ));
+        }
         let length = length_of(&file)
             .map_err(|error| Failure::io("cannot tell the size of the volume", place, &error))?;
         let file = Arc::new(file);

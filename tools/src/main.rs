@@ -46,8 +46,9 @@ fn main() -> ExitCode {
 
 fn dispatch() -> Result<u8, Failure> {
     let Some(cli) = cli::parse(std::env::args_os())? else { return Ok(0) };
+    disk::set_patience(cli.wait);
     match cli.command {
-        Command::Run(args) => run::run(&args),
+        Command::Run(args) => run::run(&args, cli.wait),
         Command::Format(args) => volume::format(&args).map(|()| 0),
         Command::Info(args) => volume::info(&args).map(|()| 0),
         Command::Verify(args) => {

@@ -6,7 +6,8 @@ use std::sync::atomic::Ordering;
 
 use postern_edl::calls::{
     self, Host, PosternAttachReply, PosternAttachRequest, PosternAttached, PosternCloseReply,
-    PosternCloseRequest, PosternCreateReply, PosternCreateRequest, PosternFile, PosternListReply,
+    PosternCloseRequest, PosternCreateReply, PosternCreateRequest, PosternFile, PosternKeepReply,
+    PosternKeepRequest, PosternLease, PosternLeaseReply, PosternLeaseRequest, PosternListReply,
     PosternListRequest, PosternOpenReply, PosternOpenRequest, PosternRemoveReply,
     PosternRemoveRequest, PosternStatsReply, PosternStatsRequest,
 };
@@ -193,6 +194,19 @@ impl Caller {
         attached.session.close(handle).await
     }
 
+    async fn lease(&mut self, first: u64) -> Result<PosternLease, Errno> {
+        self.no_descriptors()?;
+        let attached = self.attached.as_ref().ok_or(Errno::NOTCONN)?;
+        let (handle, state) = attached.session.lease(first).await?;
+        Ok(PosternLease { handle, state })
+    }
+
+    async fn keep(&mut self, handle: u32) -> Result<(), Errno> {
+        self.no_descriptors()?;
+        let attached = self.attached.as_ref().ok_or(Errno::NOTCONN)?;
+        attached.session.keep(handle).await
+    }
+
     async fn stats(&mut self, capacity: u64) -> Result<PosternStatsReply, Errno> {
         self.no_descriptors()?;
         self.daemon.sessions.settle().await;
@@ -276,5 +290,18 @@ impl Host for Caller {
 
     async fn postern_list(&mut self, request: PosternListRequest) -> Result<PosternListReply, u32> {
         self.list(request).await.map_err(positive)
+    }
+
+    async fn postern_lease(
+        &mut self,
+        request: PosternLeaseRequest,
+    ) -> Result<PosternLeaseReply, u32> {
+        let lease = self.lease(request.first).await.map_err(positive)?;
+        Ok(PosternLeaseReply { lease })
+    }
+
+    async fn postern_keep(&mut self, request: PosternKeepRequest) -> Result<PosternKeepReply, u32> {
+        self.keep(request.handle).await.map_err(positive)?;
+        Ok(PosternKeepReply)
     }
 }

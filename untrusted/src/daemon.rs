@@ -14,6 +14,7 @@ use tokio::task::JoinSet;
 use crate::confinement;
 use crate::connection;
 use crate::files::Catalog;
+use crate::lease::Terms;
 use crate::problem::{Problem, log};
 use crate::report::{Source, report};
 use crate::session::{MAX_LANES, Sessions};
@@ -59,6 +60,13 @@ pub struct Options {
     /// Longest time a lane spins for work before it sleeps, microseconds; 0 never spins.
     #[arg(long, value_name = "US", default_value_t = 50)]
     pub spin_us: u32,
+    /// A program that somebody else waits for has a volume at least this long, milliseconds.
+    #[arg(long, value_name = "MS", default_value_t = 200)]
+    pub lease_hold_ms: u32,
+    /// A program that is asked to hand a volume over and does not answer for this long loses it,
+    /// milliseconds: its writes fail from then on.
+    #[arg(long, value_name = "MS", default_value_t = 5000)]
+    pub lease_timeout_ms: u32,
 }
 
 /// A daemon, from bound socket to last statistics.
@@ -93,7 +101,13 @@ impl Daemon {
         let stats_file = options.stats_file.as_deref().map(stats_file).transpose()?;
         confinement::confine(options);
         let daemon = Self {
-            sessions: Sessions::new(Duration::from_micros(options.spin_us.into())),
+            sessions: Sessions::new(
+                Duration::from_micros(options.spin_us.into()),
+                Terms {
+                    hold: Duration::from_millis(options.lease_hold_ms.into()),
+                    patience: Duration::from_millis(options.lease_timeout_ms.into()),
+                },
+            ),
             catalog: Arc::new(catalog),
             source,
             uid: rustix::process::geteuid().as_raw(),
@@ -115,6 +129,8 @@ impl Daemon {
         let (stopping, stopped) = watch::channel(false);
         let mut connections = JoinSet::new();
         tokio::pin!(stop);
+        let keeper = Arc::clone(&self);
+        let keeper = tokio::spawn(async move { keeper.sessions.keep_leases().await });
         loop {
             tokio::select! {
                 () = &mut stop => break,
@@ -151,6 +167,7 @@ impl Daemon {
         // Nobody listens any more only if there is no connection.
         let _ = stopping.send(true);
         while connections.join_next().await.is_some() {}
+        keeper.abort();
         self.write_stats()
     }
 

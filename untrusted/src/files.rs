@@ -2,7 +2,7 @@
 //!
 //! Holds: a name that was not allowed opens nothing; only regular files and block devices are
 //! opened, and looked at before they are (an open can have effects); O_DIRECT unless the operator
-//! allowed buffered I/O; the exclusive lock sits on the same open file description that does the
+//! allowed buffered I/O; the lease's lock sits on the same open file description that does the
 //! I/O, so it lasts as long as requests can be under way.
 //! What is made and removed lies in a directory allowed for that, under a name that cannot lead out
 //! of it ([`crate::directory`]).
@@ -11,8 +11,10 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use postern_edl::{FILE_BUFFERED, OPEN_READ_ONLY};
+use postern_edl::{FILE_BUFFERED, OPEN_ASK, OPEN_READ_ONLY};
+use postern_lease::Use;
 use rustix::fs::{
     AtFlags, FileType, FlockOperation, Mode, OFlags, ResolveFlags, SeekFrom, StatxFlags,
 };
@@ -128,15 +130,17 @@ impl Catalog {
         Err(refusal)
     }
 
-    /// Opens the file behind `name` with `flags` of `postern_open`. Blocks on the host's file
-    /// system: not for the control loop.
+    /// Opens the file behind `name` with `flags` of `postern_open` and takes its lease, for which
+    /// the enclave has waited for `waited`. Blocks on the host's file system: not for the control
+    /// loop.
     ///
     /// # Errors
-    /// The errno for the enclave: `ENOENT` for a name that leads nowhere, `EBUSY` for a locked
-    /// file, `EINVAL` where O_DIRECT is refused or the flags are unknown, else the host's. What
-    /// the operator can act on is logged.
-    pub fn open(&self, name: &str, flags: u32) -> Result<HostFile, Errno> {
-        if name.is_empty() || name.contains('\0') || flags & !OPEN_READ_ONLY != 0 {
+    /// The errno for the enclave: `ENOENT` for a name that leads nowhere, `EBUSY` for a lease that
+    /// somebody has and is not asked for, `EINVAL` where O_DIRECT is refused or the flags are
+    /// unknown, else the host's. What the operator can act on is logged.
+    pub fn open(&self, name: &str, flags: u32, waited: Duration) -> Result<Opening, Errno> {
+        let known = OPEN_READ_ONLY | OPEN_ASK;
+        if name.is_empty() || name.contains('\0') || flags & !known != 0 {
             return Err(Errno::INVAL);
         }
         let (place, path) = self.locate(name).inspect_err(|e| {
@@ -146,12 +150,13 @@ impl Catalog {
                 "allow the name with --file NAME=HOST_FILE, or put the file under a --root",
             );
         })?;
-        let file = HostFile::open(&place, &path, name, flags, self.allow_buffered);
-        if let Err((errno, remedy)) = &file {
+        let opened = HostFile::open(&place, &path, name, flags, self.allow_buffered)
+            .and_then(|file| file.lease(flags & OPEN_ASK != 0, waited));
+        if let Err((errno, remedy)) = &opened {
             let shown = path.display();
             log(format_args!("open refused ({errno})"), format_args!("{name:?} = {shown}"), remedy);
         }
-        file.map_err(|(errno, _)| errno)
+        opened.map_err(|(errno, _)| errno)
     }
 
     /// Makes the file `name` of `blocks` blocks of zeros and opens it. Blocks on the host's file
@@ -169,7 +174,12 @@ impl Catalog {
                 "it needs --directory NAME=DIR, room in DIR, and the right to write there",
             );
         })?;
-        self.open(name, 0).inspect_err(|_| {
+        let opened = match self.open(name, 0, Duration::ZERO) {
+            Ok(Opening::Leased(opened)) => Ok(opened),
+            Ok(Opening::Asked(_)) => Err(Errno::BUSY),
+            Err(errno) => Err(errno),
+        };
+        opened.inspect_err(|_| {
             let _ = directory.remove(file);
         })
     }
@@ -192,7 +202,16 @@ impl Catalog {
     }
 }
 
-/// An open host file under its exclusive lock.
+/// What opening a file came to.
+#[derive(Debug)]
+pub enum Opening {
+    /// It is open under its lease.
+    Leased(HostFile),
+    /// Somebody else has the lease and is asked for it as long as this is kept: no I/O on it.
+    Asked(HostFile),
+}
+
+/// An open host file under its lease.
 #[derive(Debug)]
 pub struct HostFile {
     fd: OwnedFd,
@@ -200,7 +219,7 @@ pub struct HostFile {
     pub name: String,
     /// Flags for the enclave ([`FILE_BUFFERED`]).
     pub flags: u32,
-    /// Size in whole blocks when it was opened.
+    /// Size in whole blocks when the lease was taken.
     pub blocks: u64,
     /// O_DIRECT alignment of offset and length, bytes; 1 for buffered I/O.
     pub alignment: u64,
@@ -261,22 +280,33 @@ impl HostFile {
                 ));
             }
         };
-        rustix::fs::flock(&fd, FlockOperation::NonBlockingLockExclusive).map_err(|e| match e {
-            Errno::WOULDBLOCK => {
-                (Errno::BUSY, "another session, daemon or program holds its lock: end that first")
-            }
-            e => host(e),
-        })?;
-        // A device's size is not in its inode; seeking to the end tells it for both.
-        let bytes = rustix::fs::seek(&fd, SeekFrom::End(0)).map_err(host)?;
-        Ok(Self {
-            fd,
-            name: name.to_owned(),
-            flags: shown,
-            blocks: bytes / BLOCK,
-            alignment,
-            writable,
-        })
+        Ok(Self { fd, name: name.to_owned(), flags: shown, blocks: 0, alignment, writable })
+    }
+
+    /// What the lease is for.
+    const fn usage(&self) -> Use {
+        if self.writable { Use::Alone } else { Use::Shared }
+    }
+
+    /// Takes the lease, or, if `ask`, marks the file as waited for.
+    fn lease(mut self, ask: bool, waited: Duration) -> Result<Opening, OpenError> {
+        let host = |e: Errno| (e, "its file system must take locks (flock)");
+        if postern_lease::take(&self.fd, self.usage(), waited).map_err(host)? {
+            // A device's size is not in its inode; seeking to the end tells it for both. Only now:
+            // who had the lease may have changed it.
+            self.blocks = rustix::fs::seek(&self.fd, SeekFrom::End(0)).map_err(host)? / BLOCK;
+            return Ok(Opening::Leased(self));
+        }
+        if ask && postern_lease::ask(&self.fd, self.usage()).is_ok() {
+            return Ok(Opening::Asked(self));
+        }
+        Err((Errno::BUSY, "another session, daemon or program holds its lock: end that first"))
+    }
+
+    /// Whether somebody waits for the lease.
+    #[must_use]
+    pub fn is_wanted(&self) -> bool {
+        postern_lease::is_wanted(&self.fd, self.usage())
     }
 
     /// Number of the descriptor, for iocbs.

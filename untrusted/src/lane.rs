@@ -41,6 +41,8 @@ pub enum Command {
         /// Told, or dropped, when nothing is in flight on it.
         done: oneshot::Sender<()>,
     },
+    /// Have the enclave look at its leases.
+    Leases,
     /// Bring the statistics up to date.
     Settle(oneshot::Sender<()>),
     /// Take no further descriptors, finish what is in flight, end.
@@ -210,6 +212,7 @@ impl Lane {
                 let _ = done.send(());
             }
             Command::Close { handle, done } => self.engine.close_file(handle, done),
+            Command::Leases => self.engine.tell_of_leases(),
             Command::Settle(done) => {
                 self.engine.settle();
                 let _ = done.send(());

@@ -1,21 +1,24 @@
 //! Sessions: the lanes of one enclave's processes, and the host files they share.
 //!
-//! Holds: files and locks are released only after every lane that could use them has drained; a
-//! lane joins only with its session's token; an ended session can not be joined. Numbers of lanes
-//! are the lowest free ones, because only the first few are traced.
+//! Holds: files and leases are released only after every lane that could use them has drained, also
+//! those that are taken away; a lane joins only with its session's token; an ended session can not
+//! be joined. Numbers of lanes are the lowest free ones, because only the first few are traced.
+
+mod leases;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use postern_edl::OPEN_READ_ONLY;
+use postern_edl::{OPEN_ASK, OPEN_READ_ONLY};
 use rustix::io::Errno;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::engine::{Doorbells, Engine, MAX_FILES, slot_of};
-use crate::files::{Catalog, HostFile};
+use crate::files::{Catalog, HostFile, Opening};
 use crate::lane::{self, Command, LaneHandle, LaneParts};
+use crate::lease::{Lease, Terms};
 use crate::problem::log;
 use crate::region::Region;
 use crate::stats::{LaneStats, StatsHub};
@@ -26,6 +29,8 @@ pub const MAX_SESSIONS: usize = 64;
 pub const MAX_LANES: usize = 256;
 /// Most lanes of a session at once.
 pub const MAX_LANES_PER_SESSION: usize = 64;
+/// Most leases that a session waits for at once.
+pub const MAX_WISHES: usize = 64;
 
 /// All sessions of the daemon.
 #[derive(Debug, Default)]
@@ -33,6 +38,7 @@ pub struct Sessions {
     inner: Mutex<Registry>,
     hub: StatsHub,
     spin: Duration,
+    terms: Terms,
 }
 
 #[derive(Debug, Default)]
@@ -52,12 +58,14 @@ pub struct Session {
     pub token: [u64; 2],
     /// Held across opening, closing, joining and leaving, so that every lane knows every file.
     state: tokio::sync::Mutex<State>,
+    terms: Terms,
 }
 
 #[derive(Debug, Default)]
 struct State {
     lanes: BTreeMap<u64, mpsc::UnboundedSender<Command>>,
     files: Vec<OpenFile>,
+    wishes: Vec<Wish>,
     serial: u32,
     ended: bool,
 }
@@ -67,7 +75,25 @@ struct OpenFile {
     handle: u32,
     /// Opens not yet closed.
     opens: u32,
-    file: Arc<HostFile>,
+    /// `None`: its lease was taken away.
+    file: Option<Arc<HostFile>>,
+    lease: Lease,
+}
+
+impl OpenFile {
+    fn is_named(&self, name: &str) -> bool {
+        self.file.as_ref().is_some_and(|file| file.name == name)
+    }
+}
+
+/// A lease that the session waits for.
+#[derive(Debug)]
+struct Wish {
+    /// Marked as waited for.
+    file: HostFile,
+    since: Instant,
+    /// When the session last came for it.
+    seen: Instant,
 }
 
 /// What an enclave hands over to attach a lane.
@@ -104,10 +130,10 @@ impl Attached {
 }
 
 impl Sessions {
-    /// No sessions; lanes spin for `spin` at most.
+    /// No sessions; lanes spin for `spin` at most, leases are held on `terms`.
     #[must_use]
-    pub fn new(spin: Duration) -> Self {
-        Self { spin, ..Self::default() }
+    pub fn new(spin: Duration, terms: Terms) -> Self {
+        Self { spin, terms, ..Self::default() }
     }
 
     /// The statistics of all lanes.
@@ -167,6 +193,7 @@ impl Sessions {
                 number: registry.last,
                 token: random_token()?,
                 state: tokio::sync::Mutex::default(),
+                terms: self.terms,
             });
             registry.sessions.insert(session.number, Arc::clone(&session));
             session
@@ -204,7 +231,9 @@ impl Sessions {
         let started =
             Engine::new(port.region, lane, doorbells, Arc::clone(&stats)).and_then(|mut engine| {
                 for open in &state.files {
-                    engine.add_file(open.handle, Arc::clone(&open.file));
+                    if let Some(file) = &open.file {
+                        engine.add_file(open.handle, Arc::clone(file));
+                    }
                 }
                 lane::start(LaneParts {
                     engine,
@@ -253,7 +282,7 @@ impl Sessions {
         if state.lanes.is_empty() {
             state.ended = true;
             let files = std::mem::take(&mut state.files);
-            release(files).await;
+            release((files, std::mem::take(&mut state.wishes))).await;
             self.lock().sessions.remove(&session.number);
         }
         drop(state);
@@ -278,11 +307,12 @@ impl Sessions {
 }
 
 impl Session {
-    /// Opens a file for the session. The same name again answers the same file.
+    /// Opens a file for the session under its lease. The same name again answers the same file.
     ///
     /// # Errors
-    /// As [`Catalog::open`]; `EMFILE` beyond [`MAX_FILES`]; `EBUSY` for a name that is open for
-    /// reading only and now wanted for writing.
+    /// As [`Catalog::open`]; `EAGAIN` while its holder is asked for the lease; `EMFILE` beyond
+    /// [`MAX_FILES`] and [`MAX_WISHES`]; `EBUSY` for a name that is open for reading only and now
+    /// wanted for writing.
     pub async fn open(
         &self,
         catalog: &Arc<Catalog>,
@@ -290,18 +320,40 @@ impl Session {
         flags: u32,
     ) -> Result<(u32, Arc<HostFile>), Errno> {
         let mut state = self.state.lock().await;
-        if let Some(open) = state.files.iter_mut().find(|open| open.file.name == name) {
-            if flags & !OPEN_READ_ONLY != 0 {
+        if let Some(open) = state.files.iter_mut().find(|open| open.is_named(&name))
+            && let Some(file) = &open.file
+        {
+            if flags & !(OPEN_READ_ONLY | OPEN_ASK) != 0 {
                 return Err(Errno::INVAL);
             }
-            if flags & OPEN_READ_ONLY == 0 && !open.file.writable {
+            if flags & OPEN_READ_ONLY == 0 && !file.writable {
                 return Err(Errno::BUSY);
             }
             open.opens = open.opens.checked_add(1).ok_or(Errno::MFILE)?;
-            return Ok((open.handle, Arc::clone(&open.file)));
+            return Ok((open.handle, Arc::clone(file)));
         }
+        let slot = state.free_slot()?;
+        let now = Instant::now();
+        let wish = state.wishes.iter().position(|wish| wish.file.name == name);
+        if wish.is_none() && flags & OPEN_ASK != 0 && state.wishes.len() >= MAX_WISHES {
+            return Err(Errno::MFILE);
+        }
+        // Kept until the next try has marked the file anew, so that its holder sees no gap.
+        let wish = wish.map(|at| state.wishes.swap_remove(at));
+        let since = wish.as_ref().map_or(now, |wish| wish.since);
         let catalog = Arc::clone(catalog);
-        state.add(move || catalog.open(&name, flags)).await
+        let opened = in_background(move || {
+            let opened = catalog.open(&name, flags, now.duration_since(since));
+            drop(wish);
+            opened
+        });
+        match opened.await?? {
+            Opening::Leased(file) => Ok(state.enter(slot, file, &self.terms).await),
+            Opening::Asked(file) => {
+                state.wishes.push(Wish { file, since, seen: now });
+                Err(Errno::AGAIN)
+            }
+        }
     }
 
     /// Makes a file for the session and opens it.
@@ -315,8 +367,10 @@ impl Session {
         blocks: u64,
     ) -> Result<(u32, Arc<HostFile>), Errno> {
         let mut state = self.state.lock().await;
+        let slot = state.free_slot()?;
         let catalog = Arc::clone(catalog);
-        state.add(move || catalog.create(&name, blocks)).await
+        let file = in_background(move || catalog.create(&name, blocks)).await??;
+        Ok(state.enter(slot, file, &self.terms).await)
     }
 
     /// Closes a file once; the last close waits for what is in flight on it and releases it.
@@ -337,26 +391,28 @@ impl Session {
 }
 
 impl State {
-    /// Opens a file with `open` in a free slot and tells every lane of it.
-    async fn add(
-        &mut self,
-        open: impl FnOnce() -> Result<HostFile, Errno> + Send + 'static,
-    ) -> Result<(u32, Arc<HostFile>), Errno> {
+    /// A slot of the lanes' file tables that no open file has.
+    fn free_slot(&self) -> Result<usize, Errno> {
         let mut used = [false; MAX_FILES];
         self.files.iter().for_each(|open| used[slot_of(open.handle)] = true);
-        let slot = used.iter().position(|used| !used).ok_or(Errno::MFILE).inspect_err(|e| {
+        used.iter().position(|used| !used).ok_or(Errno::MFILE).inspect_err(|e| {
             log(
                 format_args!("open refused ({e}): {MAX_FILES} files are open"),
                 "one session",
                 "the program must close some first",
             );
-        })?;
-        let file = Arc::new(tokio::task::spawn_blocking(open).await.map_err(|_| Errno::IO)??);
+        })
+    }
+
+    /// Makes a file known to every lane, in a free slot.
+    async fn enter(&mut self, slot: usize, file: HostFile, terms: &Terms) -> (u32, Arc<HostFile>) {
+        let file = Arc::new(file);
         self.serial = self.serial.wrapping_add(1);
         let handle = self.serial.wrapping_mul(MAX_FILES as u32) | slot as u32;
         self.tell(|done| Command::Open { handle, file: Arc::clone(&file), done }).await;
-        self.files.push(OpenFile { handle, opens: 1, file: Arc::clone(&file) });
-        Ok((handle, file))
+        let lease = Lease::granted(Instant::now(), terms);
+        self.files.push(OpenFile { handle, opens: 1, file: Some(Arc::clone(&file)), lease });
+        (handle, file)
     }
 
     /// Tells every lane and waits until all have answered or ended.
@@ -375,8 +431,14 @@ impl State {
 }
 
 /// Unlocks and closes files; the last close of a device may take its time.
-async fn release(files: Vec<OpenFile>) {
-    let _ = tokio::task::spawn_blocking(move || drop(files)).await;
+async fn release(files: impl Send + 'static) {
+    let _ = in_background(move || drop(files)).await;
+}
+
+async fn in_background<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Errno> {
+    tokio::task::spawn_blocking(work).await.map_err(|_| Errno::IO)
 }
 
 fn random_token() -> Result<[u64; 2], Errno> {

@@ -49,11 +49,12 @@ use crate::{
     stats, volume,
 };
 
-/// Runs the program; answers the exit code of `postern`.
+/// Runs the program; answers the exit code of `postern`. Waits up to `wait` seconds for a volume
+/// that another program has.
 ///
 /// # Errors
 /// Whatever kept the program from running, or (after its end) the daemon from stopping well.
-pub fn run(args: &RunArgs) -> Result<u8, Failure> {
+pub fn run(args: &RunArgs, wait: u32) -> Result<u8, Failure> {
     let plan = Plan::make(args)?;
     let counters = Source::parse_all(&args.counter)?;
     let volumes = match &args.socket {
@@ -98,7 +99,7 @@ pub fn run(args: &RunArgs) -> Result<u8, Failure> {
         Server::start(&counter_socket, counters)
             .map_err(|error| Failure::io("cannot serve the counters of", "this run", &error))?;
     }
-    let config = run_config(&socket, &volumes, &Settings::of(args), counted.as_ref())?;
+    let config = run_config(&socket, &volumes, &Settings::of(args, wait), counted.as_ref())?;
     let run_file = directory.write("run.json", &config)?;
     let mut guest = start(args, &plan, &volumes, &run_file, &signals)?;
     let status = attend(&mut guest, daemon.as_mut(), &signals)?;
@@ -138,6 +139,8 @@ struct ReadyVolume {
     key: KeySource,
     /// A directory of volumes.
     directory: bool,
+    /// The program can only read it.
+    read_only: bool,
 }
 
 /// Makes what is to be made and looks at what exists: its key, its header, its newest state.
@@ -147,19 +150,21 @@ fn local_volumes(
     counters: &[Arc<Source>],
 ) -> Result<Vec<ReadyVolume>, Failure> {
     let mut ready = Vec::with_capacity(plan.volumes.len());
-    let is_new = |volume: &PlannedVolume| std::fs::symlink_metadata(&volume.host_file).is_err();
+    let is_new = |volume: &PlannedVolume| {
+        !volume.read_only && std::fs::symlink_metadata(&volume.host_file).is_err()
+    };
     let makes = args.create.is_some() && plan.volumes.iter().any(is_new);
     let words = args.passphrase.get(if makes { Age::New } else { Age::Known })?;
     for (number, planned) in plan.volumes.iter().enumerate() {
-        let PlannedVolume { guest_path, host_file, directory } = planned;
-        let access = Access { write: true, allow_buffered: args.allow_buffered };
+        let PlannedVolume { guest_path, host_file, directory, read_only } = planned;
+        let access = Access { write: !read_only, allow_buffered: args.allow_buffered };
         let counter = counters.get(number);
         let exists = std::fs::symlink_metadata(host_file).is_ok();
         let key = match (exists, args.create) {
             (_, _) if *directory => {
                 directory_volume::prepare(host_file, args, words.as_ref(), counter, access)?
             }
-            (false, Some(size)) => match &words {
+            (false, Some(size)) if !read_only => match &words {
                 Some(words) => {
                     volume::make(host_file, size, words, counter, access)?;
                     KeySource::stretched(host_file, words, access)?
@@ -170,7 +175,7 @@ fn local_volumes(
                     |key| volume::make(host_file, size, &SlotKey::new(*key), counter, access),
                 )?),
             },
-            (false, None) => return Err(no_volume(host_file)),
+            (false, _) => return Err(no_volume(host_file)),
             (true, _) => {
                 // Before the key: a missing key of a file that is no volume is not the point.
                 volume::check_file(host_file, access)?;
@@ -198,6 +203,7 @@ fn local_volumes(
             host_file: absolute(host_file)?,
             key,
             directory: *directory,
+            read_only: *read_only,
         });
     }
     Ok(ready)
@@ -224,6 +230,7 @@ fn remote_volumes(args: &RunArgs, plan: &Plan) -> Result<Vec<ReadyVolume>, Failu
             host_file: PathBuf::new(),
             key: KeySource::File(key_file.clone()),
             directory: planned.directory,
+            read_only: planned.read_only,
         })
         .collect())
 }
@@ -243,11 +250,19 @@ struct Settings {
     file_capacity: u64,
     cache: u64,
     discard: Option<DiscardArg>,
+    exclusive: bool,
+    lease_wait_ms: u64,
 }
 
 impl Settings {
-    const fn of(args: &RunArgs) -> Self {
-        Self { file_capacity: args.file_capacity, cache: args.cache, discard: args.discard }
+    fn of(args: &RunArgs, wait: u32) -> Self {
+        Self {
+            file_capacity: args.file_capacity,
+            cache: args.cache,
+            discard: args.discard,
+            exclusive: args.exclusive,
+            lease_wait_ms: u64::from(wait) * 1000,
+        }
     }
 }
 
@@ -277,6 +292,7 @@ fn run_config(
     let config = RunConfig {
         socket: text(socket)?,
         cache_bytes: usize::try_from(settings.cache).unwrap_or(usize::MAX),
+        lease_wait_ms: settings.lease_wait_ms,
         counter_socket: counted.map_or(Ok(String::new()), |counted| text(counted.socket))?,
         volumes: volumes
             .iter()
@@ -290,6 +306,8 @@ fn run_config(
                     key_memory: key_memory(volume),
                     discard: DiscardArg::applies(settings.discard, false),
                     counter: counter_of(number),
+                    read_only: volume.read_only,
+                    exclusive: settings.exclusive,
                 })
             })
             .collect::<Result<_, Failure>>()?,
@@ -427,9 +445,16 @@ mod tests {
             host_file: "/h/data.vol".into(),
             key: KeySource::File("/h/data.vol.key".into()),
             directory,
+            read_only: false,
         };
         let volumes = [volume("/sealed/data", "v0", false), volume("/data", "v1", true)];
-        let settings = Settings { file_capacity: 4096, cache: 1 << 20, discard: None };
+        let settings = Settings {
+            file_capacity: 4096,
+            cache: 1 << 20,
+            discard: None,
+            exclusive: false,
+            lease_wait_ms: 10_000,
+        };
         let bytes = run_config(Path::new("/r/daemon.sock"), &volumes, &settings, None).unwrap();
         let json: serde_json::Value = serde_json::from_slice(&bytes).unwrap();
         assert_eq!(json["socket"], "/r/daemon.sock");

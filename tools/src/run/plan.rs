@@ -25,6 +25,8 @@ pub struct PlannedVolume {
     pub host_file: PathBuf,
     /// A directory of files, each a volume; the guest path was given with a slash at its end.
     pub directory: bool,
+    /// The program can only read it.
+    pub read_only: bool,
 }
 
 /// Everything that could be checked without touching a volume.
@@ -45,14 +47,14 @@ impl Plan {
     /// # Errors
     /// The first thing that will not do, with its exit code.
     pub fn make(args: &RunArgs) -> Result<Self, Failure> {
-        let volumes = volumes(&args.volume)?;
+        let volumes = volumes(&args.volume, &args.volume_ro)?;
         let counters = args.counter.counter.len();
         if counters > 0 && counters != volumes.len() {
             return Err(Failure::new(
                 Exit::Usage,
                 "not as many counters as volumes",
                 format_args!("{counters} for {}", volumes.len()),
-                "give one --counter for each --volume, in the same order, or none",
+                "give one --counter for each --volume and --volume-ro, in the same order, or none",
             ));
         }
         let name = args.program.first().map(OsString::as_os_str).unwrap_or_default();
@@ -96,17 +98,31 @@ impl PlannedVolume {
     }
 }
 
-/// Reads every `--volume`.
-fn volumes(given: &[OsString]) -> Result<Vec<PlannedVolume>, Failure> {
-    if given.len() > MOST_VOLUMES {
+/// Reads every `--volume`, then every `--volume-ro`.
+fn volumes(given: &[OsString], read_only: &[OsString]) -> Result<Vec<PlannedVolume>, Failure> {
+    let count = given.len() + read_only.len();
+    if count > MOST_VOLUMES {
         return Err(Failure::new(
             Exit::Usage,
             "too many volumes",
-            given.len(),
+            count,
             format_args!("a run takes at most {MOST_VOLUMES}"),
         ));
     }
-    let volumes: Vec<PlannedVolume> = given.iter().map(volume).collect::<Result<_, _>>()?;
+    let read_only = read_only.iter().map(|given| {
+        let volume = volume(given)?;
+        if volume.directory {
+            return Err(Failure::new(
+                Exit::Usage,
+                "a protected directory is not shared",
+                format_args!("--volume-ro {}", given.to_string_lossy()),
+                "give it with --volume",
+            ));
+        }
+        Ok(PlannedVolume { read_only: true, ..volume })
+    });
+    let volumes: Vec<PlannedVolume> =
+        given.iter().map(volume).chain(read_only).collect::<Result<_, _>>()?;
     let (mut guests, mut hosts) = (BTreeSet::new(), BTreeSet::new());
     for volume in &volumes {
         let twice = |what: &str, place: &dyn core::fmt::Display| {
@@ -171,7 +187,7 @@ fn volume(given: &OsString) -> Result<PlannedVolume, Failure> {
     if host_file.to_str().is_none() {
         return Err(bad("the host file's path is not UTF-8", "use another path"));
     }
-    Ok(PlannedVolume { guest_path: guest_path.to_owned(), host_file, directory })
+    Ok(PlannedVolume { guest_path: guest_path.to_owned(), host_file, directory, read_only: false })
 }
 
 #[cfg(test)]
@@ -212,7 +228,7 @@ mod tests {
     fn a_slash_at_the_end_makes_a_directory_that_nothing_else_lies_in() {
         let made = volume(&"/data/=host".into()).unwrap();
         assert_eq!((made.guest_path.as_str(), made.directory), ("/data", true));
-        let of = |list: &[&str]| volumes(&list.iter().map(OsString::from).collect::<Vec<_>>());
+        let of = |list: &[&str]| volumes(&list.iter().map(OsString::from).collect::<Vec<_>>(), &[]);
         assert!(of(&["/data/=x", "/data2=y", "/other/=z"]).is_ok());
         assert!(of(&["/data/=x", "/data/file=y"]).is_err());
         assert!(of(&["/data/=x", "/data=y"]).is_err());
@@ -220,10 +236,18 @@ mod tests {
 
     #[test]
     fn neither_a_guest_path_nor_a_host_file_is_taken_twice() {
-        let of = |list: &[&str]| volumes(&list.iter().map(OsString::from).collect::<Vec<_>>());
+        let of = |list: &[&str]| volumes(&list.iter().map(OsString::from).collect::<Vec<_>>(), &[]);
         assert!(of(&["/a=x", "/b=y"]).is_ok());
         assert!(of(&["/a=x", "/a=y"]).is_err());
         assert!(of(&["/a=x", "/b=x"]).is_err());
         assert!(of(&["/a=/dev/null", "/b=/dev/../dev/null"]).is_err());
+        assert!(volumes(&["/a=x".into()], &["/b=x".into()]).is_err());
+    }
+
+    #[test]
+    fn a_file_can_be_read_only_and_a_directory_can_not() {
+        let made = volumes(&["/a=x".into()], &["/b=y".into()]).unwrap();
+        assert_eq!(made.iter().map(|volume| volume.read_only).collect::<Vec<_>>(), [false, true]);
+        assert!(volumes(&[], &["/b/=y".into()]).is_err());
     }
 }

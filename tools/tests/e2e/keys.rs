@@ -190,14 +190,16 @@ fn a_volume_in_use_keeps_its_keys() {
     let Some(world) = World::new() else { return };
     let volume = world.format("v", "4M");
     let new = key_file(&world, "new", 1);
-    let mut holder = world.run(&volume, ["sh", "-c", "exec 3</sealed/data; echo ready; read x"]);
+    let options = ["--no-probes", "--exclusive"];
+    let words = ["sh", "-c", "exec 3</sealed/data; echo ready; read x"];
+    let mut holder = world.run_with(&volume, &options, words);
     let (mut child, _) = ready(&mut holder);
     for words in [
         &["key", "add", text(&volume), "--new-key-file", text(&new)][..],
         &["rekey", text(&volume)],
         &["key", "list", text(&volume)],
     ] {
-        end(&mut world.postern(words)).expect_line(IN_USE, "in use");
+        end(world.postern(words).args(["--wait", "0"])).expect_line(IN_USE, "in use");
     }
     drop(child.stdin.take());
     child.wait().unwrap();

@@ -112,25 +112,18 @@ fn daemon_at_work(running: &mut Running, volume: &Path) -> u32 {
 }
 
 #[test]
-fn a_volume_is_locked_while_a_program_works_on_it() {
+fn a_volume_is_locked_while_a_program_that_keeps_it_works_on_it() {
     let Some(world) = World::new() else { return };
     let volume = world.format("v", "16M");
-    let fio = [
-        "fio",
-        "--name=x",
-        "--filename=/sealed/data",
-        "--ioengine=libaio",
-        "--direct=1",
-        "--rw=randwrite",
-        "--bs=4k",
-        "--size=16m",
-        "--time_based",
-        "--runtime=600",
-    ];
-    let mut running = begin(&mut world.run(&volume, fio));
-    daemon_at_work(&mut running, &volume);
-    end(&mut world.postern(["info", "v"])).expect_line(73, "in use");
-    end(&mut world.run(&volume, ["true"])).expect_line(73, "in use");
+    let ready = world.path("ready");
+    let script =
+        format!("exec 3<>/sealed/data; : > {}; while :; do sleep 0.01; done", ready.display());
+    let options = ["--no-probes", "--exclusive"];
+    let mut running = begin(&mut world.run_with(&volume, &options, ["sh", "-c", &script]));
+    until("the program is ready", || (ready.exists() || !running.is_running()).then_some(()));
+    end(&mut world.postern(["info", "v", "--wait", "1"])).expect_line(73, "in use");
+    let options = ["--no-probes", "--wait", "0"];
+    end(&mut world.run_with(&volume, &options, ["true"])).expect_line(73, "in use");
     signal("TERM", running.pid());
     running.wait();
     end(&mut world.postern(["verify", "v"])).expect(0);

@@ -14,6 +14,7 @@ mod full;
 mod keys;
 mod kill;
 mod launcher;
+mod lease;
 mod matrix;
 mod memory;
 mod programs;

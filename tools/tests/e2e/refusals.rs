@@ -199,8 +199,9 @@ fn a_volume_in_use_is_73() {
     let volume = world.format("v", "1M");
     let holder = std::fs::File::open(&volume).unwrap();
     rustix::fs::flock(&holder, rustix::fs::FlockOperation::LockExclusive).unwrap();
-    end(&mut world.run(&volume, ["true"])).expect_line(IN_USE, "in use");
-    end(&mut world.postern(["info", "v"])).expect_line(IN_USE, "in use");
+    let options = ["--no-probes", "--wait", "0"];
+    end(&mut world.run_with(&volume, &options, ["true"])).expect_line(IN_USE, "in use");
+    end(&mut world.postern(["info", "v", "--wait", "0"])).expect_line(IN_USE, "in use");
     drop(holder);
     end(&mut world.postern(["info", "v"])).expect(0);
 }

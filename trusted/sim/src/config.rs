@@ -24,6 +24,9 @@ pub struct RunConfig {
     /// The launcher's socket for monotonic counters, if a volume has one.
     #[serde(default)]
     pub counter_socket: String,
+    /// How long open(2) waits for a volume that another program has, milliseconds.
+    #[serde(default)]
+    pub lease_wait_ms: u64,
 }
 
 /// 64 MiB.
@@ -114,6 +117,12 @@ pub struct VolumeConfig {
     /// Its monotonic counter.
     #[serde(default)]
     pub counter: Option<CounterConfig>,
+    /// It is only read, with other programs that read it.
+    #[serde(default)]
+    pub read_only: bool,
+    /// It is not handed over to other programs that ask for it.
+    #[serde(default)]
+    pub exclusive: bool,
 }
 
 /// Why a key file cannot be used.

@@ -317,6 +317,7 @@ impl Visit {
 
     /// Changes the table; the change is durable a moment later.
     fn change<T>(&self, change: impl FnOnce(&mut Table) -> Result<T, Errno>) -> Result<T, Errno> {
+        let held = self.index.hold_index()?;
         let (changed, full) = {
             let mut state = self.directory.state.lock();
             let loaded = state.as_mut().filter(|loaded| !loaded.failed).ok_or(Errno::EIO)?;
@@ -325,10 +326,10 @@ impl Visit {
             (changed, loaded.backlog.is_full())
         };
         if full {
-            let process = process::current();
-            let disk = process.disk_for_guest(&self.index, wait::now_ns())?;
+            let disk = held.disk_for_guest(wait::now_ns())?;
+            let publishing = self.directory.publish(&self.index, (&held, &disk), false);
             // What it says is for a sync to tell; the change is made.
-            let _ = process.block_on(self.directory.publish(&self.index, &disk, false));
+            let _ = process::current().block_on(publishing);
         }
         Ok(changed)
     }

@@ -11,22 +11,26 @@
 //! process that dies while it opens, closes or works on a volume ends the family (the next open
 //! recovers), instead of leaving others waiting for ever.
 
+mod closing;
 mod keys;
+mod leases;
 mod opening;
 mod removal;
+pub mod standing;
 
-use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::Arc;
 
-use postern_trusted::{
-    directory::FileId, errno::Errno, port::LaneFile, sync::Lock, volume::Volume,
-};
+use postern_trusted::{directory::FileId, errno::Errno, sync::Lock};
 
-use self::keys::Keys;
+use self::{
+    keys::Keys,
+    standing::{Core, Held, Standing},
+};
 use crate::{
     arena,
     config::{self, RunConfig, VolumeConfig},
-    directory::{Directory, HostFile, Member},
+    directory::{Directory, Member},
     files::{self, locks::Locks},
     identity,
     inheritance::Inheritance,
@@ -125,24 +129,32 @@ struct Slot {
     removed: bool,
 }
 
-/// A volume that the family has open.
+/// A volume that the family has open, whether or not it is in memory now.
 pub struct OpenVolume {
     /// Its number in the family while it is open.
     pub index: usize,
-    /// The volume's core.
-    pub volume: Volume,
     /// For a file of a protected directory: which.
     pub member: Option<Member>,
     /// It was closed cleanly before.
     pub clean: bool,
-    /// The host file's handle in the session.
-    pub handle: u32,
-    /// Size of the host file in blocks.
-    pub host_blocks: u64,
+    standing: Arc<Standing>,
+    /// Times that it was lost with what had not been published: see [`Self::losses`].
+    losses: AtomicU32,
     failed: AtomicBool,
 }
 
 impl OpenVolume {
+    fn new(index: usize, core: Core, member: Option<Member>, clean: bool) -> Self {
+        Self {
+            index,
+            member,
+            clean,
+            standing: Standing::new(core),
+            losses: AtomicU32::new(0),
+            failed: AtomicBool::new(false),
+        }
+    }
+
     /// Says once that a background job of the volume failed.
     pub fn report(&self, guest_path: &str, what: &str, errno: Errno) {
         if !self.failed.swap(true, Ordering::Relaxed) {
@@ -152,6 +164,64 @@ impl OpenVolume {
             ));
         }
     }
+
+    /// Holds the volume, waiting for it as for a lock while another program has it.
+    ///
+    /// # Errors
+    /// As [`Standing::hold`].
+    pub fn hold(&self) -> Result<Held, Errno> {
+        self.standing.hold(self.index)
+    }
+
+    /// Holds the volume when it is here.
+    ///
+    /// # Errors
+    /// As [`Standing::hold_soon`].
+    pub async fn hold_soon(&self) -> Result<Held, Errno> {
+        self.standing.hold_soon(self.index).await
+    }
+
+    /// Holds the volume if it is here.
+    #[must_use]
+    pub fn try_hold(&self) -> Option<Held> {
+        self.standing.try_hold(self.index)
+    }
+
+    /// Waits, as for a lock, while another program has the volume: what is asked of it next is as
+    /// that one left it.
+    ///
+    /// # Errors
+    /// As [`Standing::attend`].
+    pub fn attend(&self) -> Result<(), Errno> {
+        self.standing.attend()
+    }
+
+    /// Where it stands.
+    #[must_use]
+    pub fn standing(&self) -> &Arc<Standing> {
+        &self.standing
+    }
+
+    /// Whether a range is known to be a hole; `false` while another program has the volume.
+    #[must_use]
+    pub fn is_hole(&self, offset: u64, length: u64) -> bool {
+        self.standing.core().is_some_and(|core| core.volume.is_hole(offset, length))
+    }
+
+    /// How often writes were lost that had been acknowledged: each open file says so once, as Linux
+    /// tells of errors of write-back.
+    #[must_use]
+    pub fn losses(&self) -> u32 {
+        self.losses.load(Ordering::Acquire)
+    }
+}
+
+/// Whether volume `index` of the run file is only read.
+#[must_use]
+pub fn is_read_only(index: usize) -> bool {
+    family()
+        .and_then(|family| family.config.volumes.get(index))
+        .is_some_and(|volume| volume.read_only)
 }
 
 /// The family of the calling process, if `postern run` started it.
@@ -406,94 +476,6 @@ impl Family {
         let mut slot = entry.slot.lock();
         slot.users = slot.users.saturating_sub(1);
         slot.users == 0
-    }
-
-    /// Closes volume `index` if nobody uses it.
-    pub async fn close(&self, index: usize) {
-        let Some(entry) = self.entry(index) else { return };
-        let volume = {
-            let mut slot = entry.slot.lock();
-            match &slot.state {
-                State::Open(volume) if slot.users == 0 => {
-                    let volume = volume.clone();
-                    slot.state = State::Busy(identity::process_id());
-                    self.closing.fetch_add(1, Ordering::AcqRel);
-                    volume
-                }
-                _ => return,
-            }
-        };
-        match process::current().disk(&volume) {
-            Ok(disk) => {
-                if let Source::Index(number) = entry.source {
-                    self.directories[number].publish_rest(&volume, &disk).await;
-                }
-                if let Err(errno) = self.put_away(&volume, &disk).await {
-                    volume.report(&self.path_of(&entry.source), "closing failed", errno);
-                    process::current().give_back(volume.handle);
-                }
-            }
-            Err(errno) => volume.report(&self.path_of(&entry.source), "closing failed", errno),
-        }
-        entry.slot.lock().state = State::Closed;
-        self.retire(index, &entry);
-        if let Some(member) = &volume.member {
-            let directory = &self.directories[member.directory];
-            directory.reap(self, member.inode);
-            if directory.is_crowded()
-                && let Ok(disk) = process::current().disk(&member.index)
-            {
-                // Said by the directory itself.
-                let _ = directory.publish(&member.index, &disk, false).await;
-            }
-            if self.release(&member.index) {
-                // One level: an index is no member.
-                Box::pin(self.close(member.index.index)).await;
-            }
-        }
-        self.closing.fetch_sub(1, Ordering::AcqRel);
-    }
-
-    /// Closes a volume that nobody uses; on success its host file is given back, or left to the
-    /// directory.
-    async fn put_away(&self, volume: &OpenVolume, disk: &LaneFile) -> Result<(), Errno> {
-        let (handle, blocks) = (volume.handle, volume.host_blocks);
-        let Some(member) = &volume.member else {
-            volume.volume.close(disk).await?;
-            process::current().give_back(handle);
-            return Ok(());
-        };
-        let directory = &self.directories[member.directory];
-        let size = volume.size();
-        let unflushed = if volume.volume.may_rest() {
-            volume.volume.rest(disk).await?
-        } else {
-            volume.volume.close(disk).await?;
-            false
-        };
-        directory.remember(member, size);
-        if unflushed {
-            directory.lay_down(member.inode, HostFile { handle, blocks });
-        } else {
-            directory.closed(member.inode);
-            process::current().give_back(handle);
-        }
-        Ok(())
-    }
-
-    /// Waits until nothing is being closed any more, by whichever process.
-    pub fn wait_for_closing(&self) {
-        while self.closing.load(Ordering::Acquire) > 0 {
-            process::pause();
-        }
-    }
-
-    /// Waits while volume `index` is being opened or closed.
-    pub fn wait_for_rest(&self, index: usize) {
-        while let Some(entry) = self.entry(index) {
-            let State::Busy(by) = entry.slot.lock().state else { return };
-            wait_for(by);
-        }
     }
 
     /// Volumes that are open now.

@@ -22,7 +22,7 @@ pub mod snapshot;
 pub mod table;
 pub mod transfer;
 
-use core::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
 use std::sync::Arc;
 
 use postern_trusted::errno::Errno;
@@ -60,6 +60,8 @@ pub struct OpenFile {
     number: u64,
     /// For a directory: its entries. The volume is then the index that they come from.
     listing: Option<Listing>,
+    /// Losses of the volume that this open file has told of, or that came before it.
+    told: AtomicU32,
 }
 
 impl OpenFile {
@@ -212,7 +214,13 @@ pub fn open(index: usize, flags: i32) -> Result<i32, Errno> {
     if is_guest_of_its_parents_memory() {
         return Err(Errno::EACCES);
     }
-    install(runtime::open_volume(index)?, None, flags)
+    let writes = flags & libc::O_ACCMODE != libc::O_RDONLY || flags & libc::O_TRUNC != 0;
+    if writes && flags & libc::O_PATH == 0 && family::is_read_only(index) {
+        return Err(Errno::EROFS);
+    }
+    let volume = runtime::open_volume(index)?;
+    volume.attend().inspect_err(|_| runtime::close_volume(&volume))?;
+    install(volume, None, flags)
 }
 
 /// unlink(2) of volume `index`.
@@ -247,6 +255,7 @@ pub fn install(
     let number = inheritance.number();
     let file = Arc::new(OpenFile {
         index: volume.index,
+        told: AtomicU32::new(volume.losses()),
         volume,
         flags: AtomicI32::new(kept),
         position: AtomicU64::new(0),

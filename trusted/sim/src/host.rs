@@ -15,12 +15,11 @@ use postern_trusted::{
     },
     errno::Errno,
     platform::{Buffer as _, Fault, GuestMemory},
-    port::LaneFile,
 };
 
 use crate::{
     counter::Counters,
-    family,
+    family::{self, standing::Held},
     files::{self, OpenFile, direct::Transfer, transfer::Moving},
     guest::Guest,
     identity, kernel_aio,
@@ -307,7 +306,7 @@ impl AioFile for OpenFile {
         match request.op {
             // As ext4 does: extending O_DIRECT writes are synchronous.
             Op::Write => request.flags.append() || end > self.volume().size(),
-            Op::Read => self.volume().volume.is_hole(request.offset, request.buffer.len() as u64),
+            Op::Read => self.volume().is_hole(request.offset, request.buffer.len() as u64),
             Op::Fsync | Op::Fdatasync => false,
         }
     }
@@ -323,12 +322,8 @@ impl AioFile for OpenFile {
                 return;
             }
         }
-        let process = process::current();
-        let disk = match process.disk_for_guest(self.volume(), request.submitted_ns) {
-            Ok(disk) => disk,
-            Err(errno) => return done.finish(Err(errno)),
-        };
-        process.workers.start(Work { file: self, disk, request, done });
+        let held = self.volume().try_hold();
+        process::current().workers.start(Work { file: self, held, request, done });
     }
 }
 
@@ -336,7 +331,8 @@ impl AioFile for OpenFile {
 /// does not end it.
 pub struct Work {
     file: Arc<OpenFile>,
-    disk: LaneFile,
+    /// The volume, unless another program has it.
+    held: Option<Held>,
     request: Request,
     done: Completion,
 }
@@ -344,8 +340,21 @@ pub struct Work {
 impl Work {
     /// Serves the request and completes it.
     pub async fn run(self) {
-        let Self { file, disk, request, done } = self;
-        let answer = match request.op {
+        let Self { file, held, request, done } = self;
+        let held = match held {
+            Some(held) => Ok(held),
+            None => file.volume().hold_soon().await,
+        };
+        let answer = match held {
+            Ok(held) => Self::serve(&file, &held, request).await,
+            Err(errno) => Err(errno),
+        };
+        done.finish(answer);
+    }
+
+    async fn serve(file: &OpenFile, held: &Held, request: Request) -> Result<usize, Errno> {
+        let disk = held.disk_for_guest(request.submitted_ns)?;
+        match request.op {
             Op::Read | Op::Write => {
                 let write = request.op == Op::Write;
                 let append = write && request.flags.append();
@@ -354,12 +363,14 @@ impl Work {
                     offset: (!append).then_some(request.offset),
                     sync: write && request.flags.dsync(),
                 };
-                let moved = file.transfer(&disk, moving, &request.buffer).await;
+                let moved = file.transfer((held, &disk), moving, &request.buffer).await;
                 moved.map(|(_, length)| length)
             }
-            Op::Fsync | Op::Fdatasync => file.volume().make_durable(&disk).await.map(|()| 0),
-        };
-        done.finish(answer);
+            Op::Fsync | Op::Fdatasync => {
+                let synced = file.volume().make_durable(held, &disk).await;
+                file.after_sync(synced).map(|()| 0)
+            }
+        }
     }
 }
 
@@ -407,16 +418,17 @@ impl OpenFile {
         // Only an overwrite can be started without waiting.
         if write && request.flags.nowait() {
             let end = offset.saturating_add(request.buffer.len() as u64);
-            if end > self.volume().size() || self.has_hole(offset, end) {
+            let waits = !self.volume().standing().is_here();
+            if waits || end > self.volume().size() || self.has_hole(offset, end) {
                 return stop(Errno::EAGAIN);
             }
         }
         let transfer = Transfer { write, offset, ranges: request.buffer.ranges() };
         if !transfer.is_aligned() {
-            let process = process::current();
-            let checked = process
-                .disk(self.volume())
-                .and_then(|disk| process.block_on(self.check_direct(&disk, transfer)));
+            let checked = self
+                .volume()
+                .hold()
+                .and_then(|held| process::current().block_on(self.check_direct(&held, transfer)));
             checked.or_else(stop)?;
         }
         Ok(())
@@ -426,6 +438,6 @@ impl OpenFile {
     fn has_hole(&self, offset: u64, end: u64) -> bool {
         const BLOCK: u64 = 4096;
         let first = offset - offset % BLOCK;
-        (first..end).step_by(BLOCK as usize).any(|at| self.volume().volume.is_hole(at, BLOCK))
+        (first..end).step_by(BLOCK as usize).any(|at| self.volume().is_hole(at, BLOCK))
     }
 }

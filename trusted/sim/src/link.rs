@@ -4,12 +4,13 @@
 //! a child makes a link of its own and joins the session.
 #![allow(unsafe_code)]
 
-use core::sync::atomic::{AtomicBool, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use postern_edl::{
     calls::{
         CallError, Enclave, PosternAttachRequest, PosternCloseRequest, PosternCreateRequest,
-        PosternFile, PosternListRequest, PosternOpenRequest, PosternRemoveRequest,
+        PosternFile, PosternKeepRequest, PosternLease, PosternLeaseRequest, PosternListRequest,
+        PosternOpenRequest, PosternRemoveRequest,
     },
     port::Geometry,
 };
@@ -41,6 +42,8 @@ pub struct Link {
     bells: [i32; 3],
     /// The lane's fault was told.
     told: AtomicBool,
+    /// The port's word of the leases as it was when they were asked about last.
+    leases: AtomicU64,
 }
 
 struct DaemonBell(i32);
@@ -118,15 +121,16 @@ impl Link {
         drop(session);
         let discards = attached.features & postern_edl::FEATURE_DISCARD != 0;
         let (control, told) = (Lock::new(control), AtomicBool::new(false));
-        Ok(Self { lane, discards, control, socket, bells, told })
+        let leases = AtomicU64::new(0);
+        Ok(Self { lane, discards, control, socket, bells, told, leases })
     }
 
-    /// Opens a host file by its name at the daemon.
+    /// Opens a host file by its name at the daemon, with flags of `postern_open`.
     ///
     /// # Errors
     /// The daemon's errno, or `EIO` if it broke the protocol.
-    pub fn open(&self, name: &str) -> Result<PosternFile, Errno> {
-        let request = PosternOpenRequest { name: name.into(), flags: 0 };
+    pub fn open(&self, name: &str, flags: u32) -> Result<PosternFile, Errno> {
+        let request = PosternOpenRequest { name: name.into(), flags };
         match self.control.lock().postern_open(&request) {
             Ok(reply) => Ok(reply.file),
             Err(CallError::Refused(errno)) => Err(Errno(i32::try_from(errno).unwrap_or(5))),
@@ -173,6 +177,31 @@ impl Link {
     pub fn close(&self, handle: u32) {
         // A daemon that refuses or has gone: nothing is left to give back.
         let _ = self.control.lock().postern_close(&PosternCloseRequest { handle });
+    }
+
+    /// Whether the daemon has something to say of leases that was not asked about yet.
+    pub fn has_news_of_leases(&self) -> bool {
+        let now = self.lane.leases();
+        self.leases.swap(now, Ordering::Relaxed) != now
+    }
+
+    /// The first lease with a handle of `first` or above that another program asks for, or that was
+    /// taken away.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn lease(&self, first: u64) -> Result<Option<PosternLease>, Errno> {
+        match self.control.lock().postern_lease(&PosternLeaseRequest { first }) {
+            Ok(reply) => Ok(Some(reply.lease)),
+            Err(CallError::Refused(_)) => Ok(None),
+            Err(error) => Err(refused("the daemon", "lease", &error)),
+        }
+    }
+
+    /// Keeps a lease that another program asks for.
+    pub fn keep(&self, handle: u32) {
+        // A daemon that refuses it takes the lease away, and says so.
+        let _ = self.control.lock().postern_keep(&PosternKeepRequest { handle });
     }
 
     /// Doorbells A (driver) and B (service) and the control socket: what sleepers watch.

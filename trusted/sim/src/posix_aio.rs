@@ -134,13 +134,14 @@ impl Request {
 
     async fn perform(&self) -> Result<usize, Errno> {
         let file = &self.file;
-        let process = process::current();
         if self.operation == Operation::Sync {
             if file.is_path() {
                 return Err(Errno::EBADF);
             }
-            let disk = process.disk_for_guest(file.volume(), wait::now_ns())?;
-            return file.volume().make_durable(&disk).await.map(|()| 0);
+            let held = file.volume().hold_soon().await?;
+            let disk = held.disk_for_guest(wait::now_ns())?;
+            let synced = file.volume().make_durable(&held, &disk).await;
+            return file.after_sync(synced).map(|()| 0);
         }
         if self.operation == Operation::Unknown {
             return Err(Errno::EINVAL);

@@ -24,17 +24,16 @@ use postern_trusted::{
     platform::{NoEntropy, Platform},
     port::{LaneFile, Sleeper},
     sync::{self, Lock},
-    volume::Chore,
 };
 
 use crate::{
-    family::{self, Family, OpenVolume},
+    family::{self, Family, standing::Core},
     files,
     freshness::CounterLink,
     host::Work,
     identity, inheritance, inside,
     link::Link,
-    message, runtime, service,
+    message, service,
     spin::Spinner,
     sys,
     wait::{self, Place, Signals, Sleepers, WaitEnd},
@@ -338,12 +337,12 @@ impl Process {
         Ok(bell)
     }
 
-    /// Opens a host file by its name at the daemon.
+    /// Opens a host file by its name at the daemon, with flags of `postern_open`.
     ///
     /// # Errors
     /// As [`Link::open`].
-    pub fn open_host_file(&self, name: &str) -> Result<PosternFile, Errno> {
-        self.link()?.open(name)
+    pub fn open_host_file(&self, name: &str, flags: u32) -> Result<PosternFile, Errno> {
+        self.link()?.open(name, flags)
     }
 
     /// Makes a host file by its name at the daemon and opens it.
@@ -376,22 +375,22 @@ impl Process {
         Ok(self.link()?.lane.file(handle, host_blocks, Arc::new(SimPlatform)))
     }
 
-    /// The host file of an open volume, over this process's own lane.
+    /// The host file of volume `index`, whose core this is, over this process's own lane.
     ///
     /// # Errors
     /// As [`Self::link`].
-    pub fn disk(&self, volume: &OpenVolume) -> Result<LaneFile, Errno> {
-        if let Some(Some((handle, file))) = self.disks.lock().get(volume.index)
-            && *handle == volume.handle
+    pub fn disk(&self, index: usize, core: &Core) -> Result<LaneFile, Errno> {
+        if let Some(Some((handle, file))) = self.disks.lock().get(index)
+            && *handle == core.handle
         {
             return Ok(file.clone());
         }
-        let file = self.lane_file(volume.handle, volume.host_blocks)?;
+        let file = self.lane_file(core.handle, core.host_blocks)?;
         let mut disks = self.disks.lock();
-        if disks.len() <= volume.index {
-            disks.resize_with(volume.index + 1, || None);
+        if disks.len() <= index {
+            disks.resize_with(index + 1, || None);
         }
-        disks[volume.index] = Some((volume.handle, file.clone()));
+        disks[index] = Some((core.handle, file.clone()));
         Ok(file)
     }
 
@@ -401,11 +400,12 @@ impl Process {
     /// As [`Self::link`].
     pub fn disk_for_guest(
         &self,
-        volume: &OpenVolume,
+        index: usize,
+        core: &Core,
         submitted_ns: u64,
     ) -> Result<LaneFile, Errno> {
         let number = self.requests.fetch_add(1, Ordering::Relaxed) + 1;
-        Ok(self.disk(volume)?.for_guest(submitted_ns, number))
+        Ok(self.disk(index, core)?.for_guest(submitted_ns, number))
     }
 
     /// Takes completions and runs tasks until there is nothing to do without waiting.
@@ -450,50 +450,13 @@ impl Process {
     /// Starts what is due of the family's background work, and drives if `take_over`. Otherwise
     /// the guest's threads go on with it: a second driver would only get in their way.
     pub fn tend(&'static self, family: &'static Family, take_over: bool) {
-        let started = self.chores(family);
+        let minded = family.mind_leases(self);
+        let started = self.chores(family, wait::now_ns()) || minded;
         if take_over {
             self.drive();
         } else if started && self.sleepers.sleeping() == 0 {
             self.executor.run(1);
         }
-    }
-
-    /// Starts background work of the family's volumes that is due; answers whether there was any.
-    fn chores(&'static self, family: &'static Family) -> bool {
-        if self.link.get().is_none() {
-            return false;
-        }
-        let now = wait::now_ns();
-        let mut started = false;
-        for directory in &family.directories {
-            started |= directory.tend(self, family);
-        }
-        for volume in family.open_volumes() {
-            let Some(chore) = volume.volume.due(now) else { continue };
-            // A volume that is about to be closed needs no chores; during one it must not be.
-            if !family.retain(&volume) {
-                volume.volume.decline(chore);
-                continue;
-            }
-            let Ok(disk) = self.disk(&volume) else {
-                volume.volume.decline(chore);
-                runtime::close_volume(&volume);
-                continue;
-            };
-            started = true;
-            self.executor.spawn(async move {
-                let done = volume.volume.run_chore(&disk, chore).await;
-                // A counter that does not move has said so itself.
-                if chore != Chore::Register
-                    && let Err(errno) = done
-                {
-                    let path = family.guest_path(volume.index);
-                    volume.report(&path, "background write failed", errno);
-                }
-                runtime::close_volume(&volume);
-            });
-        }
-        started
     }
 
     /// Runs `future` to its end, driving everything else meanwhile. Signals are handled after it.

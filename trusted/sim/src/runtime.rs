@@ -3,7 +3,7 @@
 use core::sync::atomic::{AtomicU32, Ordering};
 use std::sync::Arc;
 
-use postern_trusted::{errno::Errno, platform::Buffer, volume::Volume};
+use postern_trusted::{errno::Errno, platform::Buffer, port::LaneFile, volume::Volume};
 
 pub use crate::family::OpenVolume;
 use crate::{
@@ -65,9 +65,9 @@ impl OpenVolume {
     /// # Errors
     /// `EIO` if it cannot be made durable.
     pub fn sync(&self) -> Result<(), Errno> {
-        let process = process::current();
-        let disk = process.disk_for_guest(self, wait::now_ns())?;
-        process.block_on(self.make_durable(&disk))
+        let held = self.hold()?;
+        let disk = held.disk_for_guest(wait::now_ns())?;
+        process::current().block_on(self.make_durable(&held, &disk))
     }
 
     /// ftruncate(2).
@@ -75,7 +75,7 @@ impl OpenVolume {
     /// # Errors
     /// `EFBIG` beyond the capacity, `EIO`.
     pub fn truncate(&self, size: u64) -> Result<(), Errno> {
-        self.run(async |volume, disk| volume.truncate(disk, size).await)
+        self.change(async |volume, disk| volume.truncate(disk, size).await)
     }
 
     /// Makes a range read as zeros; the size stays.
@@ -83,28 +83,39 @@ impl OpenVolume {
     /// # Errors
     /// `EIO`, `ENOSPC`.
     pub fn punch(&self, offset: u64, length: u64) -> Result<(), Errno> {
-        self.run(async |volume, disk| volume.punch(disk, offset, length).await)
+        self.change(async |volume, disk| volume.punch(disk, offset, length).await)
     }
 
-    /// Bytes in the guest's file.
+    /// Bytes in the guest's file; while another program has the volume, as they were last.
     #[must_use]
     pub fn size(&self) -> u64 {
-        self.volume.size()
+        self.standing().extent().0
     }
 
     /// Most bytes it can have.
     #[must_use]
     pub fn capacity(&self) -> u64 {
-        self.volume.capacity()
+        self.standing().extent().1
+    }
+
+    /// A change of the guest's file, which moves its times.
+    pub(crate) fn change<T>(
+        &self,
+        job: impl AsyncFnOnce(&Volume, &LaneFile) -> Result<T, Errno>,
+    ) -> Result<T, Errno> {
+        self.run(async |volume, disk| {
+            self.touch(volume);
+            job(volume, disk).await
+        })
     }
 
     fn run<T>(
         &self,
-        job: impl AsyncFnOnce(&Volume, &postern_trusted::port::LaneFile) -> Result<T, Errno>,
+        job: impl AsyncFnOnce(&Volume, &LaneFile) -> Result<T, Errno>,
     ) -> Result<T, Errno> {
-        let process = process::current();
-        let disk = process.disk_for_guest(self, wait::now_ns())?;
-        process.block_on(job(&self.volume, &disk))
+        let held = self.hold()?;
+        let disk = held.disk_for_guest(wait::now_ns())?;
+        process::current().block_on(job(&held.volume, &disk))
     }
 }
 
@@ -171,12 +182,7 @@ pub fn exec_drain() {
     let linked = process::known().is_some_and(|process| process.linked().is_some());
     if !files.is_empty() && linked && family.is_alone() {
         // The next program may not come to take it over: what was written is made durable.
-        for volume in family.open_volumes() {
-            let synced = volume.sync();
-            if let Err(errno) = synced {
-                volume.report(&family.guest_path(volume.index), "sync before exec failed", errno);
-            }
-        }
+        family.sync_all();
     }
     files::set_executing(true);
     leave();

@@ -116,6 +116,13 @@ impl Lane {
         })))
     }
 
+    /// Changes when the daemon has something to say of the session's leases. The host's word:
+    /// it says when to ask, nothing else.
+    #[must_use]
+    pub fn leases(&self) -> u64 {
+        self.0.words.load(cursor::LEASES)
+    }
+
     /// The host file behind `handle` (from `postern_open`) of `host_blocks` blocks, as a disk.
     /// Time and randomness come from `platform`.
     #[must_use]

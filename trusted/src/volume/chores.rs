@@ -78,6 +78,32 @@ pub struct Info {
     pub counter: Option<u64>,
 }
 
+/// How far a volume has come: who opens it again later can tell an
+/// older state of it, and another volume, from what others have made of it meanwhile.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    uuid: [u8; 16],
+    /// Of the newest superblock.
+    generation: u64,
+    /// Journal block up to which all are known to be durable.
+    durable: u64,
+    /// Last journal block.
+    tip: u64,
+}
+
+impl Progress {
+    /// Of a volume that was found in this state.
+    pub(super) const fn found(uuid: [u8; 16], generation: u64, tip: u64) -> Self {
+        Self { uuid, generation, durable: 0, tip }
+    }
+
+    /// Whether `later`, as it was found, can have come after this. Does not tell a state that
+    /// somebody with the key made of an older one: only a monotonic counter does.
+    pub(super) fn leads_to(&self, later: &Self) -> bool {
+        self.uuid == later.uuid && self.generation <= later.generation && self.durable <= later.tip
+    }
+}
+
 impl Core {
     /// The state of a volume whose superblock has been read and whose journal is empty.
     pub(crate) fn new(superblock: &Superblock, map: Map, key: Arc<EpochKey>, salt: Salt) -> Self {
@@ -370,6 +396,17 @@ impl Volume {
     /// Counters since it was opened.
     pub fn counters(&self) -> Counters {
         self.core.lock().counters
+    }
+
+    /// How far the volume has come.
+    pub fn progress(&self) -> Progress {
+        let core = self.core.lock();
+        Progress {
+            uuid: *self.key.uuid(),
+            generation: core.durable_generation,
+            durable: core.journal.durable,
+            tip: core.journal.next - 1,
+        }
     }
 
     /// What the volume is and how full.

@@ -124,6 +124,8 @@ pub enum VolumeError {
     DamagedSnapshots,
     /// The work needs a volume that can be written and closed cleanly.
     NotWritable,
+    /// It is another volume, or an older state, than the one that was given away.
+    NotWhatWasLeft,
 }
 
 /// What the caller has to change.
@@ -301,6 +303,10 @@ impl fmt::Display for VolumeError {
             Self::NotWritable => {
                 f.write_str("the volume can only be read, or could not be closed cleanly")
             }
+            Self::NotWhatWasLeft => f.write_str(
+                "the volume came back in an older state than it was handed over in, or another \
+                 volume came in its place: the host has exchanged it",
+            ),
         }
     }
 }

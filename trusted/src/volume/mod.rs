@@ -78,7 +78,7 @@ use crate::sync::Lock;
 pub(crate) use self::crypto::sha256;
 pub use self::{
     capacity::Resized,
-    chores::Info,
+    chores::{Info, Progress},
     core::Counters,
     error::{Misuse, VolumeError},
     freshness::{CounterUse, Freshness},
@@ -109,6 +109,9 @@ pub struct OpenOptions {
     pub counter: Option<CounterUse>,
     /// Bind the volume to no counter any more, whatever state it is in.
     pub unbind: bool,
+    /// How far it had come when the caller had it last: an older state, or another volume, is
+    /// refused before anything is written.
+    pub after: Option<Progress>,
 }
 
 /// What opening found and did.

@@ -14,6 +14,7 @@ use futures_util::{StreamExt, stream::FuturesUnordered};
 
 use super::{
     OpenOptions, OpenReport, SlotKey, Volume,
+    chores::Progress,
     core::{Core, Health, Map, Pending},
     crypto::{EpochKey, Kind, Salt, Tag, VolumeKey, sha256},
     delta::{Delta, Zero},
@@ -230,6 +231,10 @@ impl Volume {
         } else {
             None
         };
+        let found = Progress::found(*volume_key.uuid(), superblock.generation, tip);
+        if options.after.is_some_and(|left| !left.leads_to(&found)) {
+            return Err(VolumeError::NotWhatWasLeft);
+        }
         let lost = loss.is_some();
         if let Some(loss) = &loss
             && !options.accept_loss

@@ -215,6 +215,14 @@ impl Engine {
         self.files.answer_closed();
     }
 
+    /// Has the enclave look at its leases.
+    pub fn tell_of_leases(&self) {
+        // Release: who sees the change sees in the session what it is about. The daemon is the only
+        // writer, and what an enclave writes there concerns itself.
+        self.word(cursor::LEASES).fetch_add(1, Ordering::Release);
+        ring(&self.doorbells.service);
+    }
+
     /// Takes no further descriptors; what is in flight goes on.
     pub const fn stop(&mut self) {
         self.stopped = true;

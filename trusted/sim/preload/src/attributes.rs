@@ -55,6 +55,7 @@ fn of_place(place: &Place, ask: Ask) -> c_int {
 }
 
 fn reply(volume: &OpenVolume, ask: Ask) -> Result<c_int, Errno> {
+    volume.attend()?;
     match ask {
         Ask::Stat(to) => put(to, &volume.stat()),
         Ask::Statx(to) => put(to, &volume.statx()),

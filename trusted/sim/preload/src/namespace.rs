@@ -183,7 +183,7 @@ fn times_or(
 fn set_times(volume: &OpenVolume, times: Change) -> Result<c_int, Errno> {
     match times {
         Change::Times([None, None], _) => {}
-        Change::Times(times, _) => volume.set_times(times),
+        Change::Times(times, _) => volume.set_times(times)?,
         Change::Mode(_) | Change::Owner(..) => return Err(Errno::EINVAL),
     }
     Ok(0)

@@ -190,16 +190,22 @@ fn make_volume(
     let family = family::family().ok_or(Errno::EIO)?;
     let path = format!("{}{}", visit.directory.config.guest_path, String::from_utf8_lossy(path));
     let made = family.acquire_file(&visit.wanted(inode, Some((id, path)))?);
+    let made = made.and_then(|volume| {
+        // One that is lost by now is as good as not made.
+        let Some(core) = volume.standing().core() else {
+            crate::runtime::close_volume(&volume);
+            return Err(Errno::EIO);
+        };
+        let file = HostFile { handle: core.handle, blocks: core.host_blocks };
+        visit.directory.born(inode, file);
+        Ok(volume)
+    });
     if made.is_err() {
         // Nothing was made: only the orphan is to be forgotten.
         let _ = visit.change_in_memory(|table| {
             table.forget(inode);
             Ok(())
         });
-    }
-    if let Ok(volume) = &made {
-        let file = HostFile { handle: volume.handle, blocks: volume.host_blocks };
-        visit.directory.born(inode, file);
     }
     made
 }

@@ -28,7 +28,7 @@ use postern_trusted::{
 
 use super::{Directory, Loaded};
 use crate::{
-    family::{self, Family, OpenVolume},
+    family::{self, Family, OpenVolume, standing::Held},
     identity, message,
     process::{self, Process},
     runtime, wait,
@@ -181,7 +181,7 @@ impl Batch {
         Some(Self { image, flush, rested, unborn, doomed })
     }
 
-    async fn write(&self, index: &OpenVolume, disk: &LaneFile) -> Result<(), Errno> {
+    async fn write(&self, (held, disk): (&Held, &LaneFile)) -> Result<(), Errno> {
         let process = process::current();
         let (mut files, mut going) = (self.flush.iter(), FuturesUnordered::new());
         loop {
@@ -193,7 +193,8 @@ impl Batch {
             }
             match going.next().await {
                 None => break,
-                // Given back meanwhile: it was flushed when it was closed, or removed.
+                // Given back meanwhile: it was flushed when it was closed or taken away, or
+                // removed.
                 Some(Ok(()) | Err(HostError::Errno(libc::EBADF))) => {}
                 Some(Err(HostError::Errno(errno))) => return Err(Errno(errno)),
                 Some(Err(HostError::Gone)) => return Err(Errno::EIO),
@@ -201,8 +202,8 @@ impl Batch {
         }
         let Some((image, offset)) = &self.image else { return Ok(()) };
         let length = image.len();
-        match index.volume.write(disk, *offset, image).await {
-            Ok(done) if done == length => index.volume.sync(disk).await,
+        match held.volume.write(disk, *offset, image).await {
+            Ok(done) if done == length => held.volume.sync(disk).await,
             Ok(_) => Err(Errno::ENOSPC),
             Err(errno) => Err(errno),
         }
@@ -210,14 +211,15 @@ impl Batch {
 }
 
 impl Directory {
-    /// Writes and flushes all that waits. With `Ok`, every change made before the call is durable.
+    /// Writes and flushes all that waits, over the index's disk. With `Ok`, every change made before
+    /// the call is durable.
     ///
     /// # Errors
     /// `ENOSPC` when the host has no room: tried again later. `EIO`: names do not change any more.
     pub(crate) async fn publish(
         &self,
         index: &Arc<OpenVolume>,
-        disk: &LaneFile,
+        disk: (&Held, &LaneFile),
         last: bool,
     ) -> Result<(), Errno> {
         let _turn = self.publishing.take().await;
@@ -234,7 +236,7 @@ impl Directory {
                 None => return Ok(()),
             }
         };
-        let written = batch.write(index, disk).await;
+        let written = batch.write(disk).await;
         let process = process::current();
         let done = self.settle(batch, written, began);
         done.wakers.into_iter().for_each(Waker::wake);
@@ -323,6 +325,13 @@ impl Directory {
         state.as_mut()?.backlog.resting.remove(&inode).map(|rest| rest.file)
     }
 
+    /// The host file of a file that rests was taken away; the daemon has flushed it.
+    pub(crate) fn lose(&self, handle: u32) {
+        if let Some(loaded) = self.state.lock().as_mut() {
+            loaded.backlog.resting.retain(|_, rest| rest.file.handle != handle);
+        }
+    }
+
     /// Removes the volume of a file that has no name any more and that nobody has open: at once if
     /// the host was never told its name, else after it is told.
     pub(crate) fn reap(&self, family: &Family, inode: u64) {
@@ -371,14 +380,15 @@ impl Directory {
             loaded.backlog.claimed = true;
             loaded.index.clone()
         };
-        let disk = process.disk(&index).ok().filter(|_| family.retain(&index));
-        let Some(disk) = disk else {
+        let held = index.hold_index().and_then(|held| held.disk().map(|disk| (held, disk)));
+        let Some((held, disk)) = held.ok().filter(|_| family.retain(&index)) else {
             self.unclaim();
             return false;
         };
         process.executor.spawn(async move {
             // Said by `settle`.
-            let _ = self.publish(&index, &disk, false).await;
+            let _ = self.publish(&index, (&held, &disk), false).await;
+            drop(held);
             self.unclaim();
             runtime::close_volume(&index);
         });
@@ -392,11 +402,18 @@ impl Directory {
     }
 
     /// Before the index is closed: all that waits, and the times that no change of a name took
-    /// along.
-    pub(crate) async fn publish_rest(&self, index: &Arc<OpenVolume>, disk: &LaneFile) {
-        // Said by `settle`.
-        let _ = self.publish(index, disk, true).await;
-        *self.state.lock() = None;
+    /// along. Nothing, if the index was lost.
+    pub(crate) async fn publish_rest(&self, index: &Arc<OpenVolume>) {
+        if let Ok(held) = index.hold_index()
+            && let Ok(disk) = held.disk()
+        {
+            // Said by `settle`.
+            let _ = self.publish(index, (&held, &disk), true).await;
+        }
+        let rest = self.state.lock().take();
+        let resting = rest.into_iter().flat_map(|loaded| loaded.backlog.resting.into_values());
+        // What could not be published.
+        resting.for_each(|rest| process::current().give_back(rest.file.handle));
     }
 }
 
@@ -409,12 +426,13 @@ struct Settled {
 }
 
 impl OpenVolume {
-    /// Makes everything durable that was written before, and the name that leads to it.
+    /// Makes everything durable that was written before in this core of it, and the name that leads
+    /// to it.
     ///
     /// # Errors
     /// `EIO` if it cannot be; `ENOSPC` when there is no room for the name on the host.
-    pub async fn make_durable(&self, disk: &LaneFile) -> Result<(), Errno> {
-        self.volume.sync(disk).await?;
+    pub async fn make_durable(&self, held: &Held, disk: &LaneFile) -> Result<(), Errno> {
+        held.volume.sync(disk).await?;
         let Some(family) = family::family() else { return Ok(()) };
         let mut directories = family.directories.iter();
         let directory = directories.find(|directory| match &self.member {
@@ -426,7 +444,15 @@ impl OpenVolume {
         };
         let index = directory.state.lock().as_ref().map(|loaded| loaded.index.clone());
         let Some(index) = index else { return Ok(()) };
-        let disk = process::current().disk(&index)?;
-        directory.publish(&index, &disk, false).await
+        let held = index.hold_index()?;
+        directory.publish(&index, (&held, &held.disk()?), false).await
+    }
+
+    /// Holds the index of a directory. It is not handed over: who finds it away has lost it.
+    ///
+    /// # Errors
+    /// `EIO`: it is lost.
+    pub(crate) fn hold_index(&self) -> Result<Held, Errno> {
+        self.try_hold().ok_or(Errno::EIO)
     }
 }

@@ -2,26 +2,40 @@
 //!
 //! Holds: a host file that was made for a volume that then could not be is removed again.
 
-use core::sync::atomic::AtomicBool;
 use std::sync::Arc;
 
-use postern_edl::calls::PosternFile;
+use postern_edl::{OPEN_ASK, OPEN_READ_ONLY, calls::PosternFile};
+
 use postern_trusted::{
     counter::Moves,
     directory::{FileKeys, INDEX_NAME, file_keys, host_name},
     errno::Errno,
-    volume::{CounterUse, OpenOptions, OpenReport, SlotKey, Volume, VolumeError},
+    volume::{CounterUse, OpenOptions, OpenReport, Progress, SlotKey, Volume, VolumeError},
 };
 
 use zeroize::Zeroizing;
 
-use super::{FILE_CACHE, Family, OpenVolume, Source, Wanted, keys::wipe_stack};
+use super::{FILE_CACHE, Family, OpenVolume, Source, Wanted, keys::wipe_stack, standing::Core};
 use crate::{
     config,
     directory::{FileRecord, HostFile, Member},
+    files::attributes,
     freshness::RunCounter,
-    message, process, runtime,
+    message,
+    process::{self, Process},
+    runtime, wait,
 };
+
+/// How a volume is opened.
+#[derive(Default)]
+struct Terms {
+    /// It is made first, for so many bytes.
+    capacity: Option<u64>,
+    /// It must have come after this.
+    left: Option<Progress>,
+    /// It was closed without a checkpoint: that is not worth a word.
+    rests: bool,
+}
 
 impl Family {
     /// Name at the daemon of a volume.
@@ -75,47 +89,120 @@ impl Family {
     fn open_by(&self, index: usize, source: &Source) -> Result<OpenVolume, Errno> {
         let Source::File(file) = source else {
             let keys = FileKeys { now: self.key_of(source)?, former: None };
-            return self.open_with(index, source, &keys, None, None);
+            let host = self.wait_for_host_file(source)?;
+            let (core, clean) = self.open_core(source, host, &keys, Terms::default())?;
+            return Ok(OpenVolume::new(index, core, None, clean));
         };
-        let directory = &self.directories[file.directory];
-        let names = self.acquire(directory.entry)?;
-        let keys = file_keys(&names.volume, &file.id);
-        let capacity = file.fresh.then_some(directory.config.file_capacity);
-        let member = Member::new(file.directory, file.inode, names.clone());
-        self.open_with(index, source, &keys, capacity, Some(member))
-            .inspect_err(|_| runtime::close_volume(&names))
+        let names = self.acquire(self.directories[file.directory].entry)?;
+        let opened = self.open_member(source, file, &names);
+        let (core, clean) = opened.inspect_err(|_| runtime::close_volume(&names))?;
+        let member = Member::new(file.directory, file.inode, names);
+        Ok(OpenVolume::new(index, core, Some(member), clean))
     }
 
-    /// Opens a volume with its keys; makes it first if it is given a `capacity`.
-    fn open_with(
+    fn open_member(
         &self,
-        index: usize,
         source: &Source,
+        file: &Wanted,
+        names: &OpenVolume,
+    ) -> Result<(Core, bool), Errno> {
+        let keys = file_keys(&names.hold_index()?.volume, &file.id);
+        let directory = &self.directories[file.directory];
+        let capacity = file.fresh.then_some(directory.config.file_capacity);
+        let name = self.place_of(source);
+        let host = match capacity {
+            Some(capacity) => {
+                let blocks = Volume::small_host_blocks(capacity);
+                process::current().create_host_file(&name, blocks)
+            }
+            None => self.host_file_of(file, &name),
+        };
+        let host = host.map_err(|errno| self.no_host_file(source, errno))?;
+        // A journal to replay is then none of a crash.
+        let rests = names.clean || directory.knows(file.inode);
+        self.open_core(source, host, &keys, Terms { capacity, left: None, rests })
+    }
+
+    /// Opens the volume again that another program had meanwhile; `None`: that one still has it.
+    /// It must be `left`, or what others have made of that.
+    ///
+    /// # Errors
+    /// As [`Self::acquire`].
+    pub(super) fn reopen(&self, source: &Source, left: Progress) -> Result<Option<Core>, Errno> {
+        let opened = self.reopen_by(source, left);
+        wipe_stack();
+        opened
+    }
+
+    #[inline(never)]
+    fn reopen_by(&self, source: &Source, left: Progress) -> Result<Option<Core>, Errno> {
+        let flags = self.access_of(source) | OPEN_ASK;
+        let host = match process::current().open_host_file(&self.place_of(source), flags) {
+            Err(Errno::EAGAIN) => return Ok(None),
+            host => host.map_err(|errno| self.no_host_file(source, errno))?,
+        };
+        let key = self.key_of(source).inspect_err(|_| process::current().give_back(host.handle))?;
+        let keys = FileKeys { now: key, former: None };
+        let terms = Terms { left: Some(left), ..Terms::default() };
+        Ok(Some(self.open_core(source, host, &keys, terms)?.0))
+    }
+
+    /// Flags of `postern_open` for a volume of the run file.
+    fn access_of(&self, source: &Source) -> u32 {
+        match source {
+            Source::Volume(config) if config.read_only => OPEN_READ_ONLY,
+            _ => 0,
+        }
+    }
+
+    /// Opens the host file of a volume; waits a while for a program that has it.
+    fn wait_for_host_file(&self, source: &Source) -> Result<PosternFile, Errno> {
+        let name = self.place_of(source);
+        let shares = matches!(source, Source::Volume(config) if !config.exclusive);
+        let flags = self.access_of(source) | if shares { OPEN_ASK } else { 0 };
+        let until = wait::now_ns().saturating_add(self.config.lease_wait_ms * 1_000_000);
+        loop {
+            let errno = match process::current().open_host_file(&name, flags) {
+                Err(Errno::EAGAIN) if wait::now_ns() >= until => Errno::EBUSY,
+                Err(Errno::EAGAIN) => {
+                    nap(process::current())?;
+                    continue;
+                }
+                Err(errno) => errno,
+                Ok(host) => return Ok(host),
+            };
+            return Err(self.no_host_file(source, errno));
+        }
+    }
+
+    /// Says why there is no host file; answers the guest's errno.
+    fn no_host_file(&self, source: &Source, errno: Errno) -> Errno {
+        let hint = match errno {
+            Errno::EBUSY => "another program has this volume open; wait until it ends",
+            Errno::EINVAL => "the host's file system refuses O_DIRECT",
+            Errno::ENOENT => "the host file is gone, or the daemon was not told of it",
+            Errno::EMFILE | Errno::ENFILE => "too many files are open at the daemon",
+            Errno::ENOSPC => "the host has no room",
+            _ => "the daemon refused the host file; its own messages say more",
+        };
+        let (path, name) = (self.path_of(source), self.place_of(source));
+        message::say(&format!("{path}: {name}: {errno}: {hint}"));
+        // A name of ours that the host cannot resolve is damage, not a missing file.
+        let damaged = errno == Errno::ENOENT && matches!(source, Source::File(_));
+        if damaged { Errno::EIO } else { errno }
+    }
+
+    /// Opens the volume in an open host file with its keys. Answers whether it was closed cleanly.
+    fn open_core(
+        &self,
+        source: &Source,
+        file: PosternFile,
         keys: &FileKeys,
-        capacity: Option<u64>,
-        member: Option<Member>,
-    ) -> Result<OpenVolume, Errno> {
+        terms: Terms,
+    ) -> Result<(Core, bool), Errno> {
+        let Terms { capacity, left, rests } = terms;
         let process = process::current();
         let path = &self.path_of(source);
-        let name = &self.place_of(source);
-        let host = match capacity {
-            Some(capacity) => process.create_host_file(name, Volume::small_host_blocks(capacity)),
-            None => self.host_file_of(source, name),
-        };
-        let file = host.map_err(|errno| {
-            let hint = match errno {
-                Errno::EBUSY => "another program has this volume open; wait until it ends",
-                Errno::EINVAL => "the host's file system refuses O_DIRECT",
-                Errno::ENOENT => "the host file is gone, or the daemon was not told of it",
-                Errno::EMFILE | Errno::ENFILE => "too many files are open at the daemon",
-                Errno::ENOSPC => "the host has no room",
-                _ => "the daemon refused the host file; its own messages say more",
-            };
-            message::say(&format!("{path}: {name}: {errno}: {hint}"));
-            // A name of ours that the host cannot resolve is damage, not a missing file.
-            let damaged = errno == Errno::ENOENT && matches!(source, Source::File(_));
-            if damaged { Errno::EIO } else { errno }
-        })?;
         let disk = process.lane_file(file.handle, file.blocks);
         let opened = disk.and_then(|disk| {
             let opening = async {
@@ -124,7 +211,10 @@ impl Family {
                     return Ok((made, OpenReport::default()));
                 }
                 let counter = self.counter_of(source);
-                keys.open(&disk, &OpenOptions { counter, ..OpenOptions::default() }).await
+                let read_only = self.access_of(source) & OPEN_READ_ONLY != 0;
+                let options =
+                    OpenOptions { counter, read_only, after: left, ..OpenOptions::default() };
+                keys.open(&disk, &options).await
             };
             process.block_on(opening).map_err(|error: VolumeError| {
                 message::say(&format!("{path}: {error}"));
@@ -133,7 +223,7 @@ impl Family {
         });
         match opened {
             Ok((volume, report)) => {
-                if !report.clean && report.journal_blocks > 0 && !self.rested(source, &member) {
+                if !report.clean && report.journal_blocks > 0 && !rests {
                     message::say(&format!(
                         "{path}: recovered after a crash: {} journal blocks replayed, {} records \
                          applied, {} unsynced ones skipped",
@@ -141,43 +231,26 @@ impl Family {
                     ));
                 }
                 self.tune(source, &volume, process.linked().is_some_and(|link| link.discards));
-                let opened = OpenVolume {
-                    index,
-                    volume,
-                    member,
-                    clean: report.clean,
-                    handle: file.handle,
-                    host_blocks: file.blocks,
-                    failed: AtomicBool::new(false),
-                };
-                opened.begin_times();
-                Ok(opened)
+                attributes::begin_times(&volume);
+                Ok((Core::new(volume, file.handle, file.blocks), report.clean))
             }
             Err(errno) => {
                 process.give_back(file.handle);
                 if capacity.is_some() {
-                    process.remove_host_file(name);
+                    process.remove_host_file(&self.place_of(source));
                 }
                 Err(errno)
             }
         }
     }
 
-    /// Opens the host file of a volume, unless its directory has it open still.
-    fn host_file_of(&self, source: &Source, name: &str) -> Result<PosternFile, Errno> {
-        if let Source::File(file) = source
-            && let Some(kept) = self.directories[file.directory].wake(file.inode)
-        {
+    /// Opens the host file of a directory's file, unless the directory has it open still.
+    fn host_file_of(&self, file: &Wanted, name: &str) -> Result<PosternFile, Errno> {
+        if let Some(kept) = self.directories[file.directory].wake(file.inode) {
             let HostFile { handle, blocks } = kept;
             return Ok(PosternFile { handle, blocks, flags: 0, alignment: 0 });
         }
-        process::current().open_host_file(name)
-    }
-
-    /// Whether a volume has a journal to replay because it rests, not because of a crash.
-    fn rested(&self, source: &Source, member: &Option<Member>) -> bool {
-        let clean = member.as_ref().is_some_and(|member| member.index.clean);
-        clean || matches!(source, Source::File(f) if self.directories[f.directory].knows(f.inode))
+        process::current().open_host_file(name, 0)
     }
 
     /// Sets what the run file says about memory and space.
@@ -185,7 +258,7 @@ impl Family {
         let volumes = self.config.volumes.len() + self.config.directories.len();
         let share = self.config.cache_bytes / volumes.max(1);
         let (cache, wanted) = match source {
-            Source::Volume(config) => (share, config.discard),
+            Source::Volume(config) => (share, config.discard && !config.read_only),
             Source::Index(_) => (share, false),
             Source::File(file) => {
                 (share.min(FILE_CACHE), self.directories[file.directory].config.discard)
@@ -210,15 +283,16 @@ impl Family {
         let process = process::current();
         let path = wanted.path.clone();
         let names = self.acquire(self.directories[wanted.directory].entry)?;
-        let keys = file_keys(&names.volume, &wanted.id);
+        let keys = names.hold_index().map(|held| file_keys(&held.volume, &wanted.id));
         runtime::close_volume(&names);
+        let keys = keys?;
         let counter = Some(recorded(&wanted));
         let name = self.place_of(&Source::File(wanted));
         let failed = |what: &dyn core::fmt::Display| {
             message::say(&format!("{path}: {name}: {what}"));
             Errno::EIO
         };
-        let file = process.open_host_file(&name).map_err(|errno| failed(&errno))?;
+        let file = process.open_host_file(&name, 0).map_err(|errno| failed(&errno))?;
         let size = process.lane_file(file.handle, file.blocks).and_then(|disk| {
             let options = OpenOptions { read_only: true, counter, ..OpenOptions::default() };
             let opened = process.block_on(keys.open(&disk, &options));
@@ -237,6 +311,19 @@ impl Family {
 fn recorded(file: &Wanted) -> CounterUse {
     let counter = Arc::new(FileRecord { directory: file.directory, inode: file.inode });
     CounterUse { counter, moves: Moves::Checkpoint, adopt: false }
+}
+
+/// Lets a moment pass.
+///
+/// # Errors
+/// `EINTR`: a signal handler ran.
+fn nap(process: &Process) -> Result<(), Errno> {
+    const MOMENT_NS: u64 = 5_000_000;
+    let place = process.sleepers.enter(process::keep)?;
+    match place.sleep(Some(MOMENT_NS), wait::Signals::AsTheyAre) {
+        wait::WaitEnd::Interrupted => Err(Errno::EINTR),
+        wait::WaitEnd::Woken | wait::WaitEnd::TimedOut => Ok(()),
+    }
 }
 
 /// Reads the key of the volume at `path`.

@@ -69,13 +69,14 @@ impl Family {
 
 fn empty(volume: &OpenVolume) -> Result<(), Errno> {
     let process = process::current();
-    let emptied = process.disk(volume).and_then(|disk| {
+    let held = volume.hold()?;
+    let emptied = held.disk().and_then(|disk| {
         process.block_on(async {
-            let truncated = volume.volume.truncate(&disk, 0).await;
-            volume.volume.close(&disk).await?;
+            let truncated = held.volume.truncate(&disk, 0).await;
+            held.volume.close(&disk).await?;
             truncated
         })
     });
-    process.give_back(volume.handle);
+    process.give_back(held.handle);
     emptied
 }

@@ -4,7 +4,11 @@
 
 use std::sync::Arc;
 
-use postern_trusted::{errno::Errno, sync::Lock, volume::Times};
+use postern_trusted::{
+    errno::Errno,
+    sync::Lock,
+    volume::{Times, Volume},
+};
 
 use super::io::wall_ns;
 use crate::{
@@ -22,37 +26,45 @@ const BLOCK: i64 = 4096;
 /// Device number of all protected files: no device of the host has major 1872.
 const DEVICE_MAJOR: u32 = 1872;
 
+/// A volume that has never been used has no times yet: it begins now.
+pub(crate) fn begin_times(volume: &Volume) {
+    if volume.times() == Times::default() {
+        let now = wall_ns();
+        volume.set_times(Times { accessed: now, modified: now, changed: now });
+    }
+}
+
 impl OpenVolume {
-    /// Notes that the guest changed the file now.
-    pub(super) fn touch(&self) {
+    /// Notes that the guest changes the file now, of which this is the core.
+    pub(crate) fn touch(&self, volume: &Volume) {
         if let Some(member) = &self.member {
             return member.touch();
         }
-        self.volume.touch(wall_ns());
+        volume.touch(wall_ns());
     }
 
     /// Last access, change of content, change of anything.
     fn times(&self) -> [i64; 3] {
-        let Times { accessed, modified, changed } = self.volume.times();
+        let Times { accessed, modified, changed } = self.standing().times();
         [accessed, modified, changed]
     }
 
     /// utimensat(2): access and content, in nanoseconds or left as they are.
-    pub fn set_times(&self, times: [Option<i64>; 2]) {
-        let now = self.volume.times();
-        self.volume.set_times(Times {
+    ///
+    /// # Errors
+    /// `EROFS`: the volume is only read. As [`Self::hold`].
+    pub fn set_times(&self, times: [Option<i64>; 2]) -> Result<(), Errno> {
+        if family::is_read_only(self.index) {
+            return Err(Errno::EROFS);
+        }
+        let held = self.hold()?;
+        let now = held.volume.times();
+        held.volume.set_times(Times {
             accessed: times[0].unwrap_or(now.accessed),
             modified: times[1].unwrap_or(now.modified),
             changed: wall_ns(),
         });
-    }
-
-    /// A volume that has never been used has no times yet: it begins now.
-    pub(crate) fn begin_times(&self) {
-        if self.volume.times() == Times::default() {
-            let now = wall_ns();
-            self.volume.set_times(Times { accessed: now, modified: now, changed: now });
-        }
+        Ok(())
     }
 
     /// Units of 512 bytes.
@@ -205,7 +217,6 @@ impl OpenVolume {
     /// # Errors
     /// `EFBIG`, `ENOSPC`, `EIO`.
     pub fn resize(&self, size: u64) -> Result<(), Errno> {
-        self.touch();
         self.truncate(size)
     }
 

@@ -15,10 +15,11 @@ use postern_trusted::{
     errno::Errno,
     platform::{self, Buffer, Fault, Memory},
     port::LaneFile,
+    volume::Volume,
 };
 
 use super::OpenFile;
-use crate::guest::Guest;
+use crate::{family::standing::Held, guest::Guest};
 
 /// Alignment that `O_DIRECT` asks of offset, address and length, in bytes.
 pub const DIRECT_ALIGNMENT: u64 = 512;
@@ -100,7 +101,7 @@ impl OpenFile {
     ///
     /// # Errors
     /// `EINVAL`: misaligned. `EIO`: the map cannot be read.
-    pub async fn check_direct<R>(&self, disk: &LaneFile, transfer: Transfer<R>) -> Result<(), Errno>
+    pub async fn check_direct<R>(&self, held: &Held, transfer: Transfer<R>) -> Result<(), Errno>
     where
         R: Iterator<Item = (u64, u64)> + Clone,
     {
@@ -108,12 +109,14 @@ impl OpenFile {
         if transfer.is_aligned() || !write && offset >= self.volume.size() {
             return Ok(());
         }
+        let disk = &held.disk()?;
+        let volume = &held.volume;
         let end = offset.saturating_add(transfer.length());
         let mut at = offset;
         while at < end {
-            let hole = self.is_hole_at(disk, at).await?;
+            let hole = is_hole_at(volume, disk, at).await?;
             let mut run = next_block(at).min(end);
-            while run < end && self.is_hole_at(disk, run).await? == hole {
+            while run < end && is_hole_at(volume, disk, run).await? == hole {
                 run = next_block(run).min(end);
             }
             let at_sectors = (at | run).is_multiple_of(DIRECT_ALIGNMENT);
@@ -146,18 +149,17 @@ impl OpenFile {
         }
         Ok(moved)
     }
+}
 
-    /// Whether the block at `offset` is a hole, or lies beyond the end. Reads the map if need be.
-    async fn is_hole_at(&self, disk: &LaneFile, offset: u64) -> Result<bool, Errno> {
-        let volume = &self.volume.volume;
-        let start = offset - offset % PAGE;
-        if !volume.is_hole(start, PAGE) {
-            // Data, or not known: what was read is.
-            let byte = Memory::new(vec![0]);
-            volume.read(disk, start, &byte).await?;
-        }
-        Ok(volume.is_hole(start, PAGE))
+/// Whether the block at `offset` is a hole, or lies beyond the end. Reads the map if need be.
+async fn is_hole_at(volume: &Volume, disk: &LaneFile, offset: u64) -> Result<bool, Errno> {
+    let start = offset - offset % PAGE;
+    if !volume.is_hole(start, PAGE) {
+        // Data, or not known: what was read is.
+        let byte = Memory::new(vec![0]);
+        volume.read(disk, start, &byte).await?;
     }
+    Ok(volume.is_hole(start, PAGE))
 }
 
 fn next_block(offset: u64) -> u64 {

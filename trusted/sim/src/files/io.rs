@@ -8,6 +8,7 @@ use postern_trusted::{errno::Errno, platform::Buffer};
 use super::{OpenFile, direct::Transfer, transfer::Moving};
 use crate::{
     directory::{Entry, Listing},
+    family,
     guest::GuestBuffer,
     limits::{self, TooBig},
     process, sys, wait,
@@ -79,8 +80,8 @@ impl OpenFile {
         if !self.direct() || transfer.is_aligned() {
             return Ok(());
         }
-        let disk = process::current().disk(&self.volume)?;
-        self.check_direct(&disk, transfer).await
+        let held = self.volume.hold_soon().await?;
+        self.check_direct(&held, transfer).await
     }
 
     fn check_alignment_now(
@@ -111,6 +112,7 @@ impl OpenFile {
         if rwf & !rwf::UNDERSTOOD != 0 {
             return Err(Errno::EOPNOTSUPP);
         }
+        self.volume.attend()?;
         match at {
             At::Offset(offset) => self.read_at(offset, buffer),
             At::Position => {
@@ -148,9 +150,10 @@ impl OpenFile {
     /// # Errors
     /// `EFAULT`, `EIO`.
     pub async fn read_by_itself(&self, offset: u64, buffer: &GuestBuffer) -> Result<usize, Errno> {
-        let disk = process::current().disk_for_guest(&self.volume, wait::now_ns())?;
+        let held = self.volume.hold_soon().await?;
+        let disk = held.disk_for_guest(wait::now_ns())?;
         let moving = Moving { write: false, offset: Some(offset), sync: false };
-        self.transfer(&disk, moving, buffer).await.map(|(_, length)| length)
+        self.transfer((&held, &disk), moving, buffer).await.map(|(_, length)| length)
     }
 
     fn has_something(&self, offset: u64, buffer: &GuestBuffer) -> Result<bool, Errno> {
@@ -188,6 +191,7 @@ impl OpenFile {
         if rwf & rwf::APPEND != 0 && rwf & rwf::NOAPPEND != 0 {
             return Err(Errno::EINVAL);
         }
+        self.volume.attend()?;
         let sync = self.dsync() || rwf & (rwf::DSYNC | rwf::SYNC) != 0;
         let append = rwf & rwf::APPEND != 0 || self.append() && rwf & rwf::NOAPPEND == 0;
         let asked = match at {
@@ -269,9 +273,10 @@ impl OpenFile {
             return Err(Errno::EFBIG);
         }
         self.check_alignment(true, start, buffer).await?;
-        let disk = process::current().disk_for_guest(&self.volume, wait::now_ns())?;
+        let held = self.volume.hold_soon().await?;
+        let disk = held.disk_for_guest(wait::now_ns())?;
         let moving = Moving { write: true, offset, sync };
-        self.transfer(&disk, moving, buffer).await
+        self.transfer((&held, &disk), moving, buffer).await
     }
 
     /// Moves the position past what `plan` wants to transfer there, in one step against others
@@ -319,6 +324,9 @@ impl OpenFile {
         }
         if let Some(listing) = self.listing() {
             return self.seek_entry(listing, offset, whence);
+        }
+        if !matches!(whence, libc::SEEK_SET | libc::SEEK_CUR) {
+            self.volume.attend()?;
         }
         let from = match whence {
             libc::SEEK_SET => 0,
@@ -382,7 +390,7 @@ impl OpenFile {
         let mut at = start;
         while at < size {
             let end = (at - at % EXTENT).saturating_add(EXTENT).min(size);
-            if self.volume.volume.is_hole(at, end - at) != data {
+            if self.volume.is_hole(at, end - at) != data {
                 return Ok(at);
             }
             at = end;
@@ -403,6 +411,7 @@ impl OpenFile {
         if !self.writable() {
             return Err(Errno::EINVAL);
         }
+        self.volume.attend()?;
         limits::may_grow(self.volume.size(), length).map_err(TooBig::signal)?;
         self.truncate_to(length)
     }
@@ -443,12 +452,14 @@ impl OpenFile {
         }
         let end = start.checked_add(length).filter(|&end| end <= MAX_BYTES);
         let end = end.ok_or(Errno::EFBIG)?;
+        self.volume.attend()?;
         let punch = mode & libc::FALLOC_FL_PUNCH_HOLE != 0;
         if !punch && end > self.volume.capacity() {
             return Err(Errno::ENOSPC);
         }
         let size = self.volume.size();
-        self.volume.touch();
+        // Also where nothing else changes.
+        self.volume.change(async |_, _| Ok(()))?;
         if zero && start < size {
             self.volume.punch(start, length.min(size - start))?;
         }
@@ -463,7 +474,27 @@ impl OpenFile {
     /// # Errors
     /// `EBADF` for `O_PATH`; `EIO` if it cannot be made durable.
     pub fn flush(&self) -> Result<(), Errno> {
-        if self.is_path() { Err(Errno::EBADF) } else { self.volume.sync() }
+        if self.is_path() {
+            return Err(Errno::EBADF);
+        }
+        self.after_sync(self.volume.sync())
+    }
+
+    /// What a sync answers that the volume `answered`: once for each time that acknowledged writes
+    /// were lost with the volume's lease, `EIO`.
+    ///
+    /// # Errors
+    /// `EIO`, and those of the volume.
+    pub fn after_sync(&self, answered: Result<(), Errno>) -> Result<(), Errno> {
+        if answered.is_err()
+            && let Some(family) = family::family()
+        {
+            // It may be for a lost lease: then this answer tells of it.
+            family.hear_of_leases(process::current());
+        }
+        let lost = self.volume.losses();
+        let told = self.told.swap(lost, Ordering::AcqRel) == lost;
+        answered.and(if told { Ok(()) } else { Err(Errno::EIO) })
     }
 
     /// Bytes between the position and the end: FIONREAD.

@@ -195,6 +195,15 @@ impl Locks {
         Ok(())
     }
 
+    /// Whether anybody holds a lock on file `index`.
+    #[must_use]
+    pub fn has_any(&self, index: usize) -> bool {
+        self.files
+            .lock()
+            .get(&index)
+            .is_some_and(|file| !file.ranges.is_empty() || !file.whole.is_empty())
+    }
+
     fn release(&self, index: usize, owner: Owner) {
         let everything = Range { start: 0, end: LAST, write: false, owner };
         let mut files = self.files.lock();
@@ -227,7 +236,10 @@ impl Locks {
 }
 
 /// futex(2) without a timeout, between processes.
-fn futex(word: &AtomicU32, operation: i32, value: u32) -> Result<usize, Errno> {
+///
+/// # Errors
+/// `EAGAIN`: the word has changed; `EINTR`: a handler ran that does not restart calls.
+pub(crate) fn futex(word: &AtomicU32, operation: i32, value: u32) -> Result<usize, Errno> {
     let at = core::ptr::from_ref(word) as usize;
     // SAFETY: a word that outlives the call; no timeout.
     sys::check(unsafe {

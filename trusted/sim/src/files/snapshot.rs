@@ -22,6 +22,7 @@ impl OpenFile {
     /// # Errors
     /// `ENODEV`: more than [`MOST_BYTES`]. `ENOMEM`, `EMFILE`, `EIO`.
     pub fn snapshot(&self, offset: u64, length: u64) -> Result<i32, Errno> {
+        self.volume.attend()?;
         let bytes = length.min(self.volume.size().saturating_sub(offset));
         if bytes > MOST_BYTES {
             return Err(Errno::ENODEV);

@@ -12,10 +12,14 @@ use postern_trusted::{
     errno::Errno,
     platform::{self, Buffer},
     port::LaneFile,
+    volume::Volume,
 };
 
 use super::{DIRECT_ALIGNMENT, OpenFile};
-use crate::guest::{Guest, GuestBuffer};
+use crate::{
+    family::standing::Held,
+    guest::{Guest, GuestBuffer},
+};
 
 /// In a longer transfer there may be work under way behind the place where the buffer ends: that is
 /// looked at first.
@@ -78,32 +82,34 @@ pub struct Moving {
 }
 
 impl OpenFile {
-    /// Moves `buffer`; answers where in the file it began and how many bytes were moved.
+    /// Moves `buffer` in the file's volume, over the given disk; answers where in the file it began
+    /// and how many bytes were moved.
     ///
     /// # Errors
     /// `EFAULT`, `ENOSPC`, `EROFS`, `EIO`.
     pub async fn transfer<B: Reach>(
         &self,
-        disk: &LaneFile,
+        (held, disk): (&Held, &LaneFile),
         moving: Moving,
         buffer: &B,
     ) -> Result<(u64, usize), Errno> {
         if moving.write {
-            self.volume.touch();
+            self.volume.touch(&held.volume);
         }
+        let volume = &held.volume;
         let (asked, mut cut) = (buffer.len(), None);
         let touched = match moving.offset {
             Some(offset) if !moving.write => {
-                let left = self.volume.size().saturating_sub(offset);
+                let left = volume.size().saturating_sub(offset);
                 asked.min(usize::try_from(left).unwrap_or(usize::MAX))
             }
             _ => asked,
         };
         // Nor can a write that made the file longer be taken back.
-        let size = self.volume.size();
+        let size = volume.size();
         let grows = moving.write && moving.offset.is_none_or(|at| at + asked as u64 > size);
         if touched > LONG || grows {
-            let reach = self.whole(buffer.there(!moving.write, touched), touched, moving);
+            let reach = self.whole(volume, buffer.there(!moving.write, touched), touched, moving);
             if reach == 0 && touched > 0 {
                 return Err(Errno::EFAULT);
             }
@@ -112,13 +118,13 @@ impl OpenFile {
         let mut again = false;
         let answer = loop {
             let now = cut.as_ref().unwrap_or(buffer);
-            let answer = self.move_bytes(disk, moving, now).await;
+            let answer = self.move_bytes((held, disk), moving, now).await;
             let ended_early = match answer {
                 _ if again => false,
                 Err(errno) => errno == Errno::EFAULT,
                 Ok((_, moved)) if moving.write => moved < now.len() && moving.offset.is_some(),
                 // Not the end of the file.
-                Ok((at, moved)) => moved < now.len() && at + (moved as u64) < self.volume.size(),
+                Ok((at, moved)) => moved < now.len() && at + (moved as u64) < volume.size(),
             };
             if !ended_early {
                 break answer;
@@ -127,7 +133,7 @@ impl OpenFile {
             if reach == now.len() {
                 break answer;
             }
-            let reach = self.whole(reach, asked, moving);
+            let reach = self.whole(volume, reach, asked, moving);
             cut = Some(now.first(reach));
             if reach == 0 {
                 break answer;
@@ -141,14 +147,14 @@ impl OpenFile {
 
     /// What of `reach` bytes, where fewer than `asked`, is moved: with `O_DIRECT` whole sectors, and
     /// for a write none behind the end of the file.
-    fn whole(&self, reach: usize, asked: usize, moving: Moving) -> usize {
+    fn whole(&self, volume: &Volume, reach: usize, asked: usize, moving: Moving) -> usize {
         if !self.direct() || reach >= asked {
             return reach;
         }
         let reach = reach as u64;
         let left = match moving.offset {
             _ if !moving.write => reach,
-            Some(offset) => self.volume.size().saturating_sub(offset).min(reach),
+            Some(offset) => volume.size().saturating_sub(offset).min(reach),
             None => 0,
         };
         usize::try_from(left - left % DIRECT_ALIGNMENT).unwrap_or(0)
@@ -156,11 +162,11 @@ impl OpenFile {
 
     async fn move_bytes(
         &self,
-        disk: &LaneFile,
+        (held, disk): (&Held, &LaneFile),
         moving: Moving,
         buffer: &impl Buffer,
     ) -> Result<(u64, usize), Errno> {
-        let volume = &self.volume.volume;
+        let volume = &held.volume;
         let moved = match moving.offset {
             Some(offset) if !moving.write => {
                 let moved = volume.read(disk, offset, buffer).await?;
@@ -170,7 +176,7 @@ impl OpenFile {
             None => volume.append_somewhere(disk, buffer).await?,
         };
         if moving.sync {
-            self.volume.make_durable(disk).await?;
+            self.volume.make_durable(held, disk).await?;
         }
         Ok(moved)
     }

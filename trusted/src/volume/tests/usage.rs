@@ -1,14 +1,18 @@
 //! The volume as a file: sizes, holes, errors, costs; on a host file that answers at once.
 
-use alloc::vec;
+use alloc::{collections::BTreeMap, sync::Arc, vec};
+use std::sync::Mutex;
 
-use super::memory::{MemDisk, made, overwritten, read, reopen, write};
+use super::{
+    crash::key,
+    memory::{MemDisk, made, overwritten, read, reopen, write},
+};
 use crate::{
-    disk::BLOCK,
+    disk::{BLOCK, Block},
     errno::Errno,
     exec::run_to_end,
     platform::Memory,
-    volume::{Chore, Times, Volume},
+    volume::{Chore, FormatOptions, OpenOptions, Times, Volume, VolumeError},
 };
 
 #[test]
@@ -298,6 +302,42 @@ fn every_future_is_send(disk: &MemDisk, volume: &Volume, buffer: &Memory) {
     send(volume.punch(disk, 0, 1));
     send(volume.close(disk));
     send(volume.run_chore(disk, Chore::Flush));
+}
+
+#[test]
+fn a_volume_leads_to_its_own_later_states_alone() {
+    let disk = made(1 << 18);
+    let image = |disk: &MemDisk| disk.blocks.lock().unwrap().clone();
+    let open = |blocks: &BTreeMap<u64, Block>, after| {
+        let copy = MemDisk { blocks: Arc::new(Mutex::new(blocks.clone())), ..disk.clone() };
+        let options = OpenOptions { after: Some(after), ..OpenOptions::default() };
+        run_to_end(Volume::open(&copy, &key(), &options)).map(|_| ())
+    };
+    // Closed cleanly, synced and dropped, dropped with what was not synced: as hand-over, loss and
+    // kill leave it.
+    let mut turns = vec![];
+    for turn in 0..9 {
+        let before = image(&disk);
+        let volume = reopen(&disk);
+        write(&disk, &volume, turn * 4096, &[1; 4096]).unwrap();
+        match turn % 3 {
+            0 => run_to_end(volume.close(&disk)).unwrap(),
+            1 => run_to_end(volume.sync(&disk)).unwrap(),
+            _ => run_to_end(volume.run_chore(&disk, Chore::Publish)).unwrap(),
+        }
+        turns.push((before, volume.progress(), image(&disk)));
+    }
+    for (n, (before, left, after)) in turns.iter().enumerate() {
+        assert_eq!(open(after, *left), Ok(()), "as it was left: {n}");
+        assert_eq!(open(before, *left), Err(VolumeError::NotWhatWasLeft), "older: {n}");
+        assert_eq!(open(&turns[8].2, *left), Ok(()), "as others have left it: {n}");
+    }
+    let seed = Arc::new(Mutex::new(7));
+    let other = MemDisk { size: disk.size, warm: disk.warm.clone(), seed, ..MemDisk::default() };
+    run_to_end(Volume::format(&other, &key(), &FormatOptions { size: 1 << 18 })).unwrap();
+    let fresh = reopen(&other).progress();
+    assert_eq!(open(&image(&other), fresh), Ok(()));
+    assert_eq!(open(&turns[8].2, fresh), Err(VolumeError::NotWhatWasLeft), "another volume");
 }
 
 /// Four homes in a row are given up, with the 32 places that each has to spare; the last one's
