@@ -1,6 +1,6 @@
 //! A protected directory: its name table, loaded from the index volume and written back.
 //!
-//! A change of a name or attribute is made in memory and written in a batch ([`publish`]); times
+//! A change of a name or attribute is made in memory and written in a batch (`publish`); times
 //! that only a file's content changed go along with the next batch, or when the index is closed. A
 //! file's volume is made before its name is published, and removed after its name is gone and
 //! nobody has it open. What a crash leaves without a name is removed when the directory is opened
