@@ -2,8 +2,8 @@
 //! buffered writes leave behind. `RWF_NOWAIT` with `O_DIRECT` answers `EAGAIN` there.
 //!
 //! Holds: of a fixed size and without allocation; with more ranges at once than it has room for the
-//! oldest is forgotten, and after [`KEPT_NS`] each is, as the kernel's writeback would have it. What
-//! is forgotten is served as if it had been written.
+//! oldest is forgotten, and after half a minute each is, as the kernel's writeback would have it.
+//! What is forgotten is served as if it had been written.
 
 use core::sync::atomic::{AtomicUsize, Ordering};
 
