@@ -31,7 +31,7 @@ use crate::{
     arena,
     config::{self, RunConfig, VolumeConfig},
     directory::{Directory, Member},
-    files::{self, locks::Locks},
+    files::{self, locks::Locks, unwritten::Unwritten},
     identity,
     inheritance::Inheritance,
     message,
@@ -138,6 +138,8 @@ pub struct OpenVolume {
     /// It was closed cleanly before.
     pub clean: bool,
     standing: Arc<Standing>,
+    /// What Linux would still have to write.
+    pub unwritten: Unwritten,
     /// Times that it was lost with what had not been published: see [`Self::losses`].
     losses: AtomicU32,
     failed: AtomicBool,
@@ -150,6 +152,7 @@ impl OpenVolume {
             member,
             clean,
             standing: Standing::new(core),
+            unwritten: Unwritten::default(),
             losses: AtomicU32::new(0),
             failed: AtomicBool::new(false),
         }

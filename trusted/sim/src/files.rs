@@ -21,6 +21,7 @@ pub mod placeholder;
 pub mod snapshot;
 pub mod table;
 pub mod transfer;
+pub mod unwritten;
 
 use core::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
 use std::sync::Arc;

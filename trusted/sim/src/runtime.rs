@@ -75,6 +75,7 @@ impl OpenVolume {
     /// # Errors
     /// `EFBIG` beyond the capacity, `EIO`.
     pub fn truncate(&self, size: u64) -> Result<(), Errno> {
+        self.unwritten.remove(size, u64::MAX);
         self.change(async |volume, disk| volume.truncate(disk, size).await)
     }
 
@@ -83,6 +84,7 @@ impl OpenVolume {
     /// # Errors
     /// `EIO`, `ENOSPC`.
     pub fn punch(&self, offset: u64, length: u64) -> Result<(), Errno> {
+        self.unwritten.remove(offset, length);
         self.change(async |volume, disk| volume.punch(disk, offset, length).await)
     }
 

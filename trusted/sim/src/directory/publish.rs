@@ -432,6 +432,7 @@ impl OpenVolume {
     /// # Errors
     /// `EIO` if it cannot be; `ENOSPC` when there is no room for the name on the host.
     pub async fn make_durable(&self, held: &Held, disk: &LaneFile) -> Result<(), Errno> {
+        self.unwritten.clear();
         held.volume.sync(disk).await?;
         let Some(family) = family::family() else { return Ok(()) };
         let mut directories = family.directories.iter();

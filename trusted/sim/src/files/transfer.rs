@@ -170,11 +170,20 @@ impl OpenFile {
         let moved = match moving.offset {
             Some(offset) if !moving.write => {
                 let moved = volume.read(disk, offset, buffer).await?;
+                if self.direct() {
+                    self.volume.unwritten.remove(offset, moved as u64);
+                }
                 return Ok((offset, self.end_read(offset, buffer, moved)?));
             }
             Some(offset) => (offset, volume.write(disk, offset, buffer).await?),
             None => volume.append_somewhere(disk, buffer).await?,
         };
+        let (at, length) = (moved.0, moved.1 as u64);
+        if moving.sync || self.direct() {
+            self.volume.unwritten.remove(at, length);
+        } else {
+            self.volume.unwritten.add(at, length);
+        }
         if moving.sync {
             self.volume.make_durable(held, disk).await?;
         }
