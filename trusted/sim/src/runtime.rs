@@ -158,7 +158,7 @@ fn strike_out() {
 /// Waits until the other threads have come out of the shut gate. One that stays inside although
 /// nothing is under way cannot be waited for.
 fn await_others() {
-    const PATIENCE_NS: u64 = 1_000_000_000;
+    const PATIENCE_NS: u64 = 10_000_000_000;
     let mut since = wait::now_ns();
     while !gate::all_are_out() && wait::now_ns() - since < PATIENCE_NS {
         match process::known() {
