@@ -185,7 +185,7 @@ impl OpenVolume {
             let made = async {
                 let held = self.hold_soon().await?;
                 content.follow(held.volume.size())?;
-                content.present((&held.volume, &held.disk()?), range, stores).await
+                Box::pin(content.present((&held.volume, &held.disk()?), range, stores)).await
             };
             let made = made.await;
             if made.is_ok() {
@@ -209,7 +209,7 @@ impl OpenVolume {
     async fn view_more(&self, content: &Content, range: &Range<u64>) -> Result<(), Errno> {
         let _turn = content.turn.take().await;
         let held = self.hold_soon().await?;
-        content.present((&held.volume, &held.disk()?), range, false).await
+        Box::pin(content.present((&held.volume, &held.disk()?), range, false)).await
     }
 
     /// One mapping less.
@@ -267,7 +267,8 @@ impl OpenVolume {
     ) -> Result<usize, Errno> {
         while let Some(content) = self.mapped.get() {
             let Some(reached) = self.reach_or_bury(&content).await? else { continue };
-            return content.load((&held.volume, disk), &reached, offset, buffer).await;
+            let loaded = content.load((&held.volume, disk), &reached, offset, buffer);
+            return Box::pin(loaded).await;
         }
         held.volume.read(disk, offset, buffer).await
     }
@@ -307,7 +308,7 @@ impl OpenVolume {
             };
             let _turn = content.turn.take().await;
             if self.mapped.is(&content) && !self.bury_if_lost(&content) {
-                return content.store((&held.volume, disk), offset, buffer).await;
+                return Box::pin(content.store((&held.volume, disk), offset, buffer)).await;
             }
         }
     }
@@ -394,7 +395,7 @@ impl OpenVolume {
         (held, disk): (&Held, &LaneFile),
         range: Range<u64>,
     ) -> Result<(), Errno> {
-        if content.write_back((&held.volume, disk), range).await? {
+        if Box::pin(content.write_back((&held.volume, disk), range)).await? {
             self.touch(&held.volume);
         }
         Ok(())
@@ -475,7 +476,7 @@ pub fn fork_child() {
     reach::fork_child();
 }
 
-/// Runs a change or look that waits, for a call of the guest.
+/// Runs a job that waits, for a call of the guest, whose stack may be small.
 fn now<T>(job: impl Future<Output = T>) -> T {
-    process::current().block_on(job)
+    process::current().block_on(Box::pin(job))
 }

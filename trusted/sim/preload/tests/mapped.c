@@ -379,7 +379,10 @@ static void processes(void)
 	/* An exec that fails leaves it mapped. */
 	fd = open(path, O_RDWR);
 	map = mmap(NULL, 64 * BLOCK, RW, MAP_SHARED, fd, 0);
-	SEE(execl("/etc/passwd", "passwd", NULL));
+	int nothing = memfd_create("nothing", 0);
+	SEE(write(nothing, "no program", 10));
+	SEE(execveat(nothing, "", (char *[]){"x", NULL}, environ, AT_EMPTY_PATH));
+	close(nothing);
 	map[900] = 'e';
 	SEE(pread(fd, &byte, 1, 900));
 	see("read", byte);

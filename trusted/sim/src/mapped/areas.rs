@@ -20,10 +20,14 @@ use postern_trusted::{
     sync::{Lock, LockGuard},
 };
 
-use super::{content::Content, now, reach::reach};
+use super::{
+    content::Content,
+    now,
+    reach::{self, reach},
+};
 use crate::{
     files::{self, OpenFile, placeholder},
-    sys,
+    process, sys,
 };
 
 /// Most areas of a process.
@@ -370,14 +374,19 @@ pub fn sync(at: usize, length: usize, durable: bool) -> Result<(), Errno> {
     answer
 }
 
-/// What this process has stored is written back.
+/// What this process has stored is written back. A forked child that has done nothing but store
+/// leaves it to the others that have the same memory.
 fn write_back_all() {
     if COUNT.load(Ordering::Acquire) == 0 {
         return;
     }
     let parts = AREAS.lock().within(&(0..usize::MAX));
     let mut seen = Vec::new();
+    let is_silent = process::known().is_none_or(|process| process.linked().is_none());
     for (hold, _) in parts {
+        if is_silent && reach::is_held_elsewhere(&hold.content) {
+            seen.push(hold.content.number);
+        }
         if !seen.contains(&hold.content.number) {
             seen.push(hold.content.number);
             let volume = hold.file.volume();
@@ -405,6 +414,7 @@ pub fn release_all() {
         AREAS.lock().cut(&(0..usize::MAX))
     };
     release_each(freed);
+    reach::withdraw();
 }
 
 /// Just before exec: writes back what was stored and gives the references away. The table stays as
@@ -413,6 +423,7 @@ pub fn release_all() {
 pub fn lend() -> Vec<Arc<Hold>> {
     write_back_all();
     LENT.store(true, Ordering::Release);
+    reach::withdraw();
     let areas = AREAS.lock();
     // SAFETY: each word owns one reference, which passes to the caller.
     areas.listed().iter().map(|area| unsafe { Arc::from_raw(area.hold as *const Hold) }).collect()
@@ -422,6 +433,7 @@ pub fn lend() -> Vec<Arc<Hold>> {
 pub fn take_back(holds: Vec<Arc<Hold>>) {
     holds.into_iter().for_each(core::mem::forget);
     LENT.store(false, Ordering::Release);
+    reach::offer();
 }
 
 /// References for the copy of the table that a fork is about to make. Keeps it still meanwhile.

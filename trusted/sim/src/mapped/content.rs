@@ -174,7 +174,7 @@ impl Content {
             let mut inner = self.inner.lock();
             missing.iter().for_each(|part| inner.present.add(part.clone()));
             match (stores, inner.stores) {
-                (true, false) => vec![0..u64::MAX / 2],
+                (true, false) => core::iter::once(0..u64::MAX / 2).collect(),
                 (_, true) => missing,
                 (false, false) => Vec::new(),
             }
@@ -259,7 +259,7 @@ impl Content {
         }
         let reached = reach(self)?;
         let fd = reached.fd;
-        if size > old && old % PAGE != 0 {
+        if size > old && !old.is_multiple_of(PAGE) {
             // The guest may have stored behind the end, up to the end of the page.
             let end = old.next_multiple_of(PAGE).min(size);
             memory::write(fd, old, &[0; PAGE as usize][..(end - old) as usize])?;

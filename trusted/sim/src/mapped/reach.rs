@@ -179,22 +179,43 @@ pub fn fork_parent() {
 pub fn fork_child() {
     // SAFETY: locked by `fork_prepare` in the thread that this one is a copy of.
     unsafe { SLOTS.force_unlock() };
+    // Of threads that are the parent's.
+    SLOTS.lock().iter_mut().for_each(|slot| slot.users = 0);
+    offer();
+}
+
+/// Others find the memory files with this process.
+pub fn offer() {
+    for_each(|content, fd| content.hold(identity::process_id(), fd));
+}
+
+/// Others do not find the memory files with this process any more: it ends.
+pub fn withdraw() {
+    for_each(|content, _| content.unhold(identity::process_id()));
+}
+
+/// Whether another process has the memory file.
+pub fn is_held_elsewhere(content: &Content) -> bool {
+    let me = identity::process_id();
+    content.holders().into_iter().filter(|(holder, _)| *holder != me).any(|(holder, fd)| {
+        open_at(holder, fd, content.node).is_ok_and(|opened| sys::close(opened).is_ok())
+    })
+}
+
+/// Calls `each` with the contents whose memory files this process has, and their descriptors.
+fn for_each(each: impl Fn(&Content, i32)) {
     let mut from = 0;
     while let Some((at, slot)) = next_used(from) {
         from = at + 1;
         let Some(family) = family::family() else { return };
-        let me = identity::process_id();
         let contents = family.open_volumes().filter_map(|volume| volume.content());
         for content in contents.filter(|content| content.number == slot.number) {
-            content.hold(me, slot.fd);
+            each(&content, slot.fd);
         }
     }
 }
 
-/// The next slot in use; nobody in this process uses its descriptor now.
 fn next_used(from: usize) -> Option<(usize, Slot)> {
-    let mut slots = SLOTS.lock();
-    let at = (from..MOST).find(|&at| slots[at].number != 0)?;
-    slots[at].users = 0;
-    Some((at, slots[at]))
+    let slots = SLOTS.lock();
+    (from..MOST).find(|&at| slots[at].number != 0).map(|at| (at, slots[at]))
 }
