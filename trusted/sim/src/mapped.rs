@@ -8,11 +8,13 @@
 //! Holds: a change of the file is either over before its content comes into being, or done to
 //! volume and content together, one at a time. A file that is not mapped pays two additions on one
 //! word for a write, and a look at one for a read.
-//! Does not hold: what was stored by a process that the host kills (and by nobody else who has the
-//! file mapped) and was not written back is lost with it.
+//! Does not hold: what was stored and not written back is lost with the last process that has the
+//! memory, if the host kills it, or if it was only forked, has made no call on a protected file
+//! itself, and dies of a signal.
 
 pub mod areas;
 pub mod content;
+mod copying;
 mod memory;
 mod ranges;
 mod reach;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use postern_sim::{
     files::{self, OpenFile, io::MAX_BYTES},
-    host,
+    guest, host,
     mapped::areas::{self, Wish},
     sys,
 };
@@ -48,9 +48,11 @@ fn map(
         return Err(Errno::EACCES);
     }
     file.content().map_err(|_| Errno::ENODEV)?;
-    // What is no sensible length is the kernel's to refuse.
-    let is_possible = from.checked_add(length as u64).is_some_and(|end| end <= MAX_BYTES);
-    let (limit, mapped) = if shared && is_possible {
+    if shared && from.checked_add(length as u64).is_none_or(|end| end > MAX_BYTES) {
+        let too_long = length as u64 > guest::USER_END;
+        return Err(if too_long { Errno::ENOMEM } else { Errno::EOVERFLOW });
+    }
+    let (limit, mapped) = if shared {
         let wish = Wish { at: at as usize, length, protection, flags, offset: from };
         (TOO_MUCH, areas::map(file, wish))
     } else {

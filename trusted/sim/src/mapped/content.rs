@@ -12,10 +12,8 @@
 //! behind the end of the file is never written to the volume and reads as zeros when the file grows.
 
 use core::{
-    future::poll_fn,
     ops::Range,
     sync::atomic::{AtomicU64, AtomicUsize, Ordering},
-    task::Poll,
 };
 use std::collections::BTreeMap;
 
@@ -28,19 +26,20 @@ use postern_trusted::{
 };
 
 use super::{
-    memory::{self, PAGE, Window},
+    copying::{fill, let_others_run, write_runs},
+    memory::{self, PAGE},
     ranges::Ranges,
     reach::{Lost, Reached, reach},
     turn::Turn,
 };
-use crate::{family::family, guest::GuestBuffer, sys};
+use crate::{family::family, sys};
 
 /// Present, compared and kept for comparison in pieces of so many bytes.
 pub const PIECE: u64 = 64 << 10;
 /// Most bytes of files that a run has present in all.
 pub const MOST_BYTES: u64 = 1 << 30;
 /// Moved at once between the volume and the memory file, in bytes.
-const STEP: u64 = 1 << 20;
+pub(super) const STEP: u64 = 1 << 20;
 /// A comparison lets others run after so many pieces.
 const PIECES_AT_ONCE: usize = 16;
 
@@ -439,79 +438,4 @@ impl Content {
         let next = stored.into_iter().chain(known).min();
         next.filter(|piece| piece * PIECE < end)
     }
-}
-
-/// Reads a part of the volume into the memory file. Holes stay holes.
-async fn fill(
-    (volume, disk): (&Volume, &LaneFile),
-    fd: i32,
-    range: &Range<u64>,
-) -> Result<(), Errno> {
-    let mut at = range.start;
-    while at < range.end {
-        let end = (at + STEP).min(range.end);
-        if !volume.is_hole(at, end - at) {
-            let window = Window::new(fd, &(at..end.next_multiple_of(PAGE)))?;
-            let mut done = 0;
-            while done < end - at {
-                let room = GuestBuffer::single(window.address() + done, end - at - done)?;
-                match volume.read(disk, at + done, &room).await? {
-                    0 => break,
-                    length => done += length as u64,
-                }
-            }
-        }
-        at = end;
-    }
-    Ok(())
-}
-
-/// Writes the blocks of a piece that differ from the shadow, which follows; answers whether there
-/// were any.
-async fn write_runs(
-    (volume, disk): (&Volume, &LaneFile),
-    piece: u64,
-    bytes: &[u8],
-    shadow: &mut Option<Box<[u8]>>,
-) -> Result<bool, Errno> {
-    const BLOCK: usize = 4096;
-    if shadow.is_none() && bytes.iter().all(|byte| *byte == 0) {
-        return Ok(false);
-    }
-    let shadow = shadow.get_or_insert_with(|| vec![0; PIECE as usize].into_boxed_slice());
-    let differs = |shadow: &[u8], at: usize, end: usize| shadow[at..end] != bytes[at..end];
-    let (mut at, mut changed) = (0, false);
-    while at < bytes.len() {
-        let end = (at + BLOCK).min(bytes.len());
-        if !differs(shadow, at, end) {
-            at = end;
-            continue;
-        }
-        let mut to = end;
-        while to < bytes.len() && differs(shadow, to, (to + BLOCK).min(bytes.len())) {
-            to = (to + BLOCK).min(bytes.len());
-        }
-        let run = Memory::new(bytes[at..to].to_vec());
-        let written = volume.write(disk, piece * PIECE + at as u64, &run).await?;
-        if written < to - at {
-            return Err(Errno::ENOSPC);
-        }
-        shadow[at..to].copy_from_slice(&bytes[at..to]);
-        changed = true;
-        at = to;
-    }
-    Ok(changed)
-}
-
-/// Goes on after what else is ready.
-async fn let_others_run() {
-    let mut again = false;
-    poll_fn(|context| {
-        if core::mem::replace(&mut again, true) {
-            return Poll::Ready(());
-        }
-        context.waker().wake_by_ref();
-        Poll::Pending
-    })
-    .await;
 }
