@@ -395,6 +395,8 @@ impl OpenFile {
     /// The first data or hole at or after `offset`, in steps of the volume's blocks.
     fn seek_extent(&self, offset: i64, data: bool) -> Result<u64, Errno> {
         const NO_SUCH_PLACE: Errno = Errno(libc::ENXIO);
+        // What was stored in a mapping makes data of a hole.
+        self.volume.write_back_now()?;
         let size = self.volume.size();
         let start =
             u64::try_from(offset).ok().filter(|&start| start < size).ok_or(NO_SUCH_PLACE)?;
