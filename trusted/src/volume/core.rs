@@ -142,6 +142,10 @@ impl Journal {
 
     /// Ring places that may be written now.
     pub(crate) fn room(&self, geometry: &Geometry, reserve: u64) -> u64 {
+        #[cfg(test)]
+        if super::tests::canary() == canary!(EarlyRing) {
+            return geometry.ring_blocks - reserve - self.writing.len() as u64;
+        }
         let first = self.writing.iter().min().copied().unwrap_or(self.start).min(self.start);
         (geometry.ring_blocks - reserve).saturating_sub(self.next - first)
     }
@@ -332,7 +336,7 @@ impl Core {
         if first + n >= Order::MAX_COUNTER {
             return Err(Errno::EIO);
         }
-        self.counter += n;
+        self.counter += if self.is(canary!(SharedNonce)) { n.min(1) } else { n };
         Ok(Order::new(self.key.id, first))
     }
 

@@ -113,6 +113,8 @@ struct Plan {
     newest: f64,
     /// Percent of steps that make or delete a snapshot.
     snapshots: f64,
+    /// No checkpoint is made before a writer needs one.
+    lazy: bool,
     faults: Faults,
 }
 
@@ -159,6 +161,7 @@ impl Sim {
             power: 70.0,
             newest: [0.0, 0.0, 70.0][rng.below(3) as usize],
             snapshots: 0.0,
+            lazy: canary == Canary::None && seed % 7 == 3,
             faults: Faults {
                 write: fault(&mut rng),
                 read: if faulty && rng.chance(20.0) { 0.5 } else { 0.0 },
@@ -178,6 +181,17 @@ impl Sim {
             // Needs an eager write on its way during a whole checkpoint, and a death soon after.
             Canary::NoCarryWait => {
                 Plan { depth: 3, syncs: 45.0, power: 0.0, newest: 90.0, large: 0.0, ..plan }
+            }
+            // Needs the ring to come around before a checkpoint.
+            Canary::EarlyRing => Plan { syncs: 45.0, large: 0.0, hot: 4, lazy: true, ..plan },
+            // Needs nodes that are read again after their places were reused.
+            Canary::CacheByPlace => Plan { depth: 8, hot: BLOCKS, ..plan },
+            // Needs a guest that dies with much on its way.
+            Canary::LateWrites => Plan { depth: 8, syncs: 45.0, power: 10.0, newest: 70.0, ..plan },
+            // Needs a write on its way during a whole checkpoint.
+            Canary::InFlightSettled => Plan { depth: 8, newest: 90.0, ..plan },
+            Canary::FlushAgain => {
+                Plan { syncs: 45.0, faults: Faults { flush: 5.0, ..Faults::default() }, ..plan }
             }
             _ => plan,
         };
@@ -425,7 +439,10 @@ impl Sim {
                 index.step();
             }
             let now = self.runner.disk.state().now;
-            if let Some(chore) = volume.due(now) {
+            let due = volume.due(now);
+            if due == Some(Chore::Checkpoint) && self.plan.lazy {
+                volume.decline(Chore::Checkpoint);
+            } else if let Some(chore) = due {
                 let (disk, volume) = (self.disk(), volume.clone());
                 // A record that cannot change now does so later.
                 let waits = chore == Chore::Register && self.runner.index.is_some();
