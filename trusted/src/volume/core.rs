@@ -168,6 +168,22 @@ impl Journal {
         self.taken += (before - self.pending.len()) as u64;
     }
 
+    /// A cut is being made, with `frozen`: of writes that were punched since and are not published
+    /// only the hole is left. The map will not know when it came to be, so a write that is published
+    /// after the cut would be newer than it.
+    pub(crate) fn supersede(&mut self, frozen: &Delta) {
+        if frozen.zeroes.is_empty() {
+            return;
+        }
+        for pending in self.pending.iter_mut().chain(&mut self.carry) {
+            if let Record::Map { block, ptr, .. } = pending.record
+                && let Some(order) = frozen.zeroed(block).filter(|zero| *zero > ptr.order)
+            {
+                pending.record = Record::Zero { first: block, count: 1, order };
+            }
+        }
+    }
+
     /// An eager write of journal block `seq` has landed or was taken back.
     pub(crate) fn resolve(&mut self, seq: u64) {
         if let Some(count) = self.unresolved.get_mut(&seq) {

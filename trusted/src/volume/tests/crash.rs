@@ -23,31 +23,15 @@ use crate::{
         Chore, OpenOptions, OpenReport, SlotKey, Volume, VolumeError,
         core::Health,
         format,
-        layout::{BLOCK_BYTES, FANOUT, Geometry, RING_START},
+        layout::{BLOCK_BYTES, Geometry},
     },
 };
 
+pub(super) use crate::volume::fuzz::tiny;
 pub(super) use seeds::{check, crash_images, crash_images_with_snapshots};
 
-const BLOCKS: u64 = 130;
+const BLOCKS: u64 = tiny().capacity;
 const PER_BLOCK: u64 = BLOCK_BYTES / SECTOR;
-
-/// A volume so small that journal, space and places are reused all the time.
-pub(super) fn tiny() -> Geometry {
-    let (ring_blocks, reserve_blocks) = (64, 8);
-    let home_start = RING_START + ring_blocks + reserve_blocks;
-    Geometry {
-        capacity: BLOCKS,
-        host_blocks: home_start + 2 * FANOUT + 48,
-        ring_start: RING_START,
-        ring_blocks,
-        reserve_start: RING_START + ring_blocks,
-        reserve_blocks,
-        home_start,
-        home_stride: FANOUT,
-        slack: 8,
-    }
-}
 
 /// As [`tiny`], with the room that snapshots need.
 pub(super) fn roomy() -> Geometry {
@@ -190,6 +174,20 @@ impl Sim {
             Canary::LateWrites => Plan { depth: 8, syncs: 45.0, power: 10.0, newest: 70.0, ..plan },
             // Needs a write on its way during a whole checkpoint.
             Canary::InFlightSettled => Plan { depth: 8, newest: 90.0, ..plan },
+            // Needs a journal block between a write and the hole in it, and a cut right there.
+            Canary::StaleMaps => {
+                Plan { depth: 8, syncs: 15.0, resize: 15.0, large: 40.0, hot: 12, ..plan }
+            }
+            // Needs a shrink within a block of which the size survives alone, and a growth.
+            Canary::DirtyTail => Plan {
+                depth: 8,
+                syncs: 15.0,
+                resize: 15.0,
+                large: 40.0,
+                power: 100.0,
+                faults: Faults::default(),
+                ..plan
+            },
             Canary::FlushAgain => {
                 Plan { syncs: 45.0, faults: Faults { flush: 5.0, ..Faults::default() }, ..plan }
             }
@@ -229,7 +227,10 @@ impl Sim {
             made: 0,
             cut_short: false,
         };
-        sim.runner.index = in_directory.then(SimIndex::default);
+        sim.runner.index = in_directory.then(|| match canary {
+            Canary::None if seed % 8 == 5 => SimIndex::of_syncs(),
+            _ => SimIndex::default(),
+        });
         if moves.is_some() {
             sim.bind(seed);
         }
@@ -283,7 +284,9 @@ impl Sim {
                     if self.plan.snapshots > 0.0 {
                         self.check_snapshots(&volume);
                     }
-                    if let Some(index) = &self.runner.index {
+                    if let Some(index) = self.runner.index.clone()
+                        && self.is_recorded(&index, &volume)
+                    {
                         self.aside.push((self.runner.disk.image(), index.pair()));
                     }
                     if self.moves.is_some() {
