@@ -15,9 +15,10 @@ use once_cell::race::OnceRef;
 pub struct Hooks {
     /// A non-zero number for the calling thread, which no other living thread has.
     pub owner: fn() -> u32,
-    /// Called after each round of spinning with the holder's number: yields the CPU, and does not
-    /// return if the holder is dead (what the lock protects is then torn).
-    pub contended: fn(holder: u32),
+    /// Called after each round of spinning with the number of a holder, and a way to see whether it
+    /// still is: yields the CPU, and does not return if a thread that has died is the holder (what
+    /// the lock protects is then torn).
+    pub contended: fn(holder: u32, holds: &dyn Fn() -> bool),
 }
 
 static HOOKS: OnceRef<'static, Hooks> = OnceRef::new();
@@ -59,7 +60,7 @@ unsafe impl RawMutex for RawLock {
             }
             spins = 0;
             if let (Some(hooks), true) = (hooks, holder != FREE) {
-                (hooks.contended)(holder);
+                (hooks.contended)(holder, &|| self.0.load(Ordering::Relaxed) == holder);
             }
         }
     }

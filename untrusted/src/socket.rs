@@ -8,7 +8,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::fs::{AtFlags, CWD, FlockOperation, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
@@ -61,8 +61,8 @@ fn identity(path: &Path) -> Option<(u64, u64)> {
 }
 
 impl Listener {
-    /// Binds `path` with mode 0600. A socket file nobody listens on is replaced. Needs a tokio
-    /// runtime around it.
+    /// Binds `path` with mode 0600; it is there from the moment on in which it answers. A socket
+    /// file nobody listens on is replaced. Needs a tokio runtime around it.
     ///
     /// # Errors
     /// Somebody listens there, something else lies there, or the host refuses.
@@ -112,11 +112,28 @@ impl Listener {
             }
         }
         let fd = seqpacket().map_err(|e| refused("no socket to be had", e))?;
+        // Under a name of its own first: whoever sees `path` finds it listening. By way of the
+        // directory's descriptor, for an address holds 108 bytes at most.
+        let name = format!(".postern-{}", std::process::id());
+        let _ = rustix::fs::unlinkat(&guard, &name, AtFlags::empty());
+        let address = SocketAddrUnix::new(format!("/proc/self/fd/{}/{name}", guard.as_raw_fd()))
+            .map_err(|e| refused("not a socket path", e))?;
         rustix::net::bind(&fd, &address).map_err(|e| refused("socket can not be bound", e))?;
-        // Nobody can connect before listen(2), so the mode has no gap.
-        rustix::fs::chmod(path, Mode::RUSR | Mode::WUSR)
-            .map_err(|e| refused("socket's mode can not be set", e))?;
-        rustix::net::listen(&fd, 64).map_err(|e| refused("socket can not listen", e))?;
+        let mode = Mode::RUSR | Mode::WUSR;
+        let placed = rustix::fs::chmodat(&guard, &name, mode, AtFlags::empty())
+            .map_err(|e| refused("socket's mode can not be set", e))
+            .and_then(|()| {
+                rustix::net::listen(&fd, 64).map_err(|e| refused("socket can not listen", e))
+            })
+            .and_then(|()| {
+                let flags = RenameFlags::NOREPLACE;
+                rustix::fs::renameat_with(&guard, &name, CWD, path, flags)
+                    .map_err(|e| refused("socket can not be put in place", e))
+            });
+        if let Err(problem) = placed {
+            let _ = rustix::fs::unlinkat(&guard, &name, AtFlags::empty());
+            return Err(problem);
+        }
         let identity = identity(path);
         let fd = watch(fd, Interest::READABLE).map_err(|e| {
             Problem::socket(

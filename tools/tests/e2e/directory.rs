@@ -113,16 +113,18 @@ fn exchanged_missing_and_cut_host_files_give_eio_and_name_the_guests_path() {
     end(&mut world.postern(["verify", "d"])).expect(0);
 }
 
+/// Copies a host file, sparse: a file's volume takes up to 16 GiB on the host.
+fn copy_sparse(world: &World, from: &Path, to: &Path) {
+    end(world.command("cp").arg("--sparse=always").arg(from).arg(to)).expect(0);
+}
+
 /// The index records the state of each file, whether it has a counter or not.
 #[test]
 fn an_older_state_of_one_file_alone_is_refused_and_the_other_files_go_on() {
     let Some(world) = World::new() else { return };
     let directory = world.path("d");
     shell(&world, &directory, "echo one > /data/one; echo two > /data/two").expect(0);
-    // Sparse: a file's volume takes up to 16 GiB on the host.
-    let copy = |from: &Path, to: &Path| {
-        end(world.command("cp").arg("--sparse=always").arg(from).arg(to)).expect(0);
-    };
+    let copy = |from: &Path, to: &Path| copy_sparse(&world, from, to);
     let old = world.path("old");
     fs::create_dir(&old).unwrap();
     volumes(&directory).iter().for_each(|file| copy(file, &old));
@@ -166,10 +168,7 @@ fn a_file_that_the_host_brings_back_or_adds_has_no_name() {
     let Some(world) = World::new() else { return };
     let directory = world.path("d");
     shell(&world, &directory, "echo one > /data/one; echo two > /data/two").expect(0);
-    // Sparse: a file's volume takes up to 16 GiB on the host.
-    let copy = |from: &Path, to: &Path| {
-        end(world.command("cp").arg("--sparse=always").arg(from).arg(to)).expect(0);
-    };
+    let copy = |from: &Path, to: &Path| copy_sparse(&world, from, to);
     let kept = world.path("kept");
     end(world.command("cp").args(["-r", "--sparse=always"]).args([&directory, &kept])).expect(0);
     shell(&world, &directory, "rm /data/one").expect(0);

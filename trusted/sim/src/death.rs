@@ -64,6 +64,8 @@ pub fn prepare(signal: i32) {
     if identity::process_id() != sys::getpid() || gate::is_mine() {
         return;
     }
+    // A service thread that is only beginning has locks of the family's in hand.
+    service::wait_for_start();
     let Some(process) = process::known().filter(|process| process.is_served()) else { return };
     process.doom(signal);
     process.service.kick();

@@ -175,7 +175,9 @@ impl Directory {
         loop {
             match self.turn.compare_exchange(0, me, Ordering::Acquire, Ordering::Relaxed) {
                 Ok(_) => return Turn(&self.turn),
-                Err(holder) => family::wait_for(holder),
+                Err(holder) => {
+                    family::wait_for(holder, || self.turn.load(Ordering::Relaxed) == holder);
+                }
             }
         }
     }

@@ -451,7 +451,7 @@ impl Family {
                 State::Busy(by) => {
                     let by = *by;
                     drop(slot);
-                    wait_for(by);
+                    entry.wait_for(by);
                 }
             }
         }
@@ -552,11 +552,17 @@ impl Entry {
     fn new(source: Source) -> Self {
         Self { source, slot: Lock::new(Slot { state: State::Closed, users: 0, removed: false }) }
     }
+
+    /// Process `by` opens or closes the volume: waits a moment.
+    fn wait_for(&self, by: u32) {
+        wait_for(by, || matches!(self.slot.lock().state, State::Busy(now) if now == by));
+    }
 }
 
-/// Another process opens or closes the volume: waits a moment.
-pub(crate) fn wait_for(other: u32) {
-    if other != identity::process_id() && !identity::is_alive(other) {
+/// Another process is at work on what this one needs: waits a moment. Ends this process if the
+/// other one is dead and `still` at it; one that died after it had finished left nothing torn.
+pub(crate) fn wait_for(other: u32, still: impl Fn() -> bool) {
+    if other != identity::process_id() && !identity::is_alive(other) && still() {
         end_torn(other);
     }
     process::pause();

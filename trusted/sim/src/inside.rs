@@ -366,9 +366,9 @@ fn is_dying() -> bool {
 }
 
 /// A system call that a deferred signal interrupts, or keeps from being made, and during which the
-/// thread has nothing of the family's in hand. `wait_mask` is the
-/// mask that the call itself puts in force, if it does and the guest asked for it: signals that it
-/// blocks do not end the call, whenever they came.
+/// thread has nothing of the family's in hand. `wait_mask` is the mask that the call itself puts in
+/// force, if it does and the guest asked for it: signals that it blocks do not end the call,
+/// whenever they came.
 ///
 /// # Safety
 /// As [`sys::syscall6`].

@@ -101,15 +101,17 @@ impl Platform for SimPlatform {
 
 static HOOKS: sync::Hooks = sync::Hooks { owner: inside::thread_id, contended: yield_to };
 
-/// A lock is contended: lets its holder run, and ends this process if the holder is dead.
-fn yield_to(holder: u32) {
+/// A lock is contended: lets its holder run, and ends this process if the holder is dead. One that
+/// died after it had let go left nothing torn.
+fn yield_to(holder: u32, holds: &dyn Fn() -> bool) {
     if holder == inside::thread_id() {
         message::say_fault("a thread waits for a lock that it holds");
         abort();
     }
     static ROUNDS: AtomicU64 = AtomicU64::new(0);
     sys::yield_now();
-    if ROUNDS.fetch_add(1, Ordering::Relaxed) % 1024 == 1023 && !identity::is_alive(holder) {
+    let look = ROUNDS.fetch_add(1, Ordering::Relaxed) % 1024 == 1023;
+    if look && !identity::is_alive(holder) && holds() {
         family::end_torn(holder);
     }
 }
@@ -558,5 +560,20 @@ impl Wake for Flag {
         } else if let Some(family) = family::family() {
             wait::ring(family.kick);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_holder_that_died_after_it_had_let_go_ends_nobody() {
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        child.wait().unwrap();
+        assert!(!identity::is_alive(child.id()));
+        // Every 1024th round looks.
+        (0..2048).for_each(|_| yield_to(child.id(), &|| false));
+        family::wait_for(child.id(), || false);
     }
 }

@@ -99,10 +99,9 @@ pub fn start() {
     if STARTED.swap(me, Ordering::Relaxed) == me {
         return;
     }
-    // A new thread inherits its maker's mask: block what can be blocked for the moment. Past
-    // libc's functions, which the preload library replaces.
-    let blocked = !wait::synchronous_signals();
-    let before = set_mask(blocked);
+    // A new thread inherits its maker's mask. Nothing may hit it while it begins, not even an order
+    // to die. Past libc's functions, which the preload library replaces.
+    let before = set_mask(u64::MAX);
     let builder = std::thread::Builder::new().name("postern-service".into()).stack_size(256 << 10);
     if builder.spawn(run).is_ok() {
         MADE_IN.store(me, Ordering::Release);
@@ -138,6 +137,7 @@ fn run() {
     THREAD.store(inside::thread_id(), Ordering::Relaxed);
     process.set_served();
     RUNS_IN.store(process.id(), Ordering::Release);
+    set_mask(!wait::synchronous_signals());
     let mut census_ns = now_ns();
     let mut drives = 0;
     loop {

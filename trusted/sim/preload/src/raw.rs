@@ -216,25 +216,16 @@ pub unsafe fn process_call(number: c_long, arguments: Arguments) -> Option<c_lon
             state::drain(true);
             None
         }
-        libc::SYS_kill if int(b) == libc::SIGKILL => {
-            death::kill(int(a));
-            None
-        }
-        libc::SYS_tkill if int(b) == libc::SIGKILL => {
-            death::kill(int(a));
-            None
-        }
-        libc::SYS_tgkill if int(c) == libc::SIGKILL => {
-            death::kill(int(a));
-            None
-        }
-        libc::SYS_rt_sigqueueinfo if int(b) == libc::SIGKILL => {
-            death::kill(int(a));
-            None
-        }
-        libc::SYS_pidfd_send_signal if int(b) == libc::SIGKILL => {
-            if let Ok(process) = death::process_of(int(a)) {
-                death::kill(process);
+        libc::SYS_kill
+        | libc::SYS_tkill
+        | libc::SYS_tgkill
+        | libc::SYS_rt_sigqueueinfo
+        | libc::SYS_pidfd_send_signal => {
+            let signal = if number == libc::SYS_tgkill { c } else { b };
+            if int(signal) == libc::SIGKILL {
+                let by_descriptor = number == libc::SYS_pidfd_send_signal;
+                let target = if by_descriptor { death::process_of(int(a)) } else { Ok(int(a)) };
+                let _ = target.map(death::kill);
             }
             None
         }

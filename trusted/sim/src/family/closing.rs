@@ -7,7 +7,7 @@ use core::sync::atomic::Ordering;
 
 use postern_trusted::errno::Errno;
 
-use super::{Family, OpenVolume, Source, State, standing::Core, wait_for};
+use super::{Family, OpenVolume, Source, State, standing::Core};
 use crate::{
     directory::{HostFile, Member},
     identity, process,
@@ -112,7 +112,7 @@ impl Family {
     pub fn wait_for_rest(&self, index: usize) {
         while let Some(entry) = self.entry(index) {
             let State::Busy(by) = entry.slot.lock().state else { return };
-            wait_for(by);
+            entry.wait_for(by);
         }
     }
 }

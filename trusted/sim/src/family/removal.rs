@@ -8,7 +8,7 @@
 
 use postern_trusted::errno::Errno;
 
-use super::{Family, OpenVolume, State, wait_for};
+use super::{Family, OpenVolume, State};
 use crate::{identity, process};
 
 impl Family {
@@ -36,7 +36,7 @@ impl Family {
                 State::Busy(by) => {
                     let by = *by;
                     drop(slot);
-                    wait_for(by);
+                    entry.wait_for(by);
                 }
             }
         }

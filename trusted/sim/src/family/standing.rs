@@ -408,7 +408,8 @@ impl Standing {
                 _ => return false,
             }
         };
-        if by != me && !identity::is_alive(by) {
+        let still = || matches!(self.inner.lock().place, Place::Coming(now) if now == by);
+        if by != me && !identity::is_alive(by) && still() {
             super::end_torn(by);
         }
         false

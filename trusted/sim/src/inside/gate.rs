@@ -41,10 +41,13 @@ pub fn prepare() {
 }
 
 impl Inside {
-    /// Whether the thread may pass without a further look.
+    /// Whether the thread may pass without a further look: it is known, and the gate is as it was
+    /// when it became so.
     #[inline]
     pub(super) fn passes(&self) -> bool {
-        self.pass.load(Ordering::Relaxed) == identity::gate().load(Ordering::Relaxed)
+        let gate = identity::gate().load(Ordering::Relaxed);
+        // Zeros are a gate at which nobody has registered, and a thread that has not.
+        gate != 0 && gate == self.pass.load(Ordering::Relaxed)
     }
 
     /// The thread has announced itself with `depth`, and does not pass: registers it, or lets it
