@@ -159,7 +159,8 @@ fn an_open_file_of_a_directory_is_never_older_than_its_last_sync_where_the_count
 #[test]
 fn what_a_kill_left_without_a_name_goes_also_after_the_counter_was_reset() {
     let Some(world) = World::new() else { return };
-    killed_in_directory(&world, "checkpoint", "echo one > /data/f; sync /data/f");
+    // Open when it is killed: else the index has been closed before.
+    killed_in_directory(&world, "checkpoint", "exec 3<>/data/f; echo one >&3; sync /data/f");
     let stray = world.path("d").join("0123456789abcdef0123456789abcdef");
     fs::write(&stray, "a volume that was just being made").unwrap();
     end(&mut world.postern(["counter", "reset", "d", "--counter", "file:c"])).expect(0);
