@@ -366,10 +366,11 @@ impl Directory {
     /// Whether all names that were given are durable, and all records where each sync is recorded.
     fn is_published(&self) -> bool {
         self.state.lock().as_ref().is_none_or(|loaded| {
+            let behind = self.counts_syncs() && loaded.records.is_behind();
             loaded.backlog.names_since.is_none()
                 && !loaded.backlog.writing
                 && !loaded.failed
-                && !(self.counts_syncs() && loaded.records.is_behind())
+                && !behind
         })
     }
 
