@@ -211,9 +211,7 @@ impl Volume {
             if !queued.is_empty() {
                 core.journal.drop_pending(|p| p.eager.is_some_and(|e| queued.contains(&e)));
             }
-            if !core.is(canary!(StaleMaps)) {
-                core.journal.supersede(&frozen);
-            }
+            core.journal.supersede(&frozen);
             core.journal.interval += 1;
             core.checkpoints.owed = nodes_worst(core.geometry.capacity, frozen.weight()) + 8;
             let birth = core.birth;

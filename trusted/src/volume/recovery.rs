@@ -537,8 +537,7 @@ impl Opening {
             volume.remember(key);
             let epoch = Epoch { id, salt, key_version, tabled: false };
             self.settle(disk, &volume, epoch, &replay.skipped).await?;
-            let leaves = volume.core.lock().is(canary!(DirtyTail));
-            if self.may_have_lost_a_write(&replay.skipped) && !leaves {
+            if self.may_have_lost_a_write(&replay.skipped) {
                 volume.clear_tail(disk).await.map_err(|errno| failed(0, errno))?;
             }
             volume.register_opening().await?;

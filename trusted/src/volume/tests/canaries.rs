@@ -61,7 +61,5 @@ canaries! {
     a_write_of_a_dead_guest_that_lands_in_the_next_session_is_caught => LateWrites from 263,
     a_place_given_out_while_it_is_being_written_is_caught => InFlightSettled from 1,
     two_blocks_sealed_under_one_nonce_are_caught => SharedNonce from 1,
-    a_punched_write_that_is_published_after_the_cut_is_caught => StaleMaps from 1,
-    a_recovery_that_leaves_bytes_behind_the_end_is_caught => DirtyTail from 1,
     a_flush_believed_after_one_that_failed_is_caught => FlushAgain from 1,
 }

@@ -174,20 +174,6 @@ impl Sim {
             Canary::LateWrites => Plan { depth: 8, syncs: 45.0, power: 10.0, newest: 70.0, ..plan },
             // Needs a write on its way during a whole checkpoint.
             Canary::InFlightSettled => Plan { depth: 8, newest: 90.0, ..plan },
-            // Needs a journal block between a write and the hole in it, and a cut right there.
-            Canary::StaleMaps => {
-                Plan { depth: 8, syncs: 15.0, resize: 15.0, large: 40.0, hot: 12, ..plan }
-            }
-            // Needs a shrink within a block of which the size survives alone, and a growth.
-            Canary::DirtyTail => Plan {
-                depth: 8,
-                syncs: 15.0,
-                resize: 15.0,
-                large: 40.0,
-                power: 100.0,
-                faults: Faults::default(),
-                ..plan
-            },
             Canary::FlushAgain => {
                 Plan { syncs: 45.0, faults: Faults { flush: 5.0, ..Faults::default() }, ..plan }
             }

@@ -82,10 +82,6 @@ pub(crate) enum Canary {
     InFlightSettled,
     /// Seals of one request share a counter.
     SharedNonce,
-    /// Writes that were punched before a cut may be published after it.
-    StaleMaps,
-    /// A recovery leaves what lies behind the end in the last block.
-    DirtyTail,
     /// A failed flush is asked for again, and the next one believed.
     FlushAgain,
 }
