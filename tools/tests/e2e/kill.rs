@@ -108,6 +108,28 @@ fn every_confirmed_write_survives_kills_of_the_program() {
     kill_in_rounds("synclog", Some(137));
 }
 
+/// Past the library: nothing is closed or written back at the end.
+#[test]
+fn what_was_stored_in_a_mapping_and_synced_survives_a_kill() {
+    let Some(world) = World::new() else { return };
+    let Some(program) = world.guest("mapper") else { return };
+    let volume = world.format("v", "2M");
+    let (file, sign) = (OsString::from("/sealed/data"), world.path("sign"));
+    let words =
+        |mode: &str| [program.clone().into(), mode.into(), file.clone(), sign.clone().into()];
+    let mut running = begin(&mut world.run(&volume, words("store")));
+    until("stored and synced", || {
+        assert!(running.is_running() || sign.exists(), "the guest ended by itself");
+        sign.exists().then_some(())
+    });
+    let all = children(running.pid());
+    signal("KILL", all.into_iter().find(|&pid| name_of(pid) == "mapper").unwrap());
+    running.wait().expect(137);
+    let checked = end(&mut world.run(&volume, words("check"))).expect(0);
+    assert_eq!(checked.stdout, "0 bytes are wrong\n");
+    end(&mut world.postern(["verify", "v"])).expect(0);
+}
+
 #[test]
 fn every_confirmed_write_survives_kills_of_the_daemon() {
     kill_in_rounds("posternd", None);

@@ -53,7 +53,7 @@ fn fio_lays_out_a_volume_that_is_new() {
 
 #[test]
 fn fio_verifies_with_each_of_its_engines() {
-    let engines = "libaio posixaio psync pvsync pvsync2 sync vsync";
+    let engines = "libaio posixaio psync pvsync pvsync2 sync vsync mmap";
     same(
         &["fio"],
         &format!(
@@ -72,7 +72,9 @@ fn fio_verifies_files_of_forked_jobs_and_of_threads() {
         &["fio"],
         &format!(
             "for thread in 0 1; do {FIO} --name=x --numjobs=3 --nrfiles=4 --thread=$thread \
-             --ioengine=libaio --direct=1 --iodepth=8 --group_reporting --unlink=1; ls; done; \
+             --ioengine=libaio --direct=1 --iodepth=8 --group_reporting --unlink=1; ls; \
+             {FIO} --name=m --numjobs=3 --nrfiles=2 --thread=$thread --ioengine=mmap \
+             --fdatasync=50 || echo mapped files fail; rm m.*; done; \
              {FIO} --name=x --filename=one --numjobs=4 --size=1m --offset_increment=1m \
              --ioengine=libaio --direct=1 --iodepth=8; wc -c one"
         ),
@@ -97,9 +99,10 @@ fn stress_ng_finds_nothing_wrong() {
 fn sysbench_runs_on_files_it_prepared_and_cleans_up() {
     same(
         &["sysbench"],
-        "for mode in async sync; do for step in prepare run cleanup; do \
+        "for mode in async sync mmap; do for step in prepare run cleanup; do \
+         flags=direct; test $mode = mmap && flags=; \
          sysbench fileio --file-total-size=4M --file-num=4 --file-test-mode=rndrw --time=0 \
-         --events=500 --file-io-mode=$mode --file-extra-flags=direct $step > /dev/null \
+         --events=500 --file-io-mode=$mode --file-extra-flags=$flags $step > /dev/null \
          || echo $mode $step; ls; done; done",
     );
 }
@@ -139,6 +142,24 @@ fn sqlite_commits_with_every_journal_of_files() {
          sqlite3 c 'create table t(a)'; for job in 1 2 3; do (for n in 1 2 3; do \
          sqlite3 -cmd '.timeout 60000' c \"insert into t values($job * 10 + $n)\"; done) & done; \
          wait; sqlite3 c 'select count(*), sum(a) from t; pragma integrity_check'",
+    );
+}
+
+/// The index of the log is a mapping that its processes share and store to.
+#[test]
+fn sqlite_commits_with_a_write_ahead_log_and_reads_by_mappings() {
+    same(
+        &["sqlite3"],
+        "sqlite3 x 'pragma journal_mode=wal; create table t(a, b); begin; insert into t select \
+         value, hex(zeroblob(50)) from generate_series(1, 2000); commit; delete from t where a % 3'; \
+         sqlite3 x 'select count(*), sum(a) from t; pragma integrity_check'; \
+         for job in 1 2 3; do (for n in 1 2 3; do sqlite3 -cmd '.timeout 60000' x \
+         \"insert into t values($job * 10 + $n, 7)\"; done) & done; wait; \
+         sqlite3 x 'pragma mmap_size=1000000; select count(*), sum(a) from t; insert into t \
+         values(5, 5); select count(*), sum(a) from t; pragma wal_checkpoint(truncate); pragma \
+         integrity_check'; ls; for job in 1 2; do (yes 'insert into t values(1, 1);' | head -20 | \
+         sqlite3 -cmd '.timeout 60000' x) & done; wait; sqlite3 x 'select count(*), sum(a) from t; \
+         pragma integrity_check'",
     );
 }
 

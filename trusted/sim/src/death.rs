@@ -247,6 +247,12 @@ fn state(id: u32) -> Option<u8> {
     state.filter(|state| !matches!(state, b'Z' | b'X'))
 }
 
+/// Whether process `id` has ended, also if its parent does not know yet.
+#[must_use]
+pub fn has_ended(id: u32) -> bool {
+    id != identity::process_id() && state(id).is_none()
+}
+
 /// Whether a process has not ended; lets one that is stopped go on.
 fn lives(id: u32) -> bool {
     let state = state(id);

@@ -31,10 +31,10 @@ use crate::{
     arena,
     config::{self, RunConfig, VolumeConfig},
     directory::{Directory, Member},
-    files::{self, locks::Locks},
+    files::{self, locks::Locks, unwritten::Unwritten},
     identity,
     inheritance::Inheritance,
-    message,
+    mapped, message,
     process::{self, Process},
     spin::Tickets,
     sys, wait,
@@ -63,6 +63,8 @@ pub struct Family {
     pub inheritance: Inheritance,
     /// `aio-nr`: what the AIO contexts of all processes of the family were made for.
     pub aio_nr: AtomicU64,
+    /// What the files that are mapped shared have in common.
+    pub mapped: mapped::Totals,
     processes: Lock<Vec<&'static Process>>,
 }
 
@@ -138,8 +140,12 @@ pub struct OpenVolume {
     /// It was closed cleanly before.
     pub clean: bool,
     standing: Arc<Standing>,
+    /// What Linux would still have to write.
+    pub unwritten: Unwritten,
     /// Times that it was lost with what had not been published: see [`Self::losses`].
     losses: AtomicU32,
+    /// What a mapping of it shows.
+    pub(crate) mapped: mapped::Slot,
     failed: AtomicBool,
 }
 
@@ -150,7 +156,9 @@ impl OpenVolume {
             member,
             clean,
             standing: Standing::new(core),
+            unwritten: Unwritten::default(),
             losses: AtomicU32::new(0),
+            mapped: mapped::Slot::default(),
             failed: AtomicBool::new(false),
         }
     }
@@ -163,6 +171,13 @@ impl OpenVolume {
                  open the volume again to recover"
             ));
         }
+    }
+
+    /// Says that acknowledged data was lost, and has each open file say so once ([`Self::losses`]).
+    pub(crate) fn tell_loss(&self, what: &str, errno: Errno) {
+        self.losses.fetch_add(1, Ordering::Release);
+        let path = family().map_or_else(String::new, |family| family.guest_path(self.index));
+        self.report(&path, what, errno);
     }
 
     /// Holds the volume, waiting for it as for a lock while another program has it.
@@ -313,6 +328,7 @@ impl Family {
             locks: Locks::new(),
             inheritance: Inheritance::new(),
             aio_nr: AtomicU64::new(0),
+            mapped: mapped::Totals::default(),
             processes: Lock::new(Vec::with_capacity(64)),
         }
     }

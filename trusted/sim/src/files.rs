@@ -21,6 +21,7 @@ pub mod placeholder;
 pub mod snapshot;
 pub mod table;
 pub mod transfer;
+pub mod unwritten;
 
 use core::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
 use std::sync::Arc;
@@ -30,6 +31,10 @@ use postern_trusted::errno::Errno;
 use crate::{
     directory::{self, Listing},
     family, identity,
+    mapped::{
+        self,
+        areas::{self, Hold},
+    },
     runtime::{self, OpenVolume},
     sys,
 };
@@ -322,6 +327,11 @@ fn forget(fd: i32, file: Arc<OpenFile>) {
     if !(EXECUTING.load(Ordering::Relaxed) && survives_exec(fd)) {
         file.release_locks();
     }
+    give_back(file);
+}
+
+/// One reference less to `file`; with the last one of the family the volume is closed.
+pub(crate) fn give_back(file: Arc<OpenFile>) {
     let index = file.index;
     if Arc::into_inner(file).is_some() {
         runtime::settle(index);
@@ -402,8 +412,9 @@ fn forget_range(first: u32, last: u32, flags: u32) {
     }
 }
 
-/// Every number in this process stops leading to a file: the process ends.
+/// Every number and mapping in this process stops leading to a file: the process ends.
 pub fn close_all() {
+    areas::release_all();
     forget_range(0, u32::MAX, 0);
     attributes::release_held();
 }
@@ -474,12 +485,22 @@ pub fn close_internal(fd: i32) {
 /// The references that a child's copy of the table stands for, while a fork is under way. Dropping
 /// it gives them back.
 #[must_use]
-pub struct Transit(Vec<Arc<OpenFile>>);
+pub struct Transit {
+    files: Vec<Arc<OpenFile>>,
+    holds: Vec<Arc<Hold>>,
+}
 
 impl Transit {
     /// The fork came about: the references are the child's now.
-    pub fn arrived(self) {
-        self.0.into_iter().for_each(core::mem::forget);
+    pub fn arrived(mut self) {
+        core::mem::take(&mut self.files).into_iter().for_each(core::mem::forget);
+        core::mem::take(&mut self.holds).into_iter().for_each(core::mem::forget);
+    }
+}
+
+impl Drop for Transit {
+    fn drop(&mut self) {
+        core::mem::take(&mut self.holds).into_iter().for_each(areas::release);
     }
 }
 
@@ -488,12 +509,14 @@ impl Transit {
 pub fn fork_prepare() -> Transit {
     attributes::fork_prepare();
     directory::cwd::fork_prepare();
-    Transit(TABLE.fork_prepare())
+    let holds = mapped::fork_prepare();
+    Transit { files: TABLE.fork_prepare(), holds }
 }
 
 /// After a fork, in the parent, whether it came about or not.
 pub fn fork_parent() {
     TABLE.fork_parent();
+    mapped::fork_parent();
     directory::cwd::fork_done();
     attributes::fork_done();
 }
@@ -501,6 +524,7 @@ pub fn fork_parent() {
 /// After a fork, in the child.
 pub fn fork_child() {
     TABLE.fork_child();
+    mapped::fork_child();
     directory::cwd::fork_done();
     attributes::fork_done();
 }

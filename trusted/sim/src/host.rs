@@ -415,6 +415,9 @@ impl OpenFile {
         if !direct || length == 0 {
             return Ok(());
         }
+        if request.flags.nowait() && self.waits_for_writeback(offset, length) {
+            return stop(Errno::EAGAIN);
+        }
         // Only an overwrite can be started without waiting.
         if write && request.flags.nowait() {
             let end = offset.saturating_add(request.buffer.len() as u64);

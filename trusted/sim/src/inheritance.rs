@@ -22,7 +22,9 @@ use postern_trusted::{errno::Errno, sync::Lock};
 use crate::{
     family::family,
     files::{self, OpenFile, placeholder},
-    identity, message, process, sys,
+    identity,
+    mapped::areas::{self, Hold},
+    message, process, sys,
 };
 
 /// The family's open files by number, and what is on its way through an exec.
@@ -36,8 +38,18 @@ pub struct Inheritance {
 struct Lease {
     process: u32,
     files: Vec<Arc<OpenFile>>,
+    /// Of its mappings, which end with the exec.
+    holds: Vec<Arc<Hold>>,
     /// The connection to the daemon that keeps the session until the new program has one, or -1.
     connection: i32,
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        core::mem::take(&mut self.holds).into_iter().for_each(areas::release);
+        // What closes a volume comes last.
+        drop(core::mem::take(&mut self.files));
+    }
 }
 
 /// A connection that this program was left, until it has one of its own; -1 is none.
@@ -129,14 +141,15 @@ pub fn adopt() {
             files::adopt(fd, file);
         }
     });
-    for Lease { files, connection, .. } in inheritance.take(identity::process_id()) {
+    for lease in inheritance.take(identity::process_id()) {
+        let connection = lease.connection;
         if connection >= 0 {
             let _ = sys::fcntl(connection, libc::F_SETFD, libc::FD_CLOEXEC as usize);
             files::mark_internal(connection);
             LEFT.store(connection, Ordering::Relaxed);
         }
         // Last: giving a file back may close its volume, over that connection.
-        drop(files);
+        drop(lease);
     }
 }
 
@@ -150,9 +163,9 @@ pub fn connected() {
 
 /// Just before exec, also in a vfork child: keeps `files` alive for the next program, and the
 /// session with the daemon. Nothing may make a connection afterwards.
-pub fn hand_over(files: Vec<Arc<OpenFile>>) {
+pub fn hand_over(files: Vec<Arc<OpenFile>>, holds: Vec<Arc<Hold>>) {
     let Some(family) = family() else { return };
-    if files.is_empty() {
+    if files.is_empty() && holds.is_empty() {
         return;
     }
     let own = process::known().and_then(process::Process::linked).map(|link| link.socket());
@@ -160,7 +173,7 @@ pub fn hand_over(files: Vec<Arc<OpenFile>>) {
     if connection >= 0 {
         let _ = sys::fcntl(connection, libc::F_SETFD, 0);
     }
-    let lease = Lease { process: sys::getpid(), files, connection };
+    let lease = Lease { process: sys::getpid(), files, holds, connection };
     family.inheritance.leases.lock().push(lease);
 }
 
@@ -178,7 +191,10 @@ pub fn after_failed_exec() {
             }
         });
     }
-    for lease in family.inheritance.take(me) {
+    for mut lease in family.inheritance.take(me) {
+        if lease.process == me && me == identity::process_id() {
+            areas::take_back(core::mem::take(&mut lease.holds));
+        }
         if lease.connection >= 0 {
             let _ = sys::fcntl(lease.connection, libc::F_SETFD, libc::FD_CLOEXEC as usize);
         }
@@ -201,7 +217,7 @@ impl Spawn {
         if let Some(family) = family()
             && !self.0.is_empty()
         {
-            let lease = Lease { process: child, files: self.0, connection: -1 };
+            let lease = Lease { process: child, files: self.0, holds: Vec::new(), connection: -1 };
             family.inheritance.leases.lock().push(lease);
         }
     }

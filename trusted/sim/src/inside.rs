@@ -46,11 +46,18 @@ pub struct Inside {
     /// The thread's id in process [`Self::process`]; another one after a fork.
     thread: AtomicU32,
     process: AtomicU32,
+    /// What was deferred first has a handler with `SA_RESTART`.
+    restarts: AtomicU32,
+    _rest: u32,
 }
 
-const BYTES: usize = 48;
+const BYTES: usize = 56;
 const _: () = assert!(size_of::<Inside>() == BYTES);
 const _: () = assert!(core::mem::offset_of!(Inside, deferred) == 4);
+
+/// A call that a handler with `SA_RESTART` interrupted: whoever made it runs the handler
+/// ([`outside`]) and makes it again. Linux's `ERESTARTSYS`, which no program sees.
+pub const RESTART: Errno = Errno(512);
 
 /// What [`hold`] adds.
 const HELD: u32 = 1 << 16;
@@ -287,7 +294,8 @@ pub const NEVER_BLOCKED: u64 = {
         | bit(33)
 };
 
-/// For a signal handler: if its thread is inside, defers the signal and answers `true`.
+/// For a signal handler: if its thread is inside, defers the signal and answers `true`. `restarts`:
+/// the guest's handler has `SA_RESTART`.
 ///
 /// # Safety
 /// `info` and `context` are what the kernel gave to the handler that calls this.
@@ -295,6 +303,7 @@ pub unsafe fn defer(
     signal: i32,
     info: *mut libc::siginfo_t,
     context: *mut libc::ucontext_t,
+    restarts: bool,
 ) -> bool {
     let here = here();
     if here.depth.load(Ordering::Relaxed) == 0 {
@@ -321,8 +330,20 @@ pub unsafe fn defer(
         mask.write_unaligned(!NEVER_BLOCKED);
         skip_call(context);
     }
+    // Of several nested handlers too the outermost decides: the kernel delivered its signal first.
+    here.restarts.store(restarts.into(), Ordering::Relaxed);
     here.deferred.store(1, Ordering::Relaxed);
     true
+}
+
+/// What a call answers that ended with `EINTR` and that Linux makes again after a handler with
+/// `SA_RESTART`: `EINTR` or [`RESTART`].
+#[must_use]
+pub fn interrupted() -> Errno {
+    let here = here();
+    let [deferred, restarts] =
+        [&here.deferred, &here.restarts].map(|word| word.load(Ordering::Relaxed) != 0);
+    if deferred && restarts && !is_dying() { RESTART } else { Errno::EINTR }
 }
 
 /// A call of the leaf that has not been made is not made.

@@ -12,7 +12,7 @@ use core::{
 };
 
 use postern_trusted::{
-    aio::{KernelContext, KernelIocb, RingMapping},
+    aio::{KernelContext, KernelIocb, RingMapping, hurry, take_time},
     errno::Errno,
 };
 
@@ -112,6 +112,21 @@ pub fn signal(eventfd: i32) {
     destroy(id);
 }
 
+/// Whether io_submit(2) of this may wait for as long as it takes, until a signal comes.
+fn may_wait(iocb: &KernelIocb) -> bool {
+    const RWF_NOWAIT: u64 = 0x8;
+    const O_NONBLOCK: usize = libc::O_NONBLOCK as usize;
+    let [flags, target] = [1, 2].map(|word: usize| iocb[word].load(Ordering::Relaxed));
+    // Opcodes of PREAD, PWRITE, PREADV, PWRITEV.
+    if !matches!(target & 0xffff, 0 | 1 | 7 | 8) || flags >> 32 & RWF_NOWAIT != 0 {
+        return false;
+    }
+    let fd = ((target >> 32) as u32).cast_signed();
+    let kind = sys::fstat(fd).map(|it| it.st_mode & libc::S_IFMT);
+    let waits = sys::fcntl(fd, libc::F_GETFL, 0).is_ok_and(|flags| flags & O_NONBLOCK == 0);
+    waits && kind.is_ok_and(|kind| !matches!(kind, libc::S_IFREG | libc::S_IFBLK | libc::S_IFDIR))
+}
+
 impl KernelContext for Hidden {
     fn ring(&self) -> &RingMapping {
         &self.ring
@@ -131,11 +146,25 @@ impl KernelContext for Hidden {
                 let arguments = [self.id, 1, array, 0, 0, 0];
                 inside::interruptible(libc::SYS_io_submit, arguments, None)
             };
-            match answer {
-                // Not the kernel's answer: a handler is to run before the call is made.
-                Err(Errno::EINTR) => inside::outside(|| ()),
-                other => break other?,
+            if answer != Err(Errno::EINTR) {
+                break answer?;
             }
+            // Not the kernel's answer: a handler is to run, and its signal would be pending in the
+            // kernel. It ends all that would wait in this call of the guest's, and nothing else.
+            let may_wait = may_wait(iocb);
+            if may_wait {
+                hurry(iocb);
+            }
+            // SAFETY: as above.
+            let hurried = sys::check(unsafe {
+                sys::syscall6(libc::SYS_io_submit, self.id, 1, array, 0, 0, 0)
+            });
+            if !may_wait || hurried != Err(Errno::EOPNOTSUPP) {
+                break hurried?;
+            }
+            // A file that only knows how to wait: the handler runs first.
+            take_time(iocb);
+            inside::outside(|| ());
         };
         if accepted == 1 { Ok(()) } else { Err(Errno::EAGAIN) }
     }

@@ -21,6 +21,7 @@ pub mod inside;
 pub mod kernel_aio;
 pub mod limits;
 pub mod link;
+pub mod mapped;
 pub mod message;
 pub mod posix_aio;
 pub mod process;

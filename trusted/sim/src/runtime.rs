@@ -3,11 +3,15 @@
 use core::sync::atomic::{AtomicU32, Ordering};
 use std::sync::Arc;
 
-use postern_trusted::{errno::Errno, platform::Buffer, port::LaneFile, volume::Volume};
+use postern_trusted::{errno::Errno, platform::Buffer, port::LaneFile};
 
 pub use crate::family::OpenVolume;
 use crate::{
-    family::family, files, host, identity, inheritance, inside::gate, process, service, sys, wait,
+    family::{family, standing::Held},
+    files, host, identity, inheritance,
+    inside::gate,
+    mapped::areas,
+    process, service, sys, wait,
 };
 
 /// Whether `postern run` started this program: otherwise every symbol just passes on.
@@ -57,7 +61,7 @@ impl OpenVolume {
     /// # Errors
     /// `EIO` for damage or a broken host; `EFAULT` for the buffer.
     pub fn read(&self, offset: u64, buffer: &impl Buffer) -> Result<usize, Errno> {
-        self.run(async |volume, disk| volume.read(disk, offset, buffer).await)
+        self.run(async |held, disk| self.load((held, disk), offset, buffer).await)
     }
 
     /// fsync(2).
@@ -75,7 +79,8 @@ impl OpenVolume {
     /// # Errors
     /// `EFBIG` beyond the capacity, `EIO`.
     pub fn truncate(&self, size: u64) -> Result<(), Errno> {
-        self.change(async |volume, disk| volume.truncate(disk, size).await)
+        self.unwritten.remove(size, u64::MAX);
+        self.change(async |held, disk| self.cut((held, disk), size).await)
     }
 
     /// Makes a range read as zeros; the size stays.
@@ -83,7 +88,9 @@ impl OpenVolume {
     /// # Errors
     /// `EIO`, `ENOSPC`.
     pub fn punch(&self, offset: u64, length: u64) -> Result<(), Errno> {
-        self.change(async |volume, disk| volume.punch(disk, offset, length).await)
+        self.unwritten.remove(offset, length);
+        let end = offset.saturating_add(length);
+        self.change(async |held, disk| self.clear((held, disk), offset..end).await)
     }
 
     /// Bytes in the guest's file; while another program has the volume, as they were last.
@@ -101,21 +108,21 @@ impl OpenVolume {
     /// A change of the guest's file, which moves its times.
     pub(crate) fn change<T>(
         &self,
-        job: impl AsyncFnOnce(&Volume, &LaneFile) -> Result<T, Errno>,
+        job: impl AsyncFnOnce(&Held, &LaneFile) -> Result<T, Errno>,
     ) -> Result<T, Errno> {
-        self.run(async |volume, disk| {
-            self.touch(volume);
-            job(volume, disk).await
+        self.run(async |held, disk| {
+            self.touch(&held.volume);
+            job(held, disk).await
         })
     }
 
     fn run<T>(
         &self,
-        job: impl AsyncFnOnce(&Volume, &LaneFile) -> Result<T, Errno>,
+        job: impl AsyncFnOnce(&Held, &LaneFile) -> Result<T, Errno>,
     ) -> Result<T, Errno> {
         let held = self.hold()?;
         let disk = held.disk_for_guest(wait::now_ns())?;
-        process::current().block_on(job(&held.volume, &disk))
+        process::current().block_on(job(&held, &disk))
     }
 }
 
@@ -156,7 +163,7 @@ fn strike_out() {
 /// Waits until the other threads have come out of the shut gate. One that stays inside although
 /// nothing is under way cannot be waited for.
 fn await_others() {
-    const PATIENCE_NS: u64 = 1_000_000_000;
+    const PATIENCE_NS: u64 = 10_000_000_000;
     let mut since = wait::now_ns();
     while !gate::all_are_out() && wait::now_ns() - since < PATIENCE_NS {
         match process::known() {
@@ -185,8 +192,9 @@ pub fn exec_drain() {
         family.sync_all();
     }
     files::set_executing(true);
+    let holds = areas::lend();
     leave();
-    inheritance::hand_over(files);
+    inheritance::hand_over(files, holds);
     strike_out();
 }
 

@@ -367,17 +367,25 @@ pub fn is_in_group(group: u32) -> bool {
     count > 0 && groups.get(..found).is_some_and(|groups| groups.contains(&group))
 }
 
-/// The size of the file behind `fd`, in bytes.
+/// fstat(2).
 ///
 /// # Errors
-/// What fstat(2) says.
-pub fn file_size(fd: i32) -> Result<u64, Errno> {
+/// What the kernel answers.
+pub fn fstat(fd: i32) -> Result<libc::stat, Errno> {
     // SAFETY: all-zero is a valid stat: it has only integers.
     let mut stat: libc::stat = unsafe { core::mem::zeroed() };
     let to = (&raw mut stat) as usize;
     // SAFETY: the kernel writes one stat to `stat`.
     check(unsafe { syscall6(libc::SYS_fstat, word(fd), to, 0, 0, 0, 0) })?;
-    Ok(stat.st_size.cast_unsigned())
+    Ok(stat)
+}
+
+/// The size of the file behind `fd`, in bytes.
+///
+/// # Errors
+/// What fstat(2) says.
+pub fn file_size(fd: i32) -> Result<u64, Errno> {
+    fstat(fd).map(|stat| stat.st_size.cast_unsigned())
 }
 
 /// getdents64(2): the length of what was put into `out`, 0 at the end.

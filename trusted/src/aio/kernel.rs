@@ -38,7 +38,8 @@ pub trait KernelContext: Send + Sync {
     /// [`super::AioContexts::deliver`] or waits on a context.
     fn bell(&self) -> i32;
 
-    /// io_submit(2) of this one iocb. Blocks where the kernel blocks.
+    /// io_submit(2) of this one iocb. Blocks where the kernel blocks. While a signal is to be handled
+    /// that the kernel does not know of any more it must not: see [`hurry`].
     ///
     /// # Errors
     /// What the kernel answers.
@@ -53,10 +54,33 @@ pub trait KernelContext: Send + Sync {
 
 /// Where `aio_data` lies in the words of an iocb.
 const DATA: usize = 0;
+/// Where `aio_key` (low half) and `aio_rw_flags` (high half) lie.
+const KEY_RW_FLAGS: usize = 1;
+/// `RWF_NOWAIT`, in that word.
+const NOWAIT: u64 = 0x8 << 32;
+/// In `aio_data`, of a request that [`hurry`] was called for.
+const HURRIED: u64 = 1 << 31;
 /// Where `aio_flags` (low half) and `aio_resfd` (high half) lie.
 const FLAGS_RESFD: usize = 7;
 /// `IOCB_FLAG_RESFD`.
 const FLAG_RESFD: u64 = 1;
+
+const WOULD_WAIT: i64 = -(Errno::EAGAIN.0 as i64);
+const INTERRUPTED: i64 = -(Errno::EINTR.0 as i64);
+
+/// Makes a request that may wait for the other end of a pipe, a socket or the like one that does
+/// not: where it would wait, its result is `EINTR`, as if a signal had come. For the kernel that is
+/// `RWF_NOWAIT`; not for regular files, nor for a request that would not wait anyway.
+pub fn hurry(iocb: &KernelIocb) {
+    iocb[DATA].fetch_or(HURRIED, Ordering::Relaxed);
+    iocb[KEY_RW_FLAGS].fetch_or(NOWAIT, Ordering::Relaxed);
+}
+
+/// Takes [`hurry`] back: the kernel has refused the request with `EOPNOTSUPP`.
+pub fn take_time(iocb: &KernelIocb) {
+    iocb[DATA].fetch_and(!HURRIED, Ordering::Relaxed);
+    iocb[KEY_RW_FLAGS].fetch_and(!NOWAIT, Ordering::Relaxed);
+}
 
 /// Events moved with the lock held once.
 const FEW: usize = 16;
@@ -114,7 +138,7 @@ impl Token {
 
     #[allow(clippy::cast_possible_truncation)]
     const fn parse(data: u64) -> Self {
-        Self { entry: data as u32, number: (data >> 32) as u32 }
+        Self { entry: (data & !HURRIED) as u32, number: (data >> 32) as u32 }
     }
 }
 
@@ -130,7 +154,9 @@ impl State {
             Some(place) => place,
             None => {
                 let room = self.entries.try_reserve(1).and(self.free.try_reserve(1));
-                let (Ok(()), Ok(place)) = (room, u32::try_from(self.entries.len())) else {
+                // One bit of an `aio_data` is not the entry's.
+                let place = i32::try_from(self.entries.len()).map(i32::cast_unsigned);
+                let (Ok(()), Ok(place)) = (room, place) else {
                     return Err((done, Errno::ENOMEM));
                 };
                 let iocb = Arc::new(array::from_fn(|_| AtomicU64::new(0)));
@@ -289,7 +315,11 @@ impl Context {
             let event = Event::parse(&bytes);
             head = (head + 1) % slots;
             if let Some(mut done) = state.take(Token::parse(event.data)) {
-                let have = done.store_event(event.res);
+                let res = match event.res {
+                    WOULD_WAIT if event.data & HURRIED != 0 => INTERRUPTED,
+                    res => res,
+                };
+                let have = done.store_event(res);
                 moved[count] = Some((done, have));
             }
             count += 1;

@@ -32,7 +32,7 @@ use context::Context;
 pub use host::{
     AioFile, AioHost, Descriptor, EventCounter, FileTraits, Signals, Wait, WaitEnd, WaitKey,
 };
-pub use kernel::{KernelContext, KernelIocb};
+pub use kernel::{KernelContext, KernelIocb, hurry, take_time};
 pub use request::{GuestVector, MAX_RW_BYTES, Op, Request, RwFlags};
 pub use ring::RingMapping;
 

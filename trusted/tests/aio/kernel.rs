@@ -14,7 +14,7 @@ use std::{
 };
 
 use postern_trusted::{
-    aio::{FileTraits, KernelContext, KernelIocb, RingMapping},
+    aio::{FileTraits, KernelContext, KernelIocb, RingMapping, hurry, take_time},
     errno::Errno,
 };
 
@@ -284,6 +284,8 @@ struct MadeUp {
     /// The data words of the iocbs it was given.
     given: Mutex<Vec<u64>>,
     refuses: AtomicBool,
+    /// Requests are hurried; with 2 that is taken back.
+    hurries: AtomicU32,
     /// While set, `submit` does not return.
     blocks: Mutex<bool>,
     unblocked: Condvar,
@@ -307,6 +309,7 @@ impl MadeUp {
             base,
             given: Mutex::default(),
             refuses: AtomicBool::new(false),
+            hurries: AtomicU32::new(0),
             blocks: Mutex::new(false),
             unblocked: Condvar::new(),
             destroyed: AtomicU32::new(0),
@@ -342,6 +345,15 @@ impl KernelContext for MadeUp {
     }
     fn submit(&self, iocb: &KernelIocb) -> Result<(), Errno> {
         assert_eq!(iocb[7].load(Ordering::Relaxed), 77 << 32 | 1, "our bell, not the guest's");
+        let hurries = self.hurries.load(Ordering::Relaxed);
+        if hurries > 0 {
+            hurry(iocb);
+            assert_eq!(iocb[1].load(Ordering::Relaxed), 8 << 32, "RWF_NOWAIT");
+        }
+        if hurries > 1 {
+            take_time(iocb);
+            assert_eq!(iocb[1].load(Ordering::Relaxed), 0);
+        }
         self.given.lock().unwrap().push(iocb[0].load(Ordering::Relaxed));
         let blocks = self.blocks.lock().unwrap();
         let _blocks = self.unblocked.wait_while(blocks, |blocks| *blocks).unwrap();
@@ -382,6 +394,29 @@ fn an_event_that_names_no_request_in_flight_is_dropped_and_none_counts_twice() {
     assert!(postern.contexts.in_flight() <= 1);
     assert_eq!(postern.io_destroy(ctx), 0);
     assert_eq!(kernel.destroyed.load(Ordering::Relaxed), 1);
+}
+
+#[test]
+fn a_hurried_request_is_interrupted_where_it_would_have_waited() {
+    let (postern, kernel, ctx) = MadeUp::open();
+    let (from, _to) = pipe();
+    let events = Events::new(8);
+    let [would_wait, interrupted] = [Errno::EAGAIN, Errno::EINTR].map(|it| -i64::from(it.0));
+    let cases = [
+        (1, would_wait, interrupted),
+        (1, 5, 5),
+        (1, -5, -5),
+        (2, would_wait, would_wait),
+        (0, would_wait, would_wait),
+    ];
+    for (index, (hurries, told, seen)) in cases.into_iter().enumerate() {
+        kernel.hurries.store(hurries, Ordering::Relaxed);
+        assert_eq!(postern.submit(ctx, &Batch::new(&[Iocb { data: 3, ..poll(&from, POLLIN) }])), 1);
+        kernel.tell(kernel.given(index), told);
+        assert_eq!(postern.reap(ctx, 8, &events), 1);
+        assert_eq!([events.data(0).cast_signed(), events.res(0)], [3, seen]);
+    }
+    assert_eq!(postern.io_destroy(ctx), 0);
 }
 
 #[test]

@@ -74,6 +74,7 @@ pub fn add(cases: &mut Cases) {
     }
     synchronous(cases);
     without_waiting(cases);
+    behind_buffered_writes(cases);
     cases.add("direct/a read across the end clears the rest of its memory", |w| {
         let fd = w.open(O_RDWR | O_DIRECT);
         w.see("ftruncate", sys::ftruncate(fd, 10_000));
@@ -109,6 +110,38 @@ fn synchronous(cases: &mut Cases) {
             }
             w.see_size(fd);
         });
+    }
+}
+
+/// The page cache may be written at any moment: what is asked a hundred times is whether it ever was
+/// so.
+fn behind_buffered_writes(cases: &mut Cases) {
+    type Clean = fn(i32, u64) -> i64;
+    let ways: [(&str, Clean, i64); 3] = [
+        ("fsync", |fd, _| sys::fsync(fd), 0),
+        ("a read past the cache", |fd, area| sys::pread(fd, area, 4096, 8192), 4096),
+        ("a write past the cache", |fd, area| sys::pwrite(fd, area, 4096, 8192), 4096),
+    ];
+    for (name, clean, answer) in ways {
+        cases.add(
+            format!("direct/read without waiting, {name} behind a buffered write"),
+            move |w| {
+                let (buffered, fd) = (w.open(O_RDWR), w.open(O_RDWR | O_DIRECT));
+                let (context, area) = (w.context(8), w.filled(8192, 3));
+                let ask = || {
+                    let read = Iocb::new(op::PREAD, fd, area, 4096, 8192).rw(rwf::NOWAIT);
+                    w.submit(context, &[read]);
+                    w.take(context, 1).1.first().map(|event| event.res)
+                };
+                let waits = (0..100).any(|_| {
+                    sys::pwrite(buffered, area + 4096, 5, 8192 + 7);
+                    ask() == Some(-i64::from(libc::EAGAIN))
+                });
+                w.say(format!("waits for what was written: {waits}"));
+                w.rule(name, clean(fd, area), answer);
+                w.say(format!("then it does not: {}", (0..100).any(|_| ask() == Some(4096))));
+            },
+        );
     }
 }
 

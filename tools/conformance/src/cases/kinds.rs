@@ -330,6 +330,40 @@ fn interrupted(cases: &mut Cases) {
             });
         }
     }
+    for (how, flags) in [("", 0), (", SA_RESTART", libc::SA_RESTART)] {
+        cases.add(
+            format!("kinds/a signal ends all that would block after it too{how}"),
+            move |w| {
+                sys::count_signal(libc::SIGUSR1, flags);
+                let (context, file, buffer) = (w.context(16), w.open(O_RDONLY), w.memory(64));
+                let read = |fd, data| Iocb::new(op::PREAD, fd, buffer, 8, 0).data(data);
+                let (full, ready) = (blocking[1].1(w), w.pipe(0));
+                w.write(ready.1, "there");
+                let iocbs = [
+                    read(w.pipe(0).0, 1),
+                    read(file, 2),
+                    read(ready.0, 3),
+                    full.data(4),
+                    read(w.pipe(libc::O_NONBLOCK).0, 5),
+                    read(w.pipe(0).0, 6).rw(rwf::NOWAIT),
+                    read(w.sockets(libc::SOCK_STREAM).0, 7),
+                    blocking[3].1(w).data(8),
+                    read(ready.0, 9),
+                    read(file, 10),
+                ];
+                let me = sys::thread();
+                let sender = std::thread::spawn(move || {
+                    until_asleep_in_call(me, libc::SYS_io_submit);
+                    sys::signal_thread(me, libc::SIGUSR1);
+                });
+                w.see("io_submit", w.submit(context, &iocbs));
+                w.say(format!("signals {}", sys::signals()));
+                w.see("in the ring", context.ready().into());
+                w.reap(context, 10);
+                let _ = sender.join();
+            },
+        );
+    }
     cases.add("kinds/a signal before io_submit does not end what it reads", |w| {
         sys::count_signal(libc::SIGUSR1, 0);
         let (context, (reader, writer)) = (w.context(8), w.pipe(0));

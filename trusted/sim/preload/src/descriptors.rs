@@ -4,7 +4,7 @@ use core::ffi::{c_int, c_uint, c_ulong, c_void};
 
 use postern_sim::{
     files::{self, Kind, OpenFile},
-    guest, sys,
+    guest, inside, sys,
 };
 use postern_trusted::errno::Errno;
 
@@ -114,6 +114,32 @@ fn lockf_on(file: &OpenFile, command: c_int, length: i64) -> Result<c_int, Errno
     Ok(0)
 }
 
+/// Runs `job` on the protected file that `fd` is open for, again after each handler that restarts
+/// calls; passes the call on where it is none.
+fn restarting(
+    fd: c_int,
+    next: impl FnOnce() -> c_int,
+    job: impl Fn(&OpenFile) -> Result<c_int, Errno>,
+) -> c_int {
+    loop {
+        let Some(file) = files::lookup(fd) else { return next() };
+        let mut again = false;
+        let result = answer(|| match job(&file) {
+            Err(inside::RESTART) => {
+                again = true;
+                Ok(0)
+            }
+            other => other,
+        });
+        // The handler may jump away.
+        drop(file);
+        if !again {
+            return result;
+        }
+        inside::outside(|| ());
+    }
+}
+
 export! {
     fn [close](fd: c_int) -> c_int, next =>
         if is_ours(fd) { answer(|| files::close(fd).map(|()| 0)) } else { next() };
@@ -138,15 +164,15 @@ export! {
     fn [dup3](old: c_int, new: c_int, flags: c_int) -> c_int, next =>
         duplicate_to(old, new, flags, next);
     fn [fcntl, fcntl64](fd: c_int, command: c_int, argument: usize) -> c_int, next =>
-        match files::lookup(fd) {
-            Some(file) => answer(|| control(&file, fd, command, argument)),
-            None => {
+        {
+            let pass_on = || {
                 let result = next();
                 if matches!(command, libc::F_DUPFD | libc::F_DUPFD_CLOEXEC) {
                     files::is_ordinary(result);
                 }
                 result
-            }
+            };
+            restarting(fd, pass_on, |file| control(file, fd, command, argument))
         };
     fn [ioctl](fd: c_int, number: c_ulong, argument: *mut c_void) -> c_int, next =>
         match files::lookup(fd) {
@@ -154,15 +180,10 @@ export! {
             Some(file) => answer(|| request(&file, fd, number & 0xffff_ffff, argument)),
             None => next(),
         };
-    fn [flock](fd: c_int, operation: c_int) -> c_int, next => match files::lookup(fd) {
-        Some(file) => answer(|| file.flock(operation).map(|()| 0)),
-        None => next(),
-    };
+    fn [flock](fd: c_int, operation: c_int) -> c_int, next =>
+        restarting(fd, next, |file| file.flock(operation).map(|()| 0));
     fn [lockf, lockf64](fd: c_int, command: c_int, length: i64) -> c_int, next =>
-        match files::lookup(fd) {
-            Some(file) => answer(|| lockf_on(&file, command, length)),
-            None => next(),
-        };
+        restarting(fd, next, |file| lockf_on(file, command, length));
 }
 
 /// closefrom(3) closes every descriptor from `first` on.

@@ -1,21 +1,27 @@
-//! Mappings: a copy for one that is not written to, a refusal for one that is shared and written.
+//! Mappings: shared ones show the file, private ones a copy of it.
 
 use core::ffi::{c_int, c_void};
+use std::sync::Arc;
 
 use postern_sim::{
-    files::{self, OpenFile},
-    host, sys,
+    files::{self, OpenFile, io::MAX_BYTES},
+    guest, host,
+    mapped::areas::{self, Wish},
+    sys,
 };
 use postern_trusted::errno::Errno;
 
 use crate::{
     aio, guest_paths,
     next::{answer, export},
+    state,
 };
 
 const PAGE: i64 = 4096;
-const REFUSAL: &str = "a shared writable mapping (mmap) of a protected file is not possible";
-const TOO_LARGE: &str = "a mapping (mmap) of more than 64 MiB of a protected file is not possible";
+const TOO_MUCH: &str = "shared mappings (mmap) of more than 1 GiB of protected files at once are \
+                        not possible";
+const TOO_LARGE: &str =
+    "a private mapping (mmap) of more than 64 MiB of a protected file is not possible";
 
 /// Whether an AIO ring lies at `at`.
 fn is_ring(at: *mut c_void) -> bool {
@@ -24,7 +30,7 @@ fn is_ring(at: *mut c_void) -> bool {
 
 /// mmap(2): in Linux's order of checks up to the point where the kernel does the rest.
 fn map(
-    file: &OpenFile,
+    file: &Arc<OpenFile>,
     (at, length, protection, flags): (*mut c_void, usize, c_int, c_int),
     offset: i64,
 ) -> Result<*mut c_void, Errno> {
@@ -35,27 +41,45 @@ fn map(
         () => {}
     }
     let from = u64::try_from(offset).map_err(|_| Errno::EOVERFLOW)?;
-    let shared = flags & libc::MAP_TYPE != libc::MAP_PRIVATE;
+    let kind = flags & libc::MAP_TYPE;
+    let shared = matches!(kind, libc::MAP_SHARED | libc::MAP_SHARED_VALIDATE);
     let writes = shared && protection & libc::PROT_WRITE != 0;
     if writes && !file.writable() || !file.readable() {
         return Err(Errno::EACCES);
     }
-    if writes {
-        guest_paths::refuse(file.index(), REFUSAL);
-        return Err(Errno::ENODEV);
+    file.content().map_err(|_| Errno::ENODEV)?;
+    if shared && from.checked_add(length as u64).is_none_or(|end| end > MAX_BYTES) {
+        let too_long = length as u64 > guest::USER_END;
+        return Err(if too_long { Errno::ENOMEM } else { Errno::EOVERFLOW });
     }
-    let copy = file.snapshot(from, length as u64).inspect_err(|&errno| {
-        if errno == Errno::ENODEV {
-            guest_paths::refuse(file.index(), TOO_LARGE);
-        }
-    })?;
-    let [protection, flags, fd] = [protection, flags, copy].map(|n| n as isize as usize);
+    let (limit, mapped) = if shared {
+        let wish = Wish { at: at as usize, length, protection, flags, offset: from };
+        (TOO_MUCH, areas::map(file, wish))
+    } else {
+        (TOO_LARGE, copy(file, (at, length, protection, flags), from))
+    };
+    if mapped == Err(Errno::ENODEV) {
+        guest_paths::refuse(file.index(), limit);
+    }
+    mapped.map(|at| at as *mut c_void)
+}
+
+fn copy(
+    file: &OpenFile,
+    (at, length, protection, flags): (*mut c_void, usize, c_int, c_int),
+    from: u64,
+) -> Result<usize, Errno> {
+    let copy = file.snapshot(from, length as u64)?;
+    let [protection, bits, fd] = [protection, flags, copy].map(|n| n as isize as usize);
     // SAFETY: the guest's own wish for its address space, with a file of ours.
     let mapped = sys::check(unsafe {
-        sys::syscall6(libc::SYS_mmap, at as usize, length, protection, flags, fd, 0)
+        sys::syscall6(libc::SYS_mmap, at as usize, length, protection, bits, fd, 0)
     });
     let _ = sys::close(copy);
-    mapped.map(|at| at as *mut c_void)
+    if let (Ok(at), true) = (mapped, flags & libc::MAP_FIXED != 0) {
+        areas::replaced(at, length);
+    }
+    mapped
 }
 
 export! {
@@ -63,6 +87,11 @@ export! {
     fn [mremap](
         at: *mut c_void, length: usize, wanted: usize, flags: c_int, to: *mut c_void,
     ) -> *mut c_void, next => {
+        if state::active()
+            && let Some(moved) = areas::remap((at as usize, length), wanted, flags, to as usize)
+        {
+            return answer(|| moved.map(|at| at as *mut c_void));
+        }
         if !is_ring(at) {
             return next();
         }
@@ -80,6 +109,25 @@ export! {
     ) -> *mut c_void, next =>
         match if flags & libc::MAP_ANONYMOUS == 0 { files::lookup(fd) } else { None } {
             Some(file) => answer(|| map(&file, (at, length, protection, flags), offset)),
+            None => {
+                let mapped = next();
+                if flags & libc::MAP_FIXED != 0 && mapped != libc::MAP_FAILED {
+                    areas::replaced(mapped as usize, length);
+                }
+                mapped
+            }
+        };
+    fn [munmap](at: *mut c_void, length: usize) -> c_int, next =>
+        match areas::unmap(at as usize, length) {
+            Some(unmapped) => answer(|| unmapped.map(|()| 0)),
             None => next(),
         };
+    fn [msync](at: *mut c_void, length: usize, flags: c_int) -> c_int, next => {
+        let checked = next();
+        let durable = flags & libc::MS_SYNC != 0;
+        if checked != 0 || flags & (libc::MS_SYNC | libc::MS_ASYNC) == 0 {
+            return checked;
+        }
+        answer(|| areas::sync(at as usize, length, durable).map(|()| 0))
+    };
 }

@@ -231,6 +231,18 @@ pub unsafe fn process_call(number: c_long, arguments: Arguments) -> Option<c_lon
         }
         // SAFETY: the caller's arguments.
         libc::SYS_execve | libc::SYS_execveat => unsafe { exec::by_number(number, arguments) },
+        libc::SYS_mmap
+            if files::kind(int(e)) == Kind::Protected || int(d) & libc::MAP_FIXED != 0 =>
+        {
+            let [.., offset] = arguments;
+            // SAFETY: as above.
+            let at = unsafe { mapping::mmap(a as _, b, int(c), int(d), int(e), long(offset)) };
+            Some(at as c_long)
+        }
+        // SAFETY: as above.
+        libc::SYS_munmap => Some(unsafe { mapping::munmap(a as _, b) }.into()),
+        // SAFETY: as above.
+        libc::SYS_msync => Some(unsafe { mapping::msync(a as _, b, int(c)) }.into()),
         libc::SYS_mremap => {
             // SAFETY: the caller's arguments, passed to the function of the same meaning.
             Some(unsafe { mapping::mremap(a as _, b, c, int(d), e as _) } as c_long)

@@ -94,7 +94,7 @@ pub fn around_exec<T>(exec: impl FnOnce() -> T) -> T {
         runtime::stay();
         return failed;
     }
-    inheritance::hand_over(files::inheritable());
+    inheritance::hand_over(files::inheritable(), Vec::new());
     let failed = exec();
     inheritance::after_failed_exec();
     failed

@@ -65,6 +65,11 @@ fn mappings_and_sendfile_on_a_protected_path_behave_as_on_ext4() {
 }
 
 #[test]
+fn shared_mappings_of_a_protected_path_show_and_take_what_they_do_on_ext4() {
+    compare("mapped");
+}
+
+#[test]
 fn locks_on_a_protected_path_behave_as_on_ext4() {
     compare("locking");
 }

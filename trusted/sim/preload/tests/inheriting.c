@@ -112,8 +112,10 @@ int main(int count, char **arguments)
 	posix_spawn_file_actions_addclose(&actions, fd);
 	list[3] = OTHER;
 	fflush(stdout);
-	SEE(posix_spawn(&child, self, &actions, NULL, list, environ));
+	/* Told when the child has ended: both write to the same place. */
+	int spawned = posix_spawn(&child, self, &actions, NULL, list, environ);
 	wait_for(child);
+	see("posix_spawn", spawned);
 	see("shared position", lseek(fd, 0, SEEK_CUR));
 	/* The child is on its way when the parent closes. */
 	list[3] = FD;

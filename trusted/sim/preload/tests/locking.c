@@ -139,10 +139,93 @@ static void open_files(void)
 }
 
 static volatile sig_atomic_t rang;
+static volatile int lets_go = -1;
 static void on_alarm(int signal)
 {
 	(void)signal;
 	rang++;
+	if (lets_go >= 0)
+		write(lets_go, "x", 1);
+}
+
+/* Whoever holds the lock gives it up when a handler says so that runs while the lock is awaited. */
+static void told_by_a_handler(int kind)
+{
+	int ready[2], go[2], status;
+	char byte;
+	pipe(ready), pipe(go);
+	struct sigaction action = {.sa_handler = on_alarm, .sa_flags = SA_RESTART};
+	sigaction(SIGALRM, &action, NULL);
+	fflush(stdout);
+	pid_t child = fork();
+	if (child == 0) {
+		int own = open(path, O_RDWR);
+		kind == F_SETLKW ? lock(own, F_SETLK, F_WRLCK, SEEK_SET, 0, 0) : flock(own, LOCK_EX);
+		write(ready[1], "x", 1);
+		read(go[0], &byte, 1);
+		_exit(0);
+	}
+	read(ready[0], &byte, 1);
+	int fd = open(path, O_RDWR);
+	struct itimerval soon = {{0, 20000}, {0, 20000}}, never = {0};
+	lets_go = go[1];
+	setitimer(ITIMER_REAL, &soon, NULL);
+	SEE(kind == F_SETLKW ? lock(fd, F_SETLKW, F_RDLCK, SEEK_SET, 0, 0) : flock(fd, LOCK_SH));
+	setitimer(ITIMER_REAL, &never, NULL);
+	lets_go = -1;
+	see("rang", rang > 0);
+	waitpid(child, &status, 0);
+	see("the holder's status", status);
+	close(fd);
+}
+
+/* A signal just before or just after the wait begins ends it all the same. */
+static void interrupted_at_any_time(void)
+{
+	int fd = open(path, O_RDWR), other = open(path, O_RDWR), interrupted = 0;
+	struct sigaction action = {.sa_handler = on_alarm};
+	sigaction(SIGALRM, &action, NULL);
+	flock(fd, LOCK_EX);
+	for (int i = 0; i < 200; i++) {
+		struct itimerval soon = {{0, 5000}, {0, 1 + i % 50}}, never = {0};
+		setitimer(ITIMER_REAL, &soon, NULL);
+		interrupted += flock(other, LOCK_SH) == -1 && errno == EINTR;
+		setitimer(ITIMER_REAL, &never, NULL);
+	}
+	see("interrupted", interrupted);
+	errno = 0;
+	close(fd), close(other);
+}
+
+/* The locks of a process that was killed are free before its parent has looked at it. */
+static void killed(int signal)
+{
+	int ready[2], status;
+	char byte;
+	pipe(ready);
+	int shared = open(path, O_RDWR), fd = open(path, O_RDWR);
+	fflush(stdout);
+	pid_t holder = fork();
+	if (holder == 0) {
+		lock(shared, F_SETLK, F_WRLCK, SEEK_SET, 0, 0);
+		flock(shared, LOCK_EX);
+		write(ready[1], "x", 1);
+		for (;;)
+			pause();
+	}
+	close(shared);
+	read(ready[0], &byte, 1);
+	pid_t killer = fork();
+	if (killer == 0) {
+		usleep(20000);
+		_exit(kill(holder, signal));
+	}
+	SEE(lock(fd, F_SETLKW, F_WRLCK, SEEK_SET, 0, 0));
+	SEE(flock(fd, LOCK_EX));
+	waitpid(holder, &status, 0);
+	see("killed by", WTERMSIG(status));
+	waitpid(killer, &status, 0);
+	close(fd);
 }
 
 static void waiting(void)
@@ -240,6 +323,11 @@ int main(int count, char **arguments)
 	ranges();
 	open_files();
 	waiting();
+	told_by_a_handler(F_SETLKW);
+	told_by_a_handler(LOCK_EX);
+	interrupted_at_any_time();
+	killed(SIGTERM);
+	killed(SIGKILL);
 	int fd = open(path, O_RDWR);
 	lock(fd, F_SETLK, F_WRLCK, SEEK_SET, 0, 10);
 	lock(fd, F_OFD_SETLK, F_WRLCK, SEEK_SET, 20, 10);

@@ -437,12 +437,22 @@ struct Settled {
 }
 
 impl OpenVolume {
-    /// Makes everything durable that was written before in this core of it, and the name that leads
-    /// to it.
+    /// Makes everything durable that was written before in this core of it, or stored in a mapping,
+    /// and the name that leads to it.
     ///
     /// # Errors
-    /// `EIO` if it cannot be; `ENOSPC` when there is no room for the name on the host.
+    /// `EIO` if it cannot be; `ENOSPC` when there is no room for it.
     pub async fn make_durable(&self, held: &Held, disk: &LaneFile) -> Result<(), Errno> {
+        self.write_back((held, disk), 0..u64::MAX).await?;
+        self.unwritten.clear();
+        self.make_written_durable(held, disk).await
+    }
+
+    /// The same, but for what was stored in a mapping and not written back.
+    ///
+    /// # Errors
+    /// As [`Self::make_durable`].
+    pub async fn make_written_durable(&self, held: &Held, disk: &LaneFile) -> Result<(), Errno> {
         held.volume.sync(disk).await?;
         let Some(family) = family::family() else { return Ok(()) };
         let mut directories = family.directories.iter();

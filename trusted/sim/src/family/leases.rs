@@ -1,8 +1,8 @@
 //! Handing volumes over to other programs, and taking them back.
 //!
 //! Done by the service threads of the family's processes. A program that holds locks on a volume
-//! keeps it: another one's locks cannot be seen from here, so the lease stands for them. So does a
-//! protected directory, and a run that was told to keep its volumes.
+//! keeps it: another one's locks cannot be seen from here, so the lease stands for them. So does one
+//! that has it mapped, a protected directory, and a run that was told to keep its volumes.
 //!
 //! Holds: the daemon's word decides when to hand over, never what is in the volume; a lost lease is
 //! told to every open file.
@@ -16,7 +16,7 @@ use postern_trusted::volume::Chore;
 use super::{Family, OpenVolume, Source, standing::Leave};
 use crate::{
     link::Link,
-    message,
+    mapped, message,
     process::{self, Process},
     runtime,
 };
@@ -66,7 +66,8 @@ impl Family {
                     link.close(lease.handle);
                 }
                 Some(volume) if self.may_leave(&volume) => {
-                    match volume.standing().leave(process.id()) {
+                    let stays = || volume.is_mapped();
+                    match volume.standing().leave(process.id(), stays) {
                         Leave::Begins => self.hand_over(process, volume),
                         // Writing down what there is may take its time.
                         Leave::Closing => link.keep(lease.handle),
@@ -83,6 +84,7 @@ impl Family {
         let Some(entry) = self.entry(volume.index) else { return false };
         matches!(&entry.source, Source::Volume(config) if !config.exclusive)
             && !self.locks.has_any(volume.index)
+            && !volume.is_mapped()
     }
 
     fn hand_over(&'static self, process: &'static Process, volume: Arc<OpenVolume>) {
@@ -148,10 +150,12 @@ impl Process {
             return false;
         }
         let mut started = false;
+        mapped::sweep(family);
         for directory in &family.directories {
             started |= directory.tend(self, family);
         }
         for volume in family.open_volumes() {
+            started |= mapped::tend(self, family, &volume, now_ns);
             let Some(held) = volume.try_hold() else { continue };
             let Some(chore) = held.volume.due(now_ns) else { continue };
             // A volume that is about to be closed needs no chores; during one it must not be.

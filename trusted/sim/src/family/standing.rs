@@ -336,10 +336,12 @@ impl Standing {
         waiters.into_iter().for_each(Waker::wake);
     }
 
-    /// Process `me` is asked to have it leave.
-    pub fn leave(&self, me: u32) -> Leave {
+    /// Process `me` is asked to have it leave; it does not if it `stays`, asked when nobody can begin
+    /// to hold it.
+    pub fn leave(&self, me: u32, stays: impl FnOnce() -> bool) -> Leave {
         let mut inner = self.inner.lock();
         match &inner.place {
+            Place::Here(_) if stays() => Leave::NotHere,
             Place::Here(core) => {
                 let core = core.clone();
                 inner.last = Last::of(&core.volume);

@@ -113,10 +113,16 @@ impl OpenFile {
             return Err(Errno::EOPNOTSUPP);
         }
         self.volume.attend()?;
+        let nowait = self.direct() && rwf & rwf::NOWAIT != 0;
+        let waits = |at| nowait && self.waits_for_writeback(at, buffer.len() as u64);
         match at {
+            At::Offset(offset) if waits(offset) => Err(Errno::EAGAIN),
             At::Offset(offset) => self.read_at(offset, buffer),
             At::Position => {
                 let (offset, length) = self.advance(|position| {
+                    if waits(position) {
+                        return Err(Errno::EAGAIN);
+                    }
                     let size = self.volume.size();
                     let left = usize::try_from(size.saturating_sub(position)).unwrap_or(usize::MAX);
                     let length = buffer.len().min(left);
@@ -131,6 +137,11 @@ impl OpenFile {
                 result
             }
         }
+    }
+
+    /// Whether Linux would have to write pages before a transfer with `O_DIRECT`.
+    pub(crate) fn waits_for_writeback(&self, offset: u64, length: u64) -> bool {
+        offset < self.volume.size() && self.volume.unwritten.has(offset, length)
     }
 
     fn read_at(&self, offset: u64, buffer: &GuestBuffer) -> Result<usize, Errno> {
@@ -384,6 +395,8 @@ impl OpenFile {
     /// The first data or hole at or after `offset`, in steps of the volume's blocks.
     fn seek_extent(&self, offset: i64, data: bool) -> Result<u64, Errno> {
         const NO_SUCH_PLACE: Errno = Errno(libc::ENXIO);
+        // What was stored in a mapping makes data of a hole.
+        self.volume.write_back_now()?;
         let size = self.volume.size();
         let start =
             u64::try_from(offset).ok().filter(|&start| start < size).ok_or(NO_SUCH_PLACE)?;

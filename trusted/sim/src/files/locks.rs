@@ -4,9 +4,9 @@
 //! byte-range lock belongs to a process, the other two kinds to an open file, whichever processes
 //! share it by fork or exec.
 //!
-//! Holds: a lock ends with what it belongs to. Waiting is a futex wait without a timeout, so a
-//! signal handler ends it or not exactly as it does Linux's.
-//! Does not hold: the locks of an open file whose last process was killed stay until the family
+//! Holds: a lock ends with what it belongs to. A signal handler runs while its thread waits, and ends
+//! the wait or not as it does in Linux ([`inside::RESTART`]).
+//! Does not hold: the locks of an open file whose last process the host killed stay until the family
 //! ends; a deadlock is found among byte-range locks of processes alone, as in Linux.
 //!
 //! Follows Linux fs/locks.c.
@@ -22,8 +22,10 @@ use postern_trusted::{
 };
 
 use super::OpenFile;
-use crate::{family::family, guest, identity, sys};
+use crate::{death, family::family, guest, identity, inside, service, sys};
 
+/// Who waits looks this often whether the holder still lives: one that the host killed tells nobody.
+const LOOK_NS: i64 = 250_000_000;
 const NO_LOCKS: Errno = Errno(libc::ENOLCK);
 const DEADLOCK: Errno = Errno(libc::EDEADLK);
 /// Last byte that a lock can cover: OFFSET_MAX.
@@ -155,11 +157,14 @@ impl Locks {
         mut attempt: impl FnMut() -> Option<Owner>,
     ) -> Result<(), Errno> {
         let me = identity::process_id();
+        // A process that has locks gives them back also when a signal ends it.
+        service::start();
+        service::wait_for_start();
         loop {
             let seen = self.changes.load(Ordering::SeqCst);
             let Some(holder) = attempt() else { return Ok(()) };
             if let Owner::Process(holder) = holder
-                && !identity::is_alive(holder)
+                && death::has_ended(holder)
             {
                 self.reap();
                 continue;
@@ -171,11 +176,11 @@ impl Locks {
                 self.note_wait(me, holder)?;
             }
             self.sleepers.fetch_add(1, Ordering::SeqCst);
-            let slept = futex(&self.changes, libc::FUTEX_WAIT, seen);
+            let slept = sleep(&self.changes, seen);
             self.sleepers.fetch_sub(1, Ordering::SeqCst);
             self.waits.lock().retain(|(waiter, _)| *waiter != me);
             if slept == Err(Errno::EINTR) {
-                return Err(Errno::EINTR);
+                return Err(inside::interrupted());
             }
         }
     }
@@ -183,6 +188,8 @@ impl Locks {
     /// Notes that `waiter` waits for `holder`, unless that waits for `waiter` in turn.
     fn note_wait(&self, waiter: u32, holder: u32) -> Result<(), Errno> {
         let mut waits = self.waits.lock();
+        // One that was killed amid its wait does not wait any more.
+        waits.retain(|(waiter, _)| identity::is_alive(*waiter));
         let mut at = holder;
         for _ in 0..=waits.len() {
             if at == waiter {
@@ -224,7 +231,7 @@ impl Locks {
         let mut ended = false;
         for file in self.files.lock().values_mut() {
             file.ranges.retain(|held| {
-                let dead = matches!(held.owner, Owner::Process(id) if !identity::is_alive(id));
+                let dead = matches!(held.owner, Owner::Process(id) if death::has_ended(id));
                 ended |= dead;
                 !dead
             });
@@ -247,11 +254,26 @@ pub(crate) fn futex(word: &AtomicU32, operation: i32, value: u32) -> Result<usiz
     })
 }
 
+/// Sleeps until `word` is no longer `seen`, somebody wakes its sleepers, or it is time to look again.
+///
+/// # Errors
+/// `EINTR`: a signal came.
+fn sleep(word: &AtomicU32, seen: u32) -> Result<(), Errno> {
+    let time = libc::timespec { tv_sec: 0, tv_nsec: LOOK_NS };
+    let (at, time) = (core::ptr::from_ref(word) as usize, (&raw const time) as usize);
+    // SAFETY: a word that outlives the call, and a timeout that does.
+    let slept = unsafe {
+        let arguments = [at, libc::FUTEX_WAIT as usize, seen as usize, time, 0, 0];
+        inside::interruptible(libc::SYS_futex, arguments, None)
+    };
+    if slept == Err(Errno::EINTR) { Err(Errno::EINTR) } else { Ok(()) }
+}
+
 impl OpenFile {
     /// flock(2).
     ///
     /// # Errors
-    /// `EWOULDBLOCK`, `EINTR`, `EINVAL` as flock(2).
+    /// `EWOULDBLOCK`, `EINTR`, `EINVAL` as flock(2); [`inside::RESTART`].
     pub fn flock(&self, operation: i32) -> Result<(), Errno> {
         if self.is_path() {
             return Err(Errno::EBADF);
@@ -303,7 +325,8 @@ impl OpenFile {
     /// fcntl(2) with one of the lock commands; `argument` is the guest's `struct flock`.
     ///
     /// # Errors
-    /// `EFAULT`; `EBADF`: the file is not open for that kind of lock; as fcntl(2).
+    /// `EFAULT`; `EBADF`: the file is not open for that kind of lock; as fcntl(2);
+    /// [`inside::RESTART`].
     pub fn lock_command(&self, command: i32, argument: u64) -> Result<usize, Errno> {
         if self.is_path() {
             return Err(Errno::EBADF);

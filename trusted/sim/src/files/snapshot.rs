@@ -1,9 +1,8 @@
-//! mmap(2) of a protected file: a copy of what the file holds at that moment.
+//! A private mmap(2) of a protected file: a copy of what the file holds at that moment.
 //!
 //! The copy is a memory file of exactly the bytes between the offset and the end of the file, and
 //! the kernel maps that with the guest's own flags: places, protections and the SIGBUS beyond the
-//! last page are the kernel's. Its descriptor is opened for reading alone, so that a shared mapping
-//! cannot be made writable afterwards and lose what is written there.
+//! last page are the kernel's.
 //!
 //! Does not hold: later writes to the file are not seen in a mapping, nor its growth.
 #![allow(unsafe_code)]

@@ -166,17 +166,24 @@ impl OpenFile {
         moving: Moving,
         buffer: &impl Buffer,
     ) -> Result<(u64, usize), Errno> {
-        let volume = &held.volume;
         let moved = match moving.offset {
             Some(offset) if !moving.write => {
-                let moved = volume.read(disk, offset, buffer).await?;
+                let moved = self.volume.load((held, disk), offset, buffer).await?;
+                if self.direct() {
+                    self.volume.unwritten.remove(offset, moved as u64);
+                }
                 return Ok((offset, self.end_read(offset, buffer, moved)?));
             }
-            Some(offset) => (offset, volume.write(disk, offset, buffer).await?),
-            None => volume.append_somewhere(disk, buffer).await?,
+            offset => self.volume.store((held, disk), offset, buffer).await?,
         };
+        let (at, length) = (moved.0, moved.1 as u64);
+        if moving.sync || self.direct() {
+            self.volume.unwritten.remove(at, length);
+        } else {
+            self.volume.unwritten.add(at, length);
+        }
         if moving.sync {
-            self.volume.make_durable(held, disk).await?;
+            self.volume.make_written_durable(held, disk).await?;
         }
         Ok(moved)
     }

@@ -142,12 +142,13 @@ extern "C-unwind" fn on_signal(
     info: *mut libc::siginfo_t,
     context: *mut libc::ucontext_t,
 ) {
-    // SAFETY: the kernel's arguments.
-    if unsafe { inside::defer(signal, info, context) } {
-        return;
-    }
     let Some(set) = usize::try_from(signal).ok().and_then(|n| SET.get(n)) else { return };
     let action = set.load();
+    let restarts = has_handler(&action) && action.flags & libc::SA_RESTART as u64 != 0;
+    // SAFETY: the kernel's arguments.
+    if unsafe { inside::defer(signal, info, context, restarts) } {
+        return;
+    }
     match action.handler {
         libc::SIG_DFL => death::strike(signal),
         libc::SIG_IGN => return,

@@ -190,10 +190,13 @@ impl Ground {
 
 #[track_caller]
 fn same_lines(there: Ended, here: Ended) {
+    let errors = here.stderr.clone();
     let [there, here] = [there.expect_success(), here.expect_success()];
+    let all = format!("{here}{errors}");
     assert!(there.ends_with("done\n"), "the native run broke off:\n{there}");
     for (number, (there, here)) in there.lines().zip(here.lines()).enumerate() {
-        assert_eq!(there, here, "line {} (left: ext4, right: protected)", number + 1);
+        let line = number + 1;
+        assert_eq!(there, here, "line {line} (left: ext4, right: protected) of:\n{all}");
     }
     assert_eq!(there.lines().count(), here.lines().count(), "{here}");
 }
