@@ -1,4 +1,4 @@
-//! `postern resize`: a volume that nobody has open gets more room, or less.
+//! `postern resize`: a volume gets more room, or less; a program that runs on it lends it for that.
 //!
 //! Holds: the host file is lengthened before the volume grows and cut off after it has shrunk, so
 //! that whatever happens in between leaves a whole volume in a file that is long enough.

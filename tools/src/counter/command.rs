@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use postern_trusted::{
+    directory::INDEX_NAME,
     errno::Errno,
     exec::run_to_end,
     volume::{OpenOptions, SlotKey, Volume},
@@ -43,7 +44,7 @@ fn show(args: &CounterShowArgs) -> Result<(), Failure> {
 
 fn reset(args: &CounterResetArgs) -> Result<(), Failure> {
     let path = if args.host_file.is_dir() {
-        args.host_file.join(postern_trusted::directory::INDEX_NAME)
+        args.host_file.join(INDEX_NAME)
     } else {
         args.host_file.clone()
     };
@@ -86,7 +87,8 @@ pub fn bind(
     reopen(path, key, &options, Some(source), access)
 }
 
-/// Opens the volume for writing and closes it.
+/// Opens the volume for writing and closes it. A directory's index that was not closed cleanly stays
+/// so: the next run then looks for what was left without a name.
 fn reopen(
     path: &Path,
     key: &SlotKey,
@@ -95,8 +97,12 @@ fn reopen(
     access: Access,
 ) -> Result<(), Failure> {
     let disk = FileDisk::open(path, access)?;
-    let (volume, _) = run_to_end(Volume::open(&disk, key, options))
+    let (volume, report) = run_to_end(Volume::open(&disk, key, options))
         .map_err(|error| volume::refused_with(path, &error, source))?;
+    if !report.clean && path.ends_with(INDEX_NAME) {
+        // What was found is durable, and the counter has moved to it.
+        return Ok(());
+    }
     run_to_end(volume.close(&disk)).map_err(|errno: Errno| {
         Failure::new(
             Exit::Io,

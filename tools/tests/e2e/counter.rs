@@ -7,7 +7,7 @@ use std::{
     process::{Child, Command, Stdio},
 };
 
-use crate::common::{Ended, World, begin, end, on_path, skip, until};
+use crate::common::{Ended, World, begin, children, end, name_of, on_path, signal, skip, until};
 
 const USAGE: i32 = 64;
 const NO_COUNTER: i32 = 75;
@@ -103,16 +103,76 @@ fn a_whole_disk_rollback_is_refused_with_a_counter_in_a_file() {
     assert!(!world.path("w").exists(), "a volume whose counter is another's was left behind");
 }
 
+/// A line of the shell with a protected directory that has a counter.
+fn in_directory(world: &World, moves: &str, line: &str) -> Command {
+    let words = ["run", "--no-probes", "--create", "1M", "--counter", "file:c"];
+    let mut command = world.postern(words);
+    let mut shown = OsString::from("/data/=");
+    shown.push(world.path("d"));
+    command.args(["--counter-moves", moves, "--volume"]).arg(shown);
+    command.args(["--", "sh", "-c", line]);
+    command
+}
+
+/// Runs the line, and kills its shell at the end, with all that it has open.
+fn killed_in_directory(world: &World, moves: &str, line: &str) {
+    let mut running = begin(&mut in_directory(world, moves, &format!("{line}; exec sleep 1000")));
+    let guest = until("the end of the line", || {
+        assert!(running.is_running(), "the guest ended by itself");
+        children(running.pid()).into_iter().find(|&pid| name_of(pid) == "sleep")
+    });
+    signal("KILL", guest);
+    running.wait().expect(137);
+}
+
+/// The file is new, never closed, and its state is copied aside by the host after each sync.
+#[test]
+fn an_open_file_of_a_directory_is_never_older_than_its_last_sync_where_the_counter_moves_then() {
+    let Some(world) = World::new() else { return };
+    let put = |text: &str| {
+        format!(
+            "printf {text} | dd of=/data/f conv=fsync,notrunc status=none && \
+             for file in d/????????????????????????????????; do cp --sparse=always $file {text}; done"
+        )
+    };
+    let line = format!("exec 3<>/data/f; {} && {} && {}", put("one"), put("two"), put("three"));
+    killed_in_directory(&world, "sync", &line);
+    let mut files = fs::read_dir(world.path("d")).unwrap().map(|entry| entry.unwrap().path());
+    let file = files.find(|path| !path.ends_with("index")).unwrap();
+    let read = || end(&mut in_directory(&world, "sync", "cat /data/f"));
+    let show = |state: &str| {
+        end(world.command("cp").args(["--sparse=always", state]).arg(&file)).expect(0);
+        read()
+    };
+    for state in ["one", "two"] {
+        let ended = show(state);
+        assert_ne!(ended.code(), 0, "{state}: {}", ended.stdout);
+        assert!(ended.stderr.contains("the directory's index records"), "{}", ended.stderr);
+    }
+    assert_eq!(show("three").expect(0).stdout, "three");
+    // In the sessions to come, too.
+    killed_in_directory(&world, "sync", &format!("exec 3<>/data/f; {}", put("four.")));
+    assert_eq!(read().expect(0).stdout, "four.");
+    assert_ne!(show("three").code(), 0);
+}
+
+#[test]
+fn what_a_kill_left_without_a_name_goes_also_after_the_counter_was_reset() {
+    let Some(world) = World::new() else { return };
+    // Open when it is killed: else the index has been closed before.
+    killed_in_directory(&world, "checkpoint", "exec 3<>/data/f; echo one >&3; sync /data/f");
+    let stray = world.path("d").join("0123456789abcdef0123456789abcdef");
+    fs::write(&stray, "a volume that was just being made").unwrap();
+    end(&mut world.postern(["counter", "reset", "d", "--counter", "file:c"])).expect(0);
+    let read = end(&mut in_directory(&world, "checkpoint", "cat /data/f")).expect(0);
+    assert_eq!(read.stdout, "one\n");
+    assert!(!stray.exists(), "a host file without a name stayed");
+}
+
 #[test]
 fn an_older_name_table_of_a_protected_directory_is_refused_with_a_counter() {
     let Some(world) = World::new() else { return };
-    let run = |line: &str| {
-        let words = ["run", "--no-probes", "--create", "1M", "--counter", "file:c"];
-        let mut command = world.postern(words);
-        let mut shown = OsString::from("/data/=");
-        shown.push(world.path("d"));
-        end(command.arg("--volume").arg(shown).args(["--", "sh", "-c", line]))
-    };
+    let run = |line: &str| end(&mut in_directory(&world, "checkpoint", line));
     run("echo one > /data/one").expect(0);
     let old = fs::read(world.path("d/index")).unwrap();
     // Removing a name and going back would bring the file's name back.

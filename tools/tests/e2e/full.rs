@@ -69,6 +69,50 @@ fn a_full_host_gives_enospc_and_the_volume_stays_whole() {
     world.fio(&volume, &check).expect(0);
 }
 
+/// Fills the file system of `at` to the last block; answers the file to remove.
+fn fill(at: &Path) -> PathBuf {
+    let fill = at.join("fill");
+    for size in ["bs=1M", "bs=4096"] {
+        let into = format!("of={}", fill.display());
+        let more = ["if=/dev/zero", size, "oflag=append", "conv=notrunc"];
+        // Ends for want of room.
+        assert_ne!(end(Command::new("dd").args(more).arg(into)).code(), 0);
+    }
+    fill
+}
+
+/// Each overwrite goes to another place first, so a sparse host file needs room for it, too.
+#[test]
+fn a_volume_that_was_allocated_takes_overwrites_on_a_full_host_and_a_sparse_one_stays_whole() {
+    let Some(world) = World::new() else { return };
+    let Some(small) = Small::mount(&world, "208M") else { return };
+    let volume = small.0.join("v");
+    let name = volume.to_str().unwrap();
+    end(&mut world.postern(["format", name, "--size", "16M"])).expect(0);
+    world.fio(&volume, &["--rw=write", "--bs=64k", "--size=16m", "--end_fsync=1"]).expect(0);
+    let over = [
+        "--rw=randwrite",
+        "--bs=4k",
+        "--size=16m",
+        "--loops=2",
+        "--iodepth=16",
+        "--fsync=32",
+        "--verify=crc32c",
+    ];
+    let full = fill(&small.0);
+    let ended = world.fio(&volume, &over);
+    assert_ne!(ended.code(), 0);
+    let said = ended.stdout + &ended.stderr;
+    assert!(said.contains("No space left on device"), "{said}");
+    end(&mut world.postern(["verify", name])).expect(0);
+    std::fs::remove_file(full).unwrap();
+    let bytes = std::fs::metadata(&volume).unwrap().len().to_string();
+    end(Command::new("fallocate").args(["-l", &bytes]).arg(&volume)).expect(0);
+    fill(&small.0);
+    world.fio(&volume, &over).expect(0);
+    end(&mut world.postern(["verify", name])).expect(0);
+}
+
 /// Filled to the last block, overwritten three times over at random, and synced all the while.
 #[test]
 fn a_full_volume_keeps_taking_overwrites() {
@@ -148,11 +192,7 @@ fn what_the_guest_deletes_goes_back_to_the_host_if_it_is_to() {
 fn a_host_without_room_for_a_volume_is_72_and_nothing_is_left() {
     let Some(world) = World::new() else { return };
     let Some(small) = Small::mount(&world, "16M") else { return };
-    let fill = small.0.join("fill");
-    // To the last block.
-    let _ = end(Command::new("dd")
-        .args(["if=/dev/zero", "bs=4096"])
-        .arg(format!("of={}", fill.display())));
+    fill(&small.0);
     let (volume, key) = (small.0.join("v"), world.path("key"));
     std::fs::write(&key, [1; 32]).unwrap();
     let name = volume.to_str().unwrap();

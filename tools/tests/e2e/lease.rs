@@ -96,6 +96,7 @@ fn surroundings() -> Option<(World, PathBuf, PathBuf)> {
 
 /// Errno numbers, as the guest prints them.
 const EIO: &str = "5";
+const EFBIG: &str = "27";
 const EROFS: &str = "30";
 
 #[test]
@@ -265,6 +266,29 @@ fn a_snapshot_of_a_volume_at_work_opens_and_the_work_goes_on() {
         end(&mut world.postern(["snapshot", "export", "v", name, &copy, "--plain"])).expect(0);
         assert_eq!(std::fs::metadata(world.path(&copy)).unwrap().len(), 16 << 20);
     }
+    end(&mut world.postern(["verify", "v"])).expect(0);
+}
+
+#[test]
+fn a_volume_that_is_resized_at_work_has_its_new_room_at_once() {
+    let Some((world, volume, program)) = surroundings() else { return };
+    let mut server = Server::on(&world, &volume, &program, &[]);
+    server.expect("w 7 77", "ok");
+    server.expect("t 50331648", EFBIG);
+    end(&mut world.postern(["resize", "v", "--size", "64M"])).expect(0);
+    server.expect("t 50331648", "ok");
+    server.expect("w 12287 99", "ok");
+    server.expect("s", "ok");
+    server.expect("r 7", "77");
+    // Its data is in the way; nothing happens to it.
+    end(&mut world.postern(["resize", "v", "--size", "8M"])).expect(64);
+    server.expect("r 12287", "99");
+    server.expect("t 1048576", "ok");
+    end(&mut world.postern(["resize", "v", "--size", "8M"])).expect(0);
+    server.expect("t 16777216", EFBIG);
+    server.expect("r 7", "77");
+    server.expect("w 2047 5", "ok");
+    server.end();
     end(&mut world.postern(["verify", "v"])).expect(0);
 }
 

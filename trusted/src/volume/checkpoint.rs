@@ -190,8 +190,9 @@ impl Volume {
             }
             let frozen = Arc::new(core::mem::take(&mut core.active));
             core.frozen = Some(frozen.clone());
-            let in_flight = core.in_flight.iter().flatten().map(|write| write.run);
-            core.space.cut(in_flight.chain(core.discards.going));
+            let settled = core.is(canary!(InFlightSettled));
+            let in_flight = core.in_flight.iter().flatten().filter(|_| !settled);
+            core.space.cut(in_flight.map(|write| write.run).chain(core.discards.going));
             let mut queued = Vec::new();
             for (id, slot) in core.in_flight.iter_mut().enumerate() {
                 let Some(write) = slot else { continue };
@@ -210,6 +211,7 @@ impl Volume {
             if !queued.is_empty() {
                 core.journal.drop_pending(|p| p.eager.is_some_and(|e| queued.contains(&e)));
             }
+            core.journal.supersede(&frozen);
             core.journal.interval += 1;
             core.checkpoints.owed = nodes_worst(core.geometry.capacity, frozen.weight()) + 8;
             let birth = core.birth;

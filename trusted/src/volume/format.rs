@@ -3,9 +3,10 @@
 use alloc::boxed::Box;
 
 use super::{
-    FormatOptions, SlotKey, Volume,
-    crypto::{Secret, VolumeKey},
+    CounterUse, FormatOptions, SlotKey, Volume,
+    crypto::{Secret, VolumeKey, sha256},
     error::VolumeError,
+    freshness,
     header::{self, Fresh, HeaderBytes},
     layout::{
         BLOCK_BYTES, Geometry, HEADER_BLOCKS, HEADERS, Order, Ptr, REGION, RING_START, SPACE_SLOTS,
@@ -14,7 +15,7 @@ use super::{
     recovery::Opening,
     slots::{NewSlot, Stretch},
     snapshots::Held,
-    superblock::{Epoch, Superblock},
+    superblock::{Bound, Epoch, Superblock},
     times::Times,
 };
 use crate::disk::{BLOCK, Block, Disk, HostError, Transfer};
@@ -170,6 +171,7 @@ async fn make_open<D: Disk>(
     disk: &D,
     key: &SlotKey,
     geometry: Geometry,
+    counter: Option<&CounterUse>,
 ) -> Result<Volume, VolumeError> {
     let geometry = check(disk, geometry)?;
     let mut made = New::draw(disk, key, geometry, 0)?;
@@ -179,6 +181,7 @@ async fn make_open<D: Disk>(
     let epoch = Epoch { id: 1, salt, key_version: made.key.version(), tabled: false };
     (made.superblock.clean, made.superblock.session) = (false, 1);
     made.superblock.epochs.push(epoch);
+    made.superblock.counter = counter.map(|_| Bound::default());
     let sealed = made.superblock.seal(&made.key, &superblock_salt, 0);
     // Both headers and the first copy of the superblock lie side by side: one write. Its second
     // copy guards against a bad sector, which the journal and the data that follow do not have
@@ -192,7 +195,9 @@ async fn make_open<D: Disk>(
     front[first as usize] = sealed;
     write_blocks(disk, 0, &front).await?;
     let opened = header::decode(&made.header, key)?;
-    Ok(Opening::of_new(made.superblock).begin(opened, salt))
+    let fresh =
+        counter.map(|used| freshness::Fresh::of_new(used, &made.superblock, sha256(&sealed)));
+    Ok(Opening::of_new(made.superblock, fresh).begin(opened, salt))
 }
 
 impl Volume {
@@ -216,7 +221,8 @@ impl Volume {
     ///
     /// The volume is durable, as all that is written to it, with its first sync; before that a
     /// crash may leave a file that is no volume. The file must already have
-    /// [`Self::small_host_blocks`] blocks.
+    /// [`Self::small_host_blocks`] blocks. `counter`: the record in a directory's index, which has
+    /// none of it yet, where each sync is to be recorded.
     ///
     /// # Errors
     /// As [`Self::format`].
@@ -224,10 +230,11 @@ impl Volume {
         disk: &D,
         key: &SlotKey,
         capacity: u64,
+        counter: Option<&CounterUse>,
     ) -> Result<Self, VolumeError> {
         let geometry = Geometry::for_small_file(capacity)?;
         // Keys pass through: on the heap, so that little of the stack has to be wiped.
-        Box::pin(make_open(disk, key, geometry)).await
+        Box::pin(make_open(disk, key, geometry, counter)).await
     }
 
     /// Makes a volume in the host file behind `disk`, whatever is there: everything in it is lost.

@@ -274,6 +274,16 @@ impl Fresh {
         }
     }
 
+    /// For a volume that has just been made, which the counter knows nothing of.
+    pub(crate) fn of_new(used: &CounterUse, superblock: &Superblock, id: SuperblockId) -> Self {
+        let checked =
+            Checked { freshness: Freshness::Unbound, refusal: None, vouched: 0, held: None };
+        let mut fresh = Self::new(used, &checked, superblock, id);
+        // What making it has written needs no record.
+        fresh.reached.generation = superblock.generation;
+        fresh
+    }
+
     /// What a superblock written now says: every record that may be found after a crash.
     fn bound(&self, careless: bool) -> Bound {
         let attempted = self.attempted.map(|(record, _)| record);

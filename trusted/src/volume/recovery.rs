@@ -405,24 +405,25 @@ pub(crate) struct Opening {
 }
 
 impl Opening {
-    /// Of a volume that has just been made, with the epoch that goes on.
-    pub(crate) fn of_new(superblock: Superblock) -> Self {
+    /// Of a volume that has just been made, with the epoch that goes on; and its counter.
+    pub(crate) fn of_new(superblock: Superblock, fresh: Option<Fresh>) -> Self {
         Self {
             superblock,
             slot: 0,
             scan: Scan::default(),
             read_only: false,
             lost: false,
-            fresh: None,
+            fresh,
             fence: false,
         }
     }
 
     /// The volume, in its last epoch, whose salt is `salt`.
-    pub(crate) fn begin(self, opened: header::Opened, salt: Salt) -> Volume {
+    pub(crate) fn begin(mut self, opened: header::Opened, salt: Salt) -> Volume {
         let id = self.superblock.epochs.last().map_or(1, |epoch| epoch.id);
         let key = Arc::new(opened.key.epoch(id, &salt));
         let mut core = self.core(key.clone(), salt);
+        core.fresh = self.fresh.take();
         // The first sync flushes, whether anything was written or not.
         core.stamp = 1;
         let volume = Volume::new(opened.key, opened.derivation, core);
@@ -536,9 +537,20 @@ impl Opening {
             volume.remember(key);
             let epoch = Epoch { id, salt, key_version, tabled: false };
             self.settle(disk, &volume, epoch, &replay.skipped).await?;
+            if self.may_have_lost_a_write(&replay.skipped) {
+                volume.clear_tail(disk).await.map_err(|errno| failed(0, errno))?;
+            }
             volume.register_opening().await?;
         }
         Ok((volume, report))
+    }
+
+    /// Whether a write that was published is not there, as far as can still be told.
+    fn may_have_lost_a_write(&self, skipped: &[Order]) -> bool {
+        let mut records = self.scan.chain.iter().flat_map(|found| &found.records);
+        !skipped.is_empty()
+            || records.any(|record| matches!(record, Record::Void { .. }))
+            || !self.superblock.clean && self.scan.chain.is_empty()
     }
 
     /// Steps 8 and 9: what was decided becomes durable before anything else happens.

@@ -2,7 +2,7 @@
 //!
 //! Holds: bytes beyond the end of the file read as zeros when it grows again: the part of the last
 //! block that a shrink cuts off is rewritten as zeros, and that, the hole behind it and the new
-//! size are one journal block.
+//! size are one journal block; a recovery that finds the size without the block rewrites it.
 
 use super::{
     Volume,
@@ -94,6 +94,29 @@ impl Volume {
             }
         }
         self.cut_off(disk, cutoff).await
+    }
+
+    /// After a recovery: makes the bytes of the last block behind the end zeros, durably, if they are
+    /// not. Of a shrink the size may have survived, and the rewritten block not.
+    pub(crate) async fn clear_tail<D: Disk>(&self, disk: &D) -> Result<(), Errno> {
+        let size = self.core.lock().size;
+        let (block, within) = (size / BLOCK_BYTES, (size % BLOCK_BYTES) as usize);
+        if within == 0 {
+            return Ok(());
+        }
+        match self.read_again(disk, block, None).await {
+            Ok(Some(mut plain)) if plain[within..].iter().any(|byte| *byte != 0) => {
+                plain[within..].fill(0);
+                self.write_private(disk, block, &plain, Then::Reach(0), true).await?;
+            }
+            // A block that cannot be read shows nothing.
+            Ok(_) | Err(_) => return Ok(()),
+        }
+        let (stamp, queued) = {
+            let core = self.core.lock();
+            (core.stamp, core.journal.queued)
+        };
+        self.sync_to(disk, stamp, queued).await
     }
 
     /// Makes `length` bytes from `offset` on read as zeros; the size stays.

@@ -110,6 +110,8 @@ impl Volume {
                     core.journal.durable = core.journal.durable.max(settled);
                     core.journal.unsettled -= unsettled.min(core.journal.unsettled);
                     core.flushes.waiters.take()
+                } else if core.is(canary!(FlushAgain)) {
+                    core.flushes.waiters.take()
                 } else {
                     core.fail()
                 }

@@ -28,6 +28,7 @@ use postern_trusted::{
 
 use super::{Directory, Loaded};
 use crate::{
+    config::MovesConfig,
     family::{self, Family, OpenVolume, standing::Held},
     identity, message,
     process::{self, Process},
@@ -156,9 +157,9 @@ struct Batch {
 }
 
 impl Batch {
-    /// Everything that waits; `None` if nothing does. `last`: times alone count, too.
-    fn take(loaded: &mut Loaded, last: bool) -> Option<Self> {
-        let named = loaded.backlog.names_since.is_some() || last && loaded.dirty;
+    /// Everything that waits; `None` if nothing does. `all`: times and records alone count, too.
+    fn take(loaded: &mut Loaded, all: bool) -> Option<Self> {
+        let named = loaded.backlog.names_since.is_some() || all && loaded.dirty;
         if loaded.backlog.is_empty() && !named {
             return None;
         }
@@ -212,7 +213,7 @@ impl Batch {
 
 impl Directory {
     /// Writes and flushes all that waits, over the index's disk. With `Ok`, every change made before
-    /// the call is durable.
+    /// the call is durable; without `all`, times and records alone wait for a change of a name.
     ///
     /// # Errors
     /// `ENOSPC` when the host has no room: tried again later. `EIO`: names do not change any more.
@@ -220,7 +221,7 @@ impl Directory {
         &self,
         index: &Arc<OpenVolume>,
         disk: (&Held, &LaneFile),
-        last: bool,
+        all: bool,
     ) -> Result<(), Errno> {
         let _turn = self.publishing.take().await;
         let began = wait::now_ns();
@@ -231,7 +232,7 @@ impl Directory {
             if loaded.failed {
                 return Err(Errno::EIO);
             }
-            match Batch::take(loaded, last) {
+            match Batch::take(loaded, all) {
                 Some(batch) => batch,
                 None => return Ok(()),
             }
@@ -362,11 +363,21 @@ impl Directory {
         }
     }
 
-    /// Whether all names that were given are durable.
+    /// Whether all names that were given are durable, and all records where each sync is recorded.
     fn is_published(&self) -> bool {
         self.state.lock().as_ref().is_none_or(|loaded| {
-            loaded.backlog.names_since.is_none() && !loaded.backlog.writing && !loaded.failed
+            let behind = self.counts_syncs() && loaded.records.is_behind();
+            loaded.backlog.names_since.is_none()
+                && !loaded.backlog.writing
+                && !loaded.failed
+                && !behind
         })
+    }
+
+    /// Whether each sync of a file is recorded: where a counter moves with each sync, a file cannot
+    /// be set back to before one.
+    pub(crate) fn counts_syncs(&self) -> bool {
+        self.config.counter.is_some_and(|counter| matches!(counter.moves, MovesConfig::Sync))
     }
 
     /// Starts a publication in the background if one is due; answers whether.
@@ -455,7 +466,8 @@ impl OpenVolume {
         let index = directory.state.lock().as_ref().map(|loaded| loaded.index.clone());
         let Some(index) = index else { return Ok(()) };
         let held = index.hold_index()?;
-        directory.publish(&index, (&held, &held.disk()?), false).await
+        let all = directory.counts_syncs();
+        directory.publish(&index, (&held, &held.disk()?), all).await
     }
 
     /// Holds the index of a directory. It is not handed over: who finds it away has lost it.

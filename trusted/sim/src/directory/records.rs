@@ -3,7 +3,8 @@
 //! A record stands in for a monotonic counter of the file. It changes in memory, when the file makes
 //! a checkpoint or is closed, and becomes durable with the name table. Until then a superblock of
 //! the file names the durable record and the newest one, so that the file opens again whichever of
-//! them a crash leaves.
+//! them a crash leaves. Where the index has a counter that moves with each sync, so do the records:
+//! a sync of a file changes its record, and ends when the table with it is durable and counted.
 //!
 //! Holds: of one file no more than two records can be found after a crash, for none changes while
 //! the table is being written, or after a table of which nobody knows whether it was.
@@ -51,6 +52,11 @@ impl Records {
             self.durable.clear();
         }
         core::mem::take(&mut self.waiters)
+    }
+
+    /// Whether the durable table lacks one.
+    pub(super) fn is_behind(&self) -> bool {
+        !self.durable.is_empty()
     }
 
     fn change(&mut self, table: &mut Table, inode: u64, record: Record) {

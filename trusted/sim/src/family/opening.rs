@@ -73,10 +73,29 @@ impl Family {
         let config = match source {
             Source::Volume(config) => config.counter,
             Source::Index(number) => self.directories[*number].config.counter,
-            Source::File(file) => return Some(recorded(file)),
+            Source::File(file) => return Some(self.recorded(file)),
         }?;
         let counter = Arc::new(RunCounter::new(config.index, self.path_of(source)));
         Some(CounterUse { counter, moves: config.moves.into(), adopt: false })
+    }
+
+    /// What the index records of a file, in place of a counter.
+    fn recorded(&self, file: &Wanted) -> CounterUse {
+        let counts_syncs = self.directories[file.directory].counts_syncs();
+        let moves = if counts_syncs { Moves::Sync } else { Moves::Checkpoint };
+        let counter = Arc::new(FileRecord { directory: file.directory, inode: file.inode });
+        CounterUse { counter, moves, adopt: false }
+    }
+
+    /// The same for a file that is being made: it has no record before it is opened again, unless
+    /// each sync is recorded.
+    fn record_of_new(&self, source: &Source) -> Option<CounterUse> {
+        match source {
+            Source::File(file) if self.directories[file.directory].counts_syncs() => {
+                Some(self.recorded(file))
+            }
+            _ => None,
+        }
     }
 
     pub(super) fn open(&self, index: usize, source: &Source) -> Result<OpenVolume, Errno> {
@@ -207,7 +226,9 @@ impl Family {
         let opened = disk.and_then(|disk| {
             let opening = async {
                 if let Some(capacity) = capacity {
-                    let made = Volume::make_open(&disk, &keys.now, capacity).await?;
+                    let counter = self.record_of_new(source);
+                    let made =
+                        Volume::make_open(&disk, &keys.now, capacity, counter.as_ref()).await?;
                     return Ok((made, OpenReport::default()));
                 }
                 let counter = self.counter_of(source);
@@ -286,7 +307,7 @@ impl Family {
         let keys = names.hold_index().map(|held| file_keys(&held.volume, &wanted.id));
         runtime::close_volume(&names);
         let keys = keys?;
-        let counter = Some(recorded(&wanted));
+        let counter = Some(self.recorded(&wanted));
         let name = self.place_of(&Source::File(wanted));
         let failed = |what: &dyn core::fmt::Display| {
             message::say(&format!("{path}: {name}: {what}"));
@@ -305,12 +326,6 @@ impl Family {
         process.give_back(file.handle);
         size
     }
-}
-
-/// What the index records of a file, in place of a counter.
-fn recorded(file: &Wanted) -> CounterUse {
-    let counter = Arc::new(FileRecord { directory: file.directory, inode: file.inode });
-    CounterUse { counter, moves: Moves::Checkpoint, adopt: false }
 }
 
 /// Lets a moment pass.

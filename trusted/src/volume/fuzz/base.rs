@@ -61,7 +61,8 @@ pub(super) struct Base {
     pub(super) blocks: u64,
 }
 
-fn geometry() -> Geometry {
+/// A volume so small that journal, space and places are reused all the time.
+pub(in crate::volume) const fn tiny() -> Geometry {
     let (ring_blocks, reserve_blocks) = (64, 8);
     let home_start = RING_START + ring_blocks + reserve_blocks;
     Geometry {
@@ -81,10 +82,10 @@ fn geometry() -> Geometry {
 fn made(closed: bool) -> Base {
     #[cfg(test)]
     crate::volume::tests::nonces::reset();
-    let blocks = geometry().host_blocks;
+    let blocks = tiny().host_blocks;
     let host = Host::new(Image::new(), blocks, 1);
     let done = wait(async {
-        format(&host, &key(), geometry(), BLOCKS * BLOCK_BYTES).await.map_err(|_| ())?;
+        format(&host, &key(), tiny(), BLOCKS * BLOCK_BYTES).await.map_err(|_| ())?;
         for version in VERSIONS.into_iter().take(3) {
             let options = OpenOptions::default();
             let (volume, _) = Volume::open(&host, &key(), &options).await.map_err(|_| ())?;

@@ -21,6 +21,8 @@ mod tests;
 use alloc::{sync::Arc, vec, vec::Vec};
 use core::cell::Cell;
 
+#[cfg(test)]
+pub(super) use self::base::tiny;
 use self::{
     base::{BLOCKS, Base, is_known},
     host::{Host, Image, wait},

@@ -56,4 +56,10 @@ canaries! {
     a_partial_write_that_shares_its_block_is_caught => SharedPartial from 1,
     a_file_that_forgets_the_durable_record_is_caught => NoDurable from 1,
     an_opening_that_a_late_move_can_overtake_is_caught => NoFence from 160,
+    a_journal_place_reused_before_the_superblock_beyond_it_is_caught => EarlyRing from 1,
+    a_node_cache_that_goes_by_the_place_alone_is_caught => CacheByPlace from 1,
+    a_write_of_a_dead_guest_that_lands_in_the_next_session_is_caught => LateWrites from 263,
+    a_place_given_out_while_it_is_being_written_is_caught => InFlightSettled from 1,
+    two_blocks_sealed_under_one_nonce_are_caught => SharedNonce from 1,
+    a_flush_believed_after_one_that_failed_is_caught => FlushAgain from 1,
 }

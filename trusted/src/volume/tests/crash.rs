@@ -23,31 +23,15 @@ use crate::{
         Chore, OpenOptions, OpenReport, SlotKey, Volume, VolumeError,
         core::Health,
         format,
-        layout::{BLOCK_BYTES, FANOUT, Geometry, RING_START},
+        layout::{BLOCK_BYTES, Geometry},
     },
 };
 
+pub(super) use crate::volume::fuzz::tiny;
 pub(super) use seeds::{check, crash_images, crash_images_with_snapshots};
 
-const BLOCKS: u64 = 130;
+const BLOCKS: u64 = tiny().capacity;
 const PER_BLOCK: u64 = BLOCK_BYTES / SECTOR;
-
-/// A volume so small that journal, space and places are reused all the time.
-pub(super) fn tiny() -> Geometry {
-    let (ring_blocks, reserve_blocks) = (64, 8);
-    let home_start = RING_START + ring_blocks + reserve_blocks;
-    Geometry {
-        capacity: BLOCKS,
-        host_blocks: home_start + 2 * FANOUT + 48,
-        ring_start: RING_START,
-        ring_blocks,
-        reserve_start: RING_START + ring_blocks,
-        reserve_blocks,
-        home_start,
-        home_stride: FANOUT,
-        slack: 8,
-    }
-}
 
 /// As [`tiny`], with the room that snapshots need.
 pub(super) fn roomy() -> Geometry {
@@ -113,6 +97,8 @@ struct Plan {
     newest: f64,
     /// Percent of steps that make or delete a snapshot.
     snapshots: f64,
+    /// No checkpoint is made before a writer needs one.
+    lazy: bool,
     faults: Faults,
 }
 
@@ -159,6 +145,7 @@ impl Sim {
             power: 70.0,
             newest: [0.0, 0.0, 70.0][rng.below(3) as usize],
             snapshots: 0.0,
+            lazy: canary == Canary::None && seed % 7 == 3,
             faults: Faults {
                 write: fault(&mut rng),
                 read: if faulty && rng.chance(20.0) { 0.5 } else { 0.0 },
@@ -178,6 +165,17 @@ impl Sim {
             // Needs an eager write on its way during a whole checkpoint, and a death soon after.
             Canary::NoCarryWait => {
                 Plan { depth: 3, syncs: 45.0, power: 0.0, newest: 90.0, large: 0.0, ..plan }
+            }
+            // Needs the ring to come around before a checkpoint.
+            Canary::EarlyRing => Plan { syncs: 45.0, large: 0.0, hot: 4, lazy: true, ..plan },
+            // Needs nodes that are read again after their places were reused.
+            Canary::CacheByPlace => Plan { depth: 8, hot: BLOCKS, ..plan },
+            // Needs a guest that dies with much on its way.
+            Canary::LateWrites => Plan { depth: 8, syncs: 45.0, power: 10.0, newest: 70.0, ..plan },
+            // Needs a write on its way during a whole checkpoint.
+            Canary::InFlightSettled => Plan { depth: 8, newest: 90.0, ..plan },
+            Canary::FlushAgain => {
+                Plan { syncs: 45.0, faults: Faults { flush: 5.0, ..Faults::default() }, ..plan }
             }
             _ => plan,
         };
@@ -215,7 +213,10 @@ impl Sim {
             made: 0,
             cut_short: false,
         };
-        sim.runner.index = in_directory.then(SimIndex::default);
+        sim.runner.index = in_directory.then(|| match canary {
+            Canary::None if seed % 8 == 5 => SimIndex::of_syncs(),
+            _ => SimIndex::default(),
+        });
         if moves.is_some() {
             sim.bind(seed);
         }
@@ -269,7 +270,9 @@ impl Sim {
                     if self.plan.snapshots > 0.0 {
                         self.check_snapshots(&volume);
                     }
-                    if let Some(index) = &self.runner.index {
+                    if let Some(index) = self.runner.index.clone()
+                        && self.is_recorded(&index, &volume)
+                    {
                         self.aside.push((self.runner.disk.image(), index.pair()));
                     }
                     if self.moves.is_some() {
@@ -425,7 +428,10 @@ impl Sim {
                 index.step();
             }
             let now = self.runner.disk.state().now;
-            if let Some(chore) = volume.due(now) {
+            let due = volume.due(now);
+            if due == Some(Chore::Checkpoint) && self.plan.lazy {
+                volume.decline(Chore::Checkpoint);
+            } else if let Some(chore) = due {
                 let (disk, volume) = (self.disk(), volume.clone());
                 // A record that cannot change now does so later.
                 let waits = chore == Chore::Register && self.runner.index.is_some();

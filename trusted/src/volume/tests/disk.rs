@@ -10,6 +10,7 @@ use core::{
 };
 use std::sync::{Mutex, PoisonError};
 
+use super::{Canary, canary};
 use crate::{
     disk::{BLOCK, Block, Disk, HostError, Transfer},
     platform::{NoEntropy, Platform},
@@ -49,6 +50,8 @@ struct Cached {
     blocks: Vec<Arc<Block>>,
     /// Completion number; `None` while in flight.
     completed: Option<u64>,
+    /// Asked for by a guest that is dead.
+    late: bool,
 }
 
 enum Kind {
@@ -187,7 +190,8 @@ impl SimDisk {
         let mut state = self.state();
         let flying: Vec<u64> =
             state.cached.iter().filter(|w| w.completed.is_none()).map(|w| w.id).collect();
-        for id in flying {
+        let drains = canary() != Canary::LateWrites;
+        for id in flying.into_iter().filter(|_| drains) {
             if state.rng.below(2) == 0 {
                 state.land(id);
             } else {
@@ -198,6 +202,7 @@ impl SimDisk {
         state.view = state.durable.clone();
         let mut cached: Vec<_> =
             state.cached.iter().map(|w| (w.completed, w.place, w.blocks.clone())).collect();
+        cached.retain(|(completed, ..)| completed.is_some());
         cached.sort_by_key(|(completed, ..)| *completed);
         for (_, place, blocks) in cached {
             for (i, block) in (0..).zip(blocks) {
@@ -205,6 +210,7 @@ impl SimDisk {
             }
         }
         state.forget_requests();
+        state.keep_late_writes();
     }
 
     async fn answer(&self, id: u64) -> Answer {
@@ -231,6 +237,15 @@ impl State {
         self.buffers = BUFFERS;
     }
 
+    /// What is in flight still comes, with nobody to tell (none, if the host waits for it).
+    fn keep_late_writes(&mut self) {
+        for write in self.cached.iter_mut().filter(|w| w.completed.is_none()) {
+            write.late = true;
+            let kind = Kind::Write { cached: write.id };
+            self.ops.push(Op { id: write.id, kind, waker: None });
+        }
+    }
+
     fn land(&mut self, id: u64) {
         self.next += 1;
         let number = self.next;
@@ -255,11 +270,12 @@ impl State {
         let end = place + blocks.len() as u64;
         assert!(end <= self.host_blocks, "write beyond the host file");
         let twice = self.cached.iter().any(|w| {
-            w.completed.is_none() && w.place < end && place < w.place + w.blocks.len() as u64
+            let flying = w.completed.is_none() && !w.late;
+            flying && w.place < end && place < w.place + w.blocks.len() as u64
         });
         assert!(!twice, "two outstanding writes on place {place}");
         let id = self.issue(|id| Kind::Write { cached: id });
-        self.cached.push(Cached { id, place, blocks, completed: None });
+        self.cached.push(Cached { id, place, blocks, completed: None, late: false });
         id
     }
 

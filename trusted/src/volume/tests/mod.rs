@@ -72,6 +72,18 @@ pub(crate) enum Canary {
     NoFence,
     /// A superblock of a directory's file names the newest record alone, not the durable one.
     NoDurable,
+    /// Places of the journal's ring are written again before the superblock beyond them is durable.
+    EarlyRing,
+    /// The node cache looks for the place alone, and keeps what it has of it.
+    CacheByPlace,
+    /// The host does not wait for what a dead guest has asked for: it lands when the next one runs.
+    LateWrites,
+    /// A cut takes places for settled whose writes are still on their way.
+    InFlightSettled,
+    /// Seals of one request share a counter.
+    SharedNonce,
+    /// A failed flush is asked for again, and the next one believed.
+    FlushAgain,
 }
 
 std::thread_local! {

@@ -226,7 +226,7 @@ fn compare(python: &str, images: &[Image], name: &str, whole: bool) -> Vec<Said>
 fn a_second_implementation_reads_the_same_after_any_crash() {
     let Some(python) = python() else { return };
     let images: Vec<Image> = SEEDS.flat_map(crash_images).collect();
-    assert!(images.len() > 40, "only {} crashes", images.len());
+    assert!(images.len() > 30, "only {} crashes", images.len());
     let said = compare(python, &images, "crashes", true);
     let whole = |said: &Said| matches!(said, Said::Read { damaged, .. } if damaged.is_empty());
     assert!(said.iter().all(whole), "a crash has damaged or refused something");

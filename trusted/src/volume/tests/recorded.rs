@@ -11,7 +11,7 @@ use core::{
 use std::sync::Mutex;
 
 use super::{
-    crash::{formatted, open, tiny},
+    crash::{formatted, key, open, tiny},
     disk::{Image, Rng, SimDisk},
     nonces,
     run::Runner,
@@ -32,6 +32,8 @@ struct State {
     /// What an image has of which nobody knows whether it was written.
     doubtful: Option<Option<Record>>,
     landings: u64,
+    /// Each sync is recorded.
+    syncs: bool,
     waiters: Vec<Waker>,
 }
 
@@ -40,6 +42,16 @@ struct State {
 pub(super) struct SimIndex(Arc<Mutex<State>>);
 
 impl SimIndex {
+    /// One that records each sync.
+    pub(super) fn of_syncs() -> Self {
+        Self(Arc::new(Mutex::new(State { syncs: true, ..State::default() })))
+    }
+
+    /// Whether each sync is recorded.
+    pub(super) fn counts_syncs(&self) -> bool {
+        self.0.lock().unwrap().syncs
+    }
+
     /// Begins to write the table, or ends it.
     pub(super) fn step(&self) {
         let wakers = {
@@ -99,10 +111,13 @@ impl SimIndex {
         [state.durable, state.newest]
     }
 
+    pub(super) fn used(&self) -> CounterUse {
+        let moves = if self.counts_syncs() { Moves::Sync } else { Moves::Checkpoint };
+        CounterUse { counter: Arc::new(self.clone()), moves, adopt: false }
+    }
+
     pub(super) fn options(&self) -> OpenOptions {
-        let counter = Arc::new(self.clone());
-        let used = CounterUse { counter, moves: Moves::Checkpoint, adopt: false };
-        OpenOptions { counter: Some(used), ..OpenOptions::default() }
+        OpenOptions { counter: Some(self.used()), ..OpenOptions::default() }
     }
 }
 
@@ -128,7 +143,7 @@ impl Counter for SimIndex {
     }
 
     fn lasting(&self) -> Option<Lasting> {
-        let State { durable, newest, .. } = *self.0.lock().unwrap();
+        let [durable, newest] = self.pair();
         Some(Lasting { durable, newest })
     }
 }
@@ -146,8 +161,12 @@ impl World {
     }
 
     fn runner(&mut self, image: &Image) -> Runner {
+        self.runner_of(image, tiny().host_blocks)
+    }
+
+    fn runner_of(&mut self, image: &Image, host_blocks: u64) -> Runner {
         self.seed += 1;
-        let mut runner = Runner::new(SimDisk::new(self.seed, tiny().host_blocks, image.clone()));
+        let mut runner = Runner::new(SimDisk::new(self.seed, host_blocks, image.clone()));
         runner.index = Some(self.index.clone());
         runner
     }
@@ -157,14 +176,17 @@ impl World {
     fn session(&mut self, image: &Image, byte: u8, checkpoint: bool, close: bool) -> Image {
         let mut runner = self.runner(image);
         let (disk, options) = (runner.disk.clone(), self.index.options());
+        let counts_syncs = self.index.counts_syncs();
         runner.block_on(async move {
             let (volume, _) = open(disk.clone(), options).await.expect("the newest state opens");
             let bytes = Memory::new(vec![byte; BLOCK]);
             volume.write(&disk, 3 * 4096, &bytes).await.unwrap();
-            volume.sync(&disk).await.unwrap();
+            // Refused after a table of which nobody knows whether it was written.
+            let synced = volume.sync(&disk).await;
+            assert!(synced.is_ok() || counts_syncs, "{synced:?}");
             if checkpoint {
                 volume.run_chore(&disk, Chore::Checkpoint).await.unwrap();
-                // Refused after a table of which nobody knows whether it was written.
+                // Refused then, too.
                 let _ = volume.run_chore(&disk, Chore::Register).await;
             }
             if close {
@@ -175,7 +197,11 @@ impl World {
     }
 
     fn read(&mut self, image: &Image) -> Result<u8, VolumeError> {
-        let mut runner = self.runner(image);
+        self.read_of(image, tiny().host_blocks)
+    }
+
+    fn read_of(&mut self, image: &Image, host_blocks: u64) -> Result<u8, VolumeError> {
+        let mut runner = self.runner_of(image, host_blocks);
         let (disk, options) = (runner.disk.clone(), self.index.options());
         let opened = runner.block_on(async move {
             let (volume, _): (Arc<Volume>, _) = open(disk.clone(), options).await?;
@@ -225,6 +251,9 @@ fn a_state_of_before_a_recorded_checkpoint_is_refused_although_the_file_was_neve
 fn a_file_that_is_newer_than_its_record_opens_however_often_the_record_was_lost() {
     for seed in 0..64 {
         let (mut world, mut image) = World::new();
+        if seed % 2 == 1 {
+            world.index = SimIndex::of_syncs();
+        }
         let mut rng = Rng(seed);
         for byte in 1..=6 {
             let (checkpoint, close) = (rng.below(2) == 0, rng.below(3) > 0);
@@ -268,4 +297,46 @@ fn a_file_that_has_no_record_yet_opens_and_one_that_lost_its_record_does_not() {
     let later = world.session(&closed, 3, false, false);
     world.index = SimIndex::default();
     assert!(is_refused(&world.read(&later)));
+}
+
+/// One session, from the making of the file on, and what the host has after each sync whose record
+/// is durable.
+#[test]
+fn where_each_sync_is_recorded_no_older_state_opens_although_the_file_was_never_closed() {
+    for seed in 0..16 {
+        nonces::reset();
+        let mut world = World { index: SimIndex::of_syncs(), seed: 900 + seed };
+        let blocks = Volume::small_host_blocks(1 << 20);
+        let mut runner = Runner::new(SimDisk::new(seed, blocks, Image::new()));
+        runner.index = Some(world.index.clone());
+        let (disk, used) = (runner.disk.clone(), world.index.used());
+        let made = runner
+            .block_on(async move { Volume::make_open(&disk, &key(), 1 << 20, Some(&used)).await });
+        let volume = Arc::new(made.unwrap());
+        let mut states = vec![runner.disk.image()];
+        for byte in 1..=6 {
+            let (disk, volume, index) = (runner.disk.clone(), volume.clone(), world.index.clone());
+            runner.block_on(async move {
+                let bytes = Memory::new(vec![byte; BLOCK]);
+                volume.write(&disk, 3 * 4096, &bytes).await.unwrap();
+                if byte == 4 {
+                    volume.run_chore(&disk, Chore::Checkpoint).await.unwrap();
+                }
+                while volume.sync(&disk).await.is_err() {
+                    // The table was perhaps not written: once more.
+                    index.step();
+                }
+            });
+            world.index.settle();
+            for (n, old) in states.iter().enumerate() {
+                let opened = world.read_of(old, blocks);
+                assert!(
+                    is_refused(&opened),
+                    "seed {seed}: state {n} after sync {byte}: {opened:?}"
+                );
+            }
+            states.push(runner.disk.image());
+            assert_eq!(world.read_of(&states[states.len() - 1], blocks), Ok(byte), "seed {seed}");
+        }
+    }
 }

@@ -26,7 +26,7 @@ fn empty() -> MemDisk {
 }
 
 fn made(disk: &MemDisk) -> Volume {
-    run_to_end(Volume::make_open(disk, &key(), CAPACITY)).unwrap()
+    run_to_end(Volume::make_open(disk, &key(), CAPACITY, None)).unwrap()
 }
 
 #[test]
@@ -97,7 +97,7 @@ fn a_new_file_survives_a_power_cut_once_it_was_synced_or_rested_and_flushed() {
         let bytes: Vec<u8> = (0..20_000).map(|n| (n * 7 + seed) as u8).collect();
         let (disk, written) = (runner.disk.clone(), bytes.clone());
         runner.block_on(async move {
-            let volume = Volume::make_open(&disk, &key(), CAPACITY).await.unwrap();
+            let volume = Volume::make_open(&disk, &key(), CAPACITY, None).await.unwrap();
             assert_eq!(volume.write(&disk, 0, &Memory::new(written)).await, Ok(20_000));
             if seed % 2 == 0 {
                 volume.sync(&disk).await.unwrap();

@@ -1,15 +1,18 @@
 //! A monotonic counter beside the work: bound, asked, and held against old states.
 
+use alloc::sync::Arc;
+
 use super::{
     super::{
         counter::{SimCounter, counted},
         disk::Faults,
+        recorded::SimIndex,
     },
     Runner, Sim, SimDisk, open,
 };
 use crate::{
     counter::Record,
-    volume::{OpenOptions, VolumeError},
+    volume::{OpenOptions, Volume, VolumeError},
 };
 
 impl Sim {
@@ -46,7 +49,17 @@ impl Sim {
     /// Whether a sync may fail.
     pub(super) fn syncs_may_fail(&self) -> bool {
         let moves = self.moves.is_some_and(|(_, percent)| percent > 0.0);
-        self.plan.faults.flush > 0.0 || self.plan.faults.write > 0.0 || moves
+        // While nobody knows which records of a directory are durable none changes.
+        let recorded = self.runner.index.as_ref().is_some_and(SimIndex::counts_syncs);
+        self.plan.faults.flush > 0.0 || self.plan.faults.write > 0.0 || moves || recorded
+    }
+
+    /// Where each sync is recorded, a sync that changes nothing may record the state just opened:
+    /// it is recorded now. `false`: it cannot be.
+    pub(super) fn is_recorded(&mut self, index: &SimIndex, volume: &Arc<Volume>) -> bool {
+        let (disk, volume) = (self.disk(), volume.clone());
+        !index.counts_syncs()
+            || self.runner.block_on(async move { volume.sync(&disk).await }).is_ok()
     }
 
     /// States of a directory's file that the index has left behind are refused.
