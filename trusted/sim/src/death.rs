@@ -189,7 +189,7 @@ pub fn kill(target: i32) {
         sys::nap();
     }
     if target == me.cast_signed() || group.is_some() && group == sys::process_group(0) {
-        runtime::exit_drain(true);
+        runtime::exit_drain();
     }
 }
 

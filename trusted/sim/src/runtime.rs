@@ -127,22 +127,12 @@ impl OpenVolume {
 }
 
 /// What Linux does when a process exits: waits for its AIO, closes its files. Volumes that nobody
-/// else of the family uses are closed cleanly. Unless this is the `last` that the process does, it
-/// may go on to call us: it then starts anew.
-pub fn exit_drain(last: bool) {
-    if last {
-        gate::shut();
-    }
-    inheritance::settle();
+/// else of the family uses are closed cleanly. The last that the process does.
+pub fn exit_drain() {
+    gate::shut();
     // From here on nobody starts background work that would not be finished.
     service::park();
-    if last {
-        await_others();
-    }
-    leave();
-    if last {
-        strike_out();
-    }
+    close_down();
 }
 
 /// The same for the service thread, which has shut the gate: the process dies of a signal.

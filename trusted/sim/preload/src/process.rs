@@ -142,7 +142,7 @@ macro_rules! export_exit {
         /// Drains, then ends the process as the C function of this name does.
         #[unsafe(no_mangle)]
         pub extern "C" fn $name(status: c_int) -> ! {
-            state::drain(true);
+            state::drain();
             static NEXT: crate::next::Next = crate::next::Next::new(
                 match core::ffi::CStr::from_bytes_with_nul(concat!(stringify!($name), "\0").as_bytes()) {
                     Ok(name) => name,

@@ -213,7 +213,7 @@ pub unsafe fn process_call(number: c_long, arguments: Arguments) -> Option<c_lon
     let [a, b, c, d, e, _] = arguments;
     match number {
         libc::SYS_exit_group => {
-            state::drain(true);
+            state::drain();
             None
         }
         libc::SYS_kill

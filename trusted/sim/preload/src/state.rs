@@ -72,13 +72,12 @@ fn begin() {
     crate::calls::patch::install();
 }
 
-/// Waits for what is in flight and closes what is open: the process is about to end; it goes on to
-/// call us unless this is the `last` it does. A vfork child that leaves does so in its parent's
-/// memory: nothing is done.
-pub fn drain(last: bool) {
+/// Waits for what is in flight and closes what is open: the process is about to end. A vfork child
+/// that leaves does so in its parent's memory: nothing is done.
+pub fn drain() {
     if STATE.load(Ordering::Acquire) == ACTIVE && identity::process_id() == sys::getpid() {
         let _inside = Scope::new();
-        runtime::exit_drain(last);
+        runtime::exit_drain();
     }
 }
 
@@ -104,8 +103,13 @@ extern "C" fn start() {
     let _ = active();
 }
 
+/// Before the C library writes out its streams and calls exit_group(2), where that is not caught.
 extern "C" fn end() {
-    drain(false);
+    if STATE.load(Ordering::Acquire) == ACTIVE && !crate::calls::patch::catches_exit() {
+        // SAFETY: all streams; takes no pointer.
+        unsafe { libc::fflush(core::ptr::null_mut()) };
+        drain();
+    }
 }
 
 #[used]

@@ -131,6 +131,34 @@ static void elsewhere(const char *directory)
 	see("system", WEXITSTATUS(system("exit 4")));
 }
 
+static ssize_t look(void *cookie, const char *data, size_t length)
+{
+	char word[8] = "";
+	(void)data;
+	long got = pread(*(int *)cookie, word, 4, 0);
+	dprintf(1, "at the very end: %ld %s\n", got, word);
+	return length;
+}
+
+/* Streams that are open at exit are written out, the last thing but one that a process does. */
+static void left_open(const char *path)
+{
+	fflush(stdout);
+	pid_t child = fork();
+	if (child == 0) {
+		static int fd;
+		fd = open(path, O_RDONLY);
+		FILE *f = fopen(path, "w"), *last;
+		fputs("left open\n", f), fflush(f);
+		fputs("and not written\n", f);
+		last = fopencookie(&fd, "w", (cookie_io_functions_t){.write = look});
+		fputs("x", last);
+		exit(0);
+	}
+	see("waitpid", waitpid(child, NULL, 0) == child);
+	lines(path);
+}
+
 int main(int count, char **arguments)
 {
 	if (count != 3)
@@ -138,6 +166,7 @@ int main(int count, char **arguments)
 	setvbuf(stdout, NULL, _IOLBF, 0);
 	text(arguments[1]);
 	big(arguments[1]);
+	left_open(arguments[1]);
 	elsewhere(arguments[2]);
 	puts("done");
 	return 0;

@@ -10,6 +10,8 @@
 //! there is.
 #![allow(unsafe_code)]
 
+use core::sync::atomic::{AtomicBool, Ordering};
+
 use postern_sim::{
     message,
     sites::{self, Around, STUB, Site},
@@ -17,6 +19,7 @@ use postern_sim::{
 };
 
 use super::{NUMBERS, catch, class_of};
+use crate::next::Next;
 
 /// What lies before the stubs of an image: the classes, the catcher's address.
 const HEAD: usize = NUMBERS + 8;
@@ -25,6 +28,15 @@ const PAGE: usize = 4096;
 const NEAR: usize = 1 << 30;
 /// Largest /proc/self/maps looked at.
 const MAPS: usize = 4 << 20;
+/// Instructions of `_exit` in the C library, in bytes: its exit_group comes first.
+const EXIT_BYTES: usize = 64;
+
+static CATCHES_EXIT: AtomicBool = AtomicBool::new(false);
+
+/// Whether the C library's own exit_group(2) comes by here, at the very end of exit(3).
+pub fn catches_exit() -> bool {
+    CATCHES_EXIT.load(Ordering::Relaxed)
+}
 
 /// Executable bytes of a loaded image.
 struct Text {
@@ -115,17 +127,21 @@ fn patch(text: &Text, maps: &[u8]) {
         }
         jumps.push((site, jump));
     }
-    if protect(area, bytes, libc::PROT_READ | libc::PROT_EXEC) {
-        put(text, &jumps);
+    if protect(area, bytes, libc::PROT_READ | libc::PROT_EXEC) && put(text, &jumps) && text.is_libc
+    {
+        let exit = Next::new(c"_exit").find().map_or(0, |at| at as usize);
+        let is_its =
+            |(site, _): &(Site, _)| (exit..exit + EXIT_BYTES).contains(&(text.from + site.at));
+        CATCHES_EXIT.store(jumps.iter().any(is_its), Ordering::Relaxed);
     }
 }
 
 /// Writes the jumps. From the first mprotect to the last nothing outside this library runs: the
-/// code may be the C library's, memcpy included.
-fn put(text: &Text, jumps: &[(Site, [u8; 16])]) {
+/// code may be the C library's, memcpy included. Answers whether it could.
+fn put(text: &Text, jumps: &[(Site, [u8; 16])]) -> bool {
     let length = text.to - text.from;
     if !protect(text.from, length, libc::PROT_READ | libc::PROT_WRITE) {
-        return;
+        return false;
     }
     for (site, jump) in jumps {
         let mut at = 0;
@@ -142,6 +158,7 @@ fn put(text: &Text, jumps: &[(Site, [u8; 16])]) {
     if !protect(text.from, length, libc::PROT_READ | libc::PROT_EXEC) {
         postern_sim::process::abort(); // Code that cannot be run any more.
     }
+    true
 }
 
 fn protect(at: usize, length: usize, protection: i32) -> bool {
