@@ -16,7 +16,10 @@ use postern_trusted::{
     errno::Errno,
 };
 
-use crate::{files, inside, process, sys};
+use crate::{
+    files::{self, io::rwf},
+    inside, process, sys,
+};
 
 /// `AIO_RING_MAGIC`.
 const MAGIC: u32 = 0xa10a_10a1;
@@ -114,11 +117,10 @@ pub fn signal(eventfd: i32) {
 
 /// Whether io_submit(2) of this may wait for as long as it takes, until a signal comes.
 fn may_wait(iocb: &KernelIocb) -> bool {
-    const RWF_NOWAIT: u64 = 0x8;
     const O_NONBLOCK: usize = libc::O_NONBLOCK as usize;
     let [flags, target] = [1, 2].map(|word: usize| iocb[word].load(Ordering::Relaxed));
     // Opcodes of PREAD, PWRITE, PREADV, PWRITEV.
-    if !matches!(target & 0xffff, 0 | 1 | 7 | 8) || flags >> 32 & RWF_NOWAIT != 0 {
+    if !matches!(target & 0xffff, 0 | 1 | 7 | 8) || (flags >> 32) as i32 & rwf::NOWAIT != 0 {
         return false;
     }
     let fd = ((target >> 32) as u32).cast_signed();

@@ -85,7 +85,8 @@ impl Drop for Plain<'_> {
 
 /// How a change of a volume is made.
 enum Change<'a> {
-    Plain(#[allow(dead_code, reason = "counted while it lives")] Plain<'a>),
+    /// Counted while it lives.
+    Plain(Plain<'a>),
     /// With its content, for the holder of the turn.
     Mapped(Arc<Content>),
 }

@@ -4,7 +4,7 @@ use libc::{O_CLOEXEC, O_NONBLOCK, O_RDONLY, O_RDWR, O_WRONLY};
 
 use super::Cases;
 use crate::{
-    aio::{Iocb, op, rwf},
+    aio::{Context, Iocb, op, rwf},
     sys,
     world::{World, until_asleep, until_asleep_in_call},
 };
@@ -290,6 +290,20 @@ fn pipes(cases: &mut Cases) {
     });
 }
 
+/// io_submit of requests of which one blocks: then a signal comes.
+fn submit_and_be_signalled(w: &World, context: Context, iocbs: &[Iocb]) {
+    let me = sys::thread();
+    let sender = std::thread::spawn(move || {
+        until_asleep_in_call(me, libc::SYS_io_submit);
+        sys::signal_thread(me, libc::SIGUSR1);
+    });
+    w.see("io_submit", w.submit(context, iocbs));
+    w.say(format!("signals {}", sys::signals()));
+    w.see("in the ring", context.ready().into());
+    w.reap(context, iocbs.len() as i64);
+    let _ = sender.join();
+}
+
 /// A request that blocks io_submit on a descriptor that is not the file's.
 fn interrupted(cases: &mut Cases) {
     type Make = fn(&World) -> Iocb;
@@ -317,16 +331,7 @@ fn interrupted(cases: &mut Cases) {
                 let (context, file) = (w.context(8), w.open(O_RDONLY));
                 let read = |data| Iocb::new(op::PREAD, file, w.memory(64), 8, 0).data(data);
                 let iocbs = [read(1), make(w).data(2), read(3)];
-                let me = sys::thread();
-                let sender = std::thread::spawn(move || {
-                    until_asleep_in_call(me, libc::SYS_io_submit);
-                    sys::signal_thread(me, libc::SIGUSR1);
-                });
-                w.see("io_submit", w.submit(context, &iocbs));
-                w.say(format!("signals {}", sys::signals()));
-                w.see("in the ring", context.ready().into());
-                w.reap(context, 3);
-                let _ = sender.join();
+                submit_and_be_signalled(w, context, &iocbs);
             });
         }
     }
@@ -351,16 +356,7 @@ fn interrupted(cases: &mut Cases) {
                     read(ready.0, 9),
                     read(file, 10),
                 ];
-                let me = sys::thread();
-                let sender = std::thread::spawn(move || {
-                    until_asleep_in_call(me, libc::SYS_io_submit);
-                    sys::signal_thread(me, libc::SIGUSR1);
-                });
-                w.see("io_submit", w.submit(context, &iocbs));
-                w.say(format!("signals {}", sys::signals()));
-                w.see("in the ring", context.ready().into());
-                w.reap(context, 10);
-                let _ = sender.join();
+                submit_and_be_signalled(w, context, &iocbs);
             },
         );
     }

@@ -9,44 +9,24 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <libaio.h>
-#include <setjmp.h>
 #include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include "observe.h"
+#include "touch.h"
 
 #define BLOCK 4096
-#define MAP(...) (errno = 0, see("mmap(" #__VA_ARGS__ ")", mmap(__VA_ARGS__) == MAP_FAILED ? -1 : 0))
 #define RW (PROT_READ | PROT_WRITE)
 
 static const char *path;
 static char seen[1 << 20] __attribute__((aligned(BLOCK)));
-
-static sigjmp_buf back;
-static void on_fault(int signal)
-{
-	siglongjmp(back, signal);
-}
-
-/* The signal that touching `at` raises, or the byte there. */
-static void touch(const char *what, volatile char *at, int writes)
-{
-	int signal = sigsetjmp(back, 1);
-	if (signal)
-		printf("%s: %s\n", what, sigabbrev_np(signal));
-	else if (writes)
-		*at = 1, printf("%s: written\n", what);
-	else
-		printf("%s: byte %d\n", what, *at);
-}
 
 static int fresh(long size)
 {

@@ -8,13 +8,11 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
-#include <setjmp.h>
 #include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/sendfile.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -23,32 +21,13 @@
 #include <unistd.h>
 
 #include "observe.h"
+#include "touch.h"
 
 #define BLOCK 4096
 #define BYTES 200000
 
 static const char *path;
 static char data[BYTES];
-
-#define MAP(...) (errno = 0, see("mmap(" #__VA_ARGS__ ")", mmap(__VA_ARGS__) == MAP_FAILED ? -1 : 0))
-
-static sigjmp_buf back;
-static void on_fault(int signal)
-{
-	siglongjmp(back, signal);
-}
-
-/* The signal that touching `at` raises, or the byte there. */
-static void touch(const char *what, volatile char *at, int writes)
-{
-	int signal = sigsetjmp(back, 1);
-	if (signal)
-		printf("%s: %s\n", what, sigabbrev_np(signal));
-	else if (writes)
-		*at = 1, printf("%s: written\n", what);
-	else
-		printf("%s: byte %d\n", what, *at);
-}
 
 static void mappings(void)
 {

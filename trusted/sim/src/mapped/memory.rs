@@ -20,12 +20,7 @@ fn place(offset: u64) -> Result<usize, Errno> {
 /// # Errors
 /// What fstat(2) says.
 pub fn node(fd: i32) -> Result<(u64, u64), Errno> {
-    // SAFETY: all-zero is a valid stat: it has only integers.
-    let mut stat: libc::stat = unsafe { core::mem::zeroed() };
-    let to = (&raw mut stat) as usize;
-    // SAFETY: the kernel writes one stat to `stat`.
-    sys::check(unsafe { sys::syscall6(libc::SYS_fstat, fd as usize, to, 0, 0, 0, 0) })?;
-    Ok((stat.st_dev, stat.st_ino))
+    sys::fstat(fd).map(|stat| (stat.st_dev, stat.st_ino))
 }
 
 /// Reads at `offset`; beyond the end there are zeros.
