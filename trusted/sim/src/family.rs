@@ -175,9 +175,14 @@ impl OpenVolume {
 
     /// Says that acknowledged data was lost, and has each open file say so once ([`Self::losses`]).
     pub(crate) fn tell_loss(&self, what: &str, errno: Errno) {
-        self.losses.fetch_add(1, Ordering::Release);
+        self.count_loss();
         let path = family().map_or_else(String::new, |family| family.guest_path(self.index));
         self.report(&path, what, errno);
+    }
+
+    /// Acknowledged data was lost: each open file says so once ([`Self::losses`]).
+    fn count_loss(&self) {
+        self.losses.fetch_add(1, Ordering::Release);
     }
 
     /// Holds the volume, waiting for it as for a lock while another program has it.

@@ -7,7 +7,6 @@
 //! Holds: the daemon's word decides when to hand over, never what is in the volume; a lost lease is
 //! told to every open file.
 
-use core::sync::atomic::Ordering;
 use std::sync::Arc;
 
 use postern_edl::LEASE_LOST;
@@ -38,14 +37,21 @@ impl Family {
         busy
     }
 
-    /// Answers what the daemon has to say of leases, if there is anything.
-    pub fn hear_of_leases(&'static self, process: &'static Process) -> bool {
+    fn hear_of_leases(&'static self, process: &'static Process) -> bool {
         match process.linked() {
             Some(link) if link.has_news_of_leases() => {
                 self.answer(process, link);
                 true
             }
             _ => false,
+        }
+    }
+
+    /// Asks the daemon of leases, news or not: what another thread has heard and not yet acted on
+    /// is acted on when this returns.
+    pub fn ask_of_leases(&'static self, process: &'static Process) {
+        if let Some(link) = process.linked() {
+            self.answer(process, link);
         }
     }
 
@@ -92,10 +98,14 @@ impl Family {
             let Some(core) = volume.standing().drained().await else { return };
             let closed = self.write_down(volume.index, &core).await;
             // A lease that is lost meanwhile is told of as such.
-            if volume.standing().gone_away(core.handle)
+            let count = || {
+                if closed.is_err() {
+                    volume.count_loss();
+                }
+            };
+            if volume.standing().gone_away(core.handle, count)
                 && let Err(errno) = closed
             {
-                volume.losses.fetch_add(1, Ordering::Release);
                 volume.report(&self.guest_path(volume.index), "handing over failed", errno);
             }
         });
@@ -103,9 +113,7 @@ impl Family {
 
     /// The lease was taken away.
     fn lose(&self, volume: &OpenVolume, handle: u32) {
-        // Before anybody can find it away: who syncs it then hears of the loss.
-        volume.losses.fetch_add(1, Ordering::Release);
-        if volume.standing().gone_away(handle) {
+        if volume.standing().gone_away(handle, || volume.count_loss()) {
             let path = self.guest_path(volume.index);
             message::say(&format!(
                 "{path}: another program has the volume, because this one did not answer in time; \

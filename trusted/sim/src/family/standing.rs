@@ -374,8 +374,10 @@ impl Standing {
         .await
     }
 
-    /// The core with this handle has left, or was lost; `false` if it is another one that is here.
-    pub fn gone_away(&self, handle: u32) -> bool {
+    /// The core with this handle has left, or was lost; `false` if it is another one that is here, or
+    /// somebody else has said so. `count` runs before anybody can find it away: who syncs the volume
+    /// then hears of what was lost, once.
+    pub fn gone_away(&self, handle: u32, count: impl FnOnce()) -> bool {
         let waiters = {
             let mut inner = self.inner.lock();
             let last = match &inner.place {
@@ -384,6 +386,7 @@ impl Standing {
                 }
                 _ => return false,
             };
+            count();
             inner.last = last;
             inner.place = Place::Away;
             let leaver = inner.leaver.take();

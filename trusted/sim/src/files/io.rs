@@ -503,7 +503,7 @@ impl OpenFile {
             && let Some(family) = family::family()
         {
             // It may be for a lost lease: then this answer tells of it.
-            family.hear_of_leases(process::current());
+            family.ask_of_leases(process::current());
         }
         let lost = self.volume.losses();
         let told = self.told.swap(lost, Ordering::AcqRel) == lost;
