@@ -67,6 +67,8 @@ pub enum CounterError {
     Refused,
     /// What it holds or says is no record.
     Malformed,
+    /// It has no room for a first record; it holds what it held.
+    Full,
 }
 
 impl fmt::Display for CounterError {
@@ -75,6 +77,7 @@ impl fmt::Display for CounterError {
             Self::Unreachable => "the counter does not answer",
             Self::Refused => "the counter refuses access",
             Self::Malformed => "the counter holds something that is no record",
+            Self::Full => "there is no room for the record",
         })
     }
 }

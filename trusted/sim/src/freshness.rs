@@ -101,6 +101,7 @@ impl Reply {
             Err(CounterError::Unreachable) => 2,
             Err(CounterError::Refused) => 3,
             Err(CounterError::Malformed) => 4,
+            Err(CounterError::Full) => 5,
         };
         bytes.extend(self.text.bytes().take(Self::TEXT));
         bytes
@@ -115,6 +116,7 @@ impl Reply {
             1 => Ok(Swapped::Lost(get_record(&fixed[16..]))),
             2 => Err(CounterError::Unreachable),
             3 => Err(CounterError::Refused),
+            5 => Err(CounterError::Full),
             _ => Err(CounterError::Malformed),
         };
         Some(Self { id: number(fixed), result, text: String::from_utf8_lossy(text).into_owned() })
@@ -380,6 +382,7 @@ mod tests {
             (Err(CounterError::Unreachable), "no route"),
             (Err(CounterError::Refused), "no"),
             (Err(CounterError::Malformed), "what?"),
+            (Err(CounterError::Full), "no room"),
         ] {
             let reply = Reply { id: 5, result, text: text.into() };
             assert_eq!(Reply::decode(&reply.encode()), Some(reply));

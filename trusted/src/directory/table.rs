@@ -133,13 +133,34 @@ impl Table {
         self.nodes.get_mut(&inode).map(|node| &mut node.attributes)
     }
 
-    /// Records the state of a file's volume. A table that was made before there were records, and
-    /// is too full for them, stays without.
-    pub fn set_record(&mut self, inode: u64, record: Option<Record>) {
-        let room = self.bytes <= image::MAX_BODY;
-        if let Some(node) = self.nodes.get_mut(&inode).filter(|node| room && !node.is_directory()) {
+    /// Records the state of a file's volume; nothing, for what is no file.
+    ///
+    /// # Errors
+    /// `ENOSPC`: the file has no record yet, and the table is too full for one. A name leaves room
+    /// for it, but not in a table that was made before there were records.
+    pub fn set_record(&mut self, inode: u64, record: Option<Record>) -> Result<(), Errno> {
+        let Some(node) = self.nodes.get(&inode).filter(|node| !node.is_directory()) else {
+            return Ok(());
+        };
+        let new = node.record.is_none() && record.is_some();
+        if new && node.parent != 0 && !self.has_room_for_record() {
+            return Err(Errno::ENOSPC);
+        }
+        if let Some(node) = self.nodes.get_mut(&inode) {
             node.record = record;
         }
+        Ok(())
+    }
+
+    /// Whether one more file can have a record.
+    fn has_room_for_record(&self) -> bool {
+        if self.bytes <= image::MAX_BODY {
+            return true;
+        }
+        let without =
+            |node: &&Node| node.parent != 0 && !node.is_directory() && node.record.is_none();
+        let unused = Record::BYTES * self.nodes.values().filter(without).count();
+        self.bytes - unused + Record::BYTES <= image::MAX_BODY
     }
 
     /// All nodes, orphans included.

@@ -304,7 +304,7 @@ fn a_table_grows_to_its_slot_and_no_further() {
         id[..4].copy_from_slice(&u32::to_le_bytes(made));
         match table.create(ROOT, &long(made), Some(id), BORN) {
             Ok(inode) => {
-                table.set_record(inode, Some(Record { sequence: 1, digest: [7; 32] }));
+                table.set_record(inode, Some(Record { sequence: 1, digest: [7; 32] })).unwrap();
                 made += 1;
             }
             Err(errno) => break errno,
@@ -318,6 +318,80 @@ fn a_table_grows_to_its_slot_and_no_further() {
     assert!(table.create(ROOT, &long(made), None, BORN).is_ok());
 }
 
+/// A table as a build without records made it: as many files without one as there is room for.
+fn full_of_unrecorded(name_bytes: usize) -> (Table, Vec<u64>) {
+    const LIMIT: usize = SLOT_BYTES as usize - 72;
+    let long = |n: u64| {
+        let mut name = alloc::format!("{n:010}").into_bytes();
+        name.resize(name_bytes, b'x');
+        name
+    };
+    // The root and a directory that has no file yet: the image to put files into.
+    let mut table = Table::new(BORN);
+    let image = table.encode(1);
+    let files = (LIMIT - 68) / (68 + name_bytes);
+    let mut body = Vec::with_capacity(LIMIT);
+    body.extend_from_slice(&image[72..72 + 68]);
+    let record = {
+        let file = table.create(ROOT, &long(0), Some(id(0)), BORN).unwrap();
+        assert_eq!(file, 2);
+        table.encode(1)[72 + 68..72 + 68 + 68 + name_bytes].to_vec()
+    };
+    for n in 0..files as u64 {
+        let at = body.len();
+        body.extend_from_slice(&record);
+        body[at..at + 8].copy_from_slice(&(2 + n).to_le_bytes());
+        body[at + 16..at + 24].copy_from_slice(&n.to_le_bytes());
+        body[at + 68..].copy_from_slice(&long(n));
+    }
+    let mut image = vec![0; (72 + body.len()).next_multiple_of(IMAGE_BLOCK)];
+    image[..8].copy_from_slice(b"PSTNDIR1");
+    let words = [1, 2 + files as u64, 1 + files as u64, body.len() as u64];
+    for (word, at) in words.into_iter().zip((8..).step_by(8)) {
+        image[at..at + 8].copy_from_slice(&word.to_le_bytes());
+    }
+    image[72..72 + body.len()].copy_from_slice(&body);
+    let digest = crate::volume::sha256(&image[..72 + body.len()]);
+    image[40..72].copy_from_slice(&digest);
+    let (table, _) = Table::decode(&image).unwrap();
+    (table, (2..2 + files as u64).collect())
+}
+
+#[test]
+fn a_record_for_which_a_table_of_before_records_is_too_full_is_refused_and_nothing_is_lost() {
+    // The last slot's rest is larger than a record, by this much.
+    let (mut table, files) = full_of_unrecorded(100);
+    let record = |n| Some(Record { sequence: n, digest: [7; 32] });
+    let room = SLOT_BYTES as usize - 72 - (68 + files.len() * 168);
+    let fits = room / Record::BYTES;
+    assert!(fits < 5, "{room} bytes are left");
+    for (n, file) in files.iter().enumerate().take(20) {
+        let set = table.set_record(*file, record(1));
+        assert_eq!(set, if n < fits { Ok(()) } else { Err(Errno::ENOSPC) }, "file {n}");
+    }
+    // Whoever has one keeps it up to date.
+    let recorded = |table: &Table, n: usize| table.node(files[n]).unwrap().record;
+    (0..fits).for_each(|n| assert_eq!(table.set_record(files[n], record(2)), Ok(())));
+    (0..20).for_each(|n| assert_eq!(recorded(&table, n), record(2).filter(|_| n < fits)));
+    let image = table.encode(3);
+    assert!(image.len() as u64 <= SLOT_BYTES);
+    assert_eq!(Table::decode(&image), Ok((table.clone(), 3)));
+    // A removed file makes room: 168 bytes for four records of 40.
+    let name = table.node(files[30]).unwrap().name.clone();
+    table.unlink(ROOT, &name, 1).unwrap();
+    let more = (room + 168) / Record::BYTES - fits;
+    assert!(more >= 4);
+    for n in fits..fits + more {
+        assert_eq!(table.set_record(files[n], record(1)), Ok(()), "file {n}");
+    }
+    assert_eq!(table.set_record(files[fits + more], record(1)), Err(Errno::ENOSPC));
+    // What has no name is in no image, and needs no room there.
+    let unnamed = table.create_orphan([9; 16], BORN);
+    assert_eq!(table.set_record(unnamed, record(1)), Ok(()));
+    assert_eq!(table.node(unnamed).unwrap().record, record(1));
+    assert!(table.encode(4).len() as u64 <= SLOT_BYTES);
+}
+
 /// An image of a build without records is one in which no file has any.
 #[test]
 fn records_of_files_survive_the_image_and_files_without_one_stay_without() {
@@ -326,8 +400,8 @@ fn records_of_files_survive_the_image_and_files_without_one_stay_without() {
     let without = table.create(ROOT, b"b", Some(id(2)), BORN).unwrap();
     let directory = table.create(ROOT, b"d", None, BORN).unwrap();
     let record = Some(Record { sequence: 9, digest: [3; 32] });
-    table.set_record(with, record);
-    table.set_record(directory, record);
+    table.set_record(with, record).unwrap();
+    table.set_record(directory, record).unwrap();
     let (read, _) = Table::decode(&table.encode(2)).unwrap();
     let recorded = |inode| read.node(inode).unwrap().record;
     assert_eq!([with, without, directory].map(recorded), [record, None, None]);

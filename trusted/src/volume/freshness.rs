@@ -406,7 +406,10 @@ impl Volume {
         if !counts(&self.core.lock()) || self.core.lock().is(canary!(NoRegister)) {
             return Ok(());
         }
-        self.register().await.map_err(|_| Errno::EIO)
+        self.register().await.map_err(|stuck| match stuck {
+            Stuck::Counter(CounterError::Full) => Errno::ENOSPC,
+            _ => Errno::EIO,
+        })
     }
 
     async fn reach(&self, want: Reach) -> Result<(), Stuck> {

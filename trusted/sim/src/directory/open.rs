@@ -155,8 +155,8 @@ fn new_file(
         let record = table.node(inode).and_then(|node| node.record);
         table.forget(inode);
         table.create_as(inode, parent, name, id, attributes)?;
-        table.set_record(inode, record);
-        Ok(())
+        // The name has left room for it.
+        table.set_record(inode, record)
     });
     if let Err(errno) = published {
         crate::runtime::close_volume(&made);

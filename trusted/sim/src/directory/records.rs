@@ -6,6 +6,9 @@
 //! them a crash leaves. Where the index has a counter that moves with each sync, so do the records:
 //! a sync of a file changes its record, and ends when the table with it is durable and counted.
 //!
+//! A table that was made before there were records may be too full for all of them: a file that gets
+//! none keeps being one without, and what needs its record is refused.
+//!
 //! Holds: of one file no more than two records can be found after a crash, for none changes while
 //! the table is being written, or after a table of which nobody knows whether it was.
 
@@ -18,9 +21,11 @@ use std::collections::BTreeMap;
 use postern_trusted::{
     counter::{Answer, Counter, CounterError, Lasting, Record, Swapped},
     directory::Table,
+    errno::Errno,
 };
 
 use super::{Loaded, number};
+use crate::message;
 
 /// Records that are not durable yet.
 #[derive(Default)]
@@ -33,6 +38,8 @@ pub(super) struct Records {
     doubtful: bool,
     /// Changes that wait for the table being written.
     waiters: Vec<Waker>,
+    /// That there is no room for more was said.
+    told: bool,
 }
 
 fn newest(table: &Table, inode: u64) -> Option<Record> {
@@ -59,9 +66,11 @@ impl Records {
         !self.durable.is_empty()
     }
 
-    fn change(&mut self, table: &mut Table, inode: u64, record: Record) {
-        self.durable.entry(inode).or_insert_with(|| newest(table, inode));
-        table.set_record(inode, Some(record));
+    fn change(&mut self, table: &mut Table, inode: u64, record: Record) -> Result<(), Errno> {
+        let before = newest(table, inode);
+        table.set_record(inode, Some(record))?;
+        self.durable.entry(inode).or_insert(before);
+        Ok(())
     }
 
     fn lasting(&self, table: &Table, inode: u64) -> Lasting {
@@ -85,6 +94,19 @@ impl FileRecord {
         directory.state.lock().as_mut().map(look).ok_or(CounterError::Unreachable)
     }
 
+    /// Says once that the table has no room for the record.
+    fn tell_full(&self) {
+        let told = self.with(|loaded| core::mem::replace(&mut loaded.records.told, true));
+        if let (Ok(false), Ok(directory)) = (told, number(self.directory)) {
+            message::say(&format!(
+                "{}: the name table, made before it recorded the states of files, has no room for \
+                 all of them: a file without a record opens, and can be set back to an older state; \
+                 where a counter moves with each sync its fsync fails (ENOSPC); remove files",
+                directory.config.guest_path
+            ));
+        }
+    }
+
     fn try_swap(
         &self,
         loaded: &mut Loaded,
@@ -102,7 +124,9 @@ impl FileRecord {
             loaded.records.waiters.push(waker.clone());
             return Poll::Pending;
         }
-        loaded.records.change(&mut loaded.table, self.inode, new);
+        if loaded.records.change(&mut loaded.table, self.inode, new).is_err() {
+            return Poll::Ready(Err(CounterError::Full));
+        }
         loaded.dirty = true;
         Poll::Ready(Ok(Swapped::Done))
     }
@@ -117,7 +141,12 @@ impl Counter for FileRecord {
     fn swap(&self, old: Option<Record>, new: Record) -> Answer<'_, Swapped> {
         Box::pin(poll_fn(move |cx| {
             match self.with(|loaded| self.try_swap(loaded, (old, new), cx.waker())) {
-                Ok(answer) => answer,
+                Ok(answer) => {
+                    if answer == Poll::Ready(Err(CounterError::Full)) {
+                        self.tell_full();
+                    }
+                    answer
+                }
                 Err(error) => Poll::Ready(Err(error)),
             }
         }))

@@ -210,7 +210,7 @@ pub(super) fn table() -> Table {
     let mut made = || {
         let inner = table.create(ROOT, b"a", None, attributes)?;
         let file = table.create(inner, b"b", Some([1; 16]), attributes)?;
-        table.set_record(file, Some(Record { sequence: 3, digest: [8; 32] }));
+        table.set_record(file, Some(Record { sequence: 3, digest: [8; 32] }))?;
         table.create(ROOT, b"a long name", Some([2; 16]), attributes)?;
         table.create(inner, b"empty", None, attributes)
     };
