@@ -112,8 +112,9 @@ impl FileDisk {
                 Exit::InUse,
                 "the volume is in use",
                 place,
-                "another process keeps its lock; wait for it (--wait) or stop it (`fuser -v FILE` \
-                 names it)",
+                "who has it keeps it: a program with a lock on the file (fcntl, flock), one that was \
+                 started with --exclusive, or one that is stopped; wait for it (--wait) or end it \
+                 (`fuser -v FILE` names its daemon)",
             ));
         }
         let length = length_of(&file)

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::Instant;
 
 use postern_edl::{FILE_BUFFERED, OPEN_ASK, OPEN_READ_ONLY};
 use postern_lease::Use;
@@ -131,14 +131,14 @@ impl Catalog {
     }
 
     /// Opens the file behind `name` with `flags` of `postern_open` and takes its lease, for which
-    /// the enclave has waited for `waited`. Blocks on the host's file system: not for the control
+    /// the enclave has waited since `since`. Blocks on the host's file system: not for the control
     /// loop.
     ///
     /// # Errors
     /// The errno for the enclave: `ENOENT` for a name that leads nowhere, `EBUSY` for a lease that
     /// somebody has and is not asked for, `EINVAL` where O_DIRECT is refused or the flags are
     /// unknown, else the host's. What the operator can act on is logged.
-    pub fn open(&self, name: &str, flags: u32, waited: Duration) -> Result<Opening, Errno> {
+    pub fn open(&self, name: &str, flags: u32, since: Instant) -> Result<Opening, Errno> {
         let known = OPEN_READ_ONLY | OPEN_ASK;
         if name.is_empty() || name.contains('\0') || flags & !known != 0 {
             return Err(Errno::INVAL);
@@ -151,7 +151,7 @@ impl Catalog {
             );
         })?;
         let opened = HostFile::open(&place, &path, name, flags, self.allow_buffered)
-            .and_then(|file| file.lease(flags & OPEN_ASK != 0, waited));
+            .and_then(|file| file.lease(flags & OPEN_ASK != 0, since));
         if let Err((errno, remedy)) = &opened {
             let shown = path.display();
             log(format_args!("open refused ({errno})"), format_args!("{name:?} = {shown}"), remedy);
@@ -174,7 +174,7 @@ impl Catalog {
                 "it needs --directory NAME=DIR, room in DIR, and the right to write there",
             );
         })?;
-        let opened = match self.open(name, 0, Duration::ZERO) {
+        let opened = match self.open(name, 0, Instant::now()) {
             Ok(Opening::Leased(opened)) => Ok(opened),
             Ok(Opening::Asked(_)) => Err(Errno::BUSY),
             Err(errno) => Err(errno),
@@ -289,15 +289,15 @@ impl HostFile {
     }
 
     /// Takes the lease, or, if `ask`, marks the file as waited for.
-    fn lease(mut self, ask: bool, waited: Duration) -> Result<Opening, OpenError> {
+    fn lease(mut self, ask: bool, since: Instant) -> Result<Opening, OpenError> {
         let host = |e: Errno| (e, "its file system must take locks (flock)");
-        if postern_lease::take(&self.fd, self.usage(), waited).map_err(host)? {
+        if postern_lease::take(&self.fd, self.usage(), since).map_err(host)? {
             // A device's size is not in its inode; seeking to the end tells it for both. Only now:
             // who had the lease may have changed it.
             self.blocks = rustix::fs::seek(&self.fd, SeekFrom::End(0)).map_err(host)? / BLOCK;
             return Ok(Opening::Leased(self));
         }
-        if ask && postern_lease::ask(&self.fd, self.usage()).is_ok() {
+        if ask && postern_lease::ask(&self.fd, self.usage(), since).is_ok() {
             return Ok(Opening::Asked(self));
         }
         Err((Errno::BUSY, "another session, daemon or program holds its lock: end that first"))

@@ -343,7 +343,7 @@ impl Session {
         let since = wish.as_ref().map_or(now, |wish| wish.since);
         let catalog = Arc::clone(catalog);
         let opened = in_background(move || {
-            let opened = catalog.open(&name, flags, now.duration_since(since));
+            let opened = catalog.open(&name, flags, since);
             drop(wish);
             opened
         });

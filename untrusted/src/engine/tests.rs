@@ -37,7 +37,7 @@ fn bench(entries: usize) -> Bench {
     let mut engine = Engine::new(region, 0, doorbells, Arc::default()).unwrap();
     let handle = MAX_FILES as u32;
     let crate::files::Opening::Leased(file) =
-        catalog.open("disk", 0, std::time::Duration::ZERO).unwrap()
+        catalog.open("disk", 0, std::time::Instant::now()).unwrap()
     else {
         panic!("somebody has the lease of a file that is ours");
     };
