@@ -210,6 +210,36 @@ fn a_small_file_costs_at_most_five_host_requests() {
     end(&mut world.postern(["verify", "d"])).expect(0);
 }
 
+/// What opening costs, seen by a program that opens each file once to tell its size: three reads of
+/// the front, one of the journal. In the first run files rest with their journal, in the second they
+/// were closed.
+#[test]
+fn a_file_that_was_put_away_is_opened_again_with_four_reads() {
+    const FILES: u64 = 60;
+    let Some(world) = World::new() else { return };
+    let directory = world.path("d");
+    let line = format!("i=0; while [ $i -lt {FILES} ]; do echo $i > /data/f$i; i=$((i+1)); done");
+    shell(&world, &directory, &line).expect(0);
+    let stats = world.path("stats");
+    for round in 0..2 {
+        let mut shown = OsString::from("/data/=");
+        shown.push(&directory);
+        let mut command = world.postern(["run", "--no-probes", "--stats"]);
+        command.arg(&stats).arg("--volume").arg(shown);
+        let ended = end(command.args(["--", "sh", "-c", "ls -l /data | wc -l"])).expect(0);
+        assert_eq!(ended.stdout, format!("{}\n", FILES + 1));
+        let told: serde_json::Value = serde_json::from_slice(&fs::read(&stats).unwrap()).unwrap();
+        let stages = told["stages"].as_array().unwrap().iter();
+        let reads = stages.filter(|s| s["stage"] == "device" && s["operation"] == "read");
+        let reads: u64 = reads.map(|s| s["count"].as_u64().unwrap()).sum();
+        // Opening the index and reading the name table.
+        assert!(reads <= 4 * FILES + 40, "round {round}: {reads} host reads for {FILES} files");
+        assert!(reads >= 3 * FILES, "round {round}: {reads} host reads cannot be all");
+        shell(&world, &directory, "cat /data/*").expect(0);
+    }
+    end(&mut world.postern(["verify", "d"])).expect(0);
+}
+
 /// Files made and removed between two batches never get a name on the host; those that had one
 /// are removed there.
 #[test]

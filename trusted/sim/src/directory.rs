@@ -13,6 +13,7 @@ pub mod cwd;
 mod look;
 mod open;
 mod ops;
+mod orderly;
 mod publish;
 mod records;
 
@@ -34,6 +35,7 @@ pub(crate) use publish::HostFile;
 pub(crate) use records::FileRecord;
 
 use self::{
+    orderly::Orderly,
     publish::{Backlog, Publishing},
     records::Records,
 };
@@ -76,6 +78,8 @@ struct Loaded {
     sizes: BTreeMap<u64, u64>,
     /// Which records of files are not durable yet.
     records: Records,
+    /// Which files were put away in order.
+    orderly: Orderly,
 }
 
 /// What an open volume knows of the directory that its file is in.
@@ -226,6 +230,7 @@ impl Directory {
             backlog: Backlog::default(),
             sizes: BTreeMap::new(),
             records: Records::default(),
+            orderly: Orderly::new(index.clean),
         });
         Ok(())
     }
@@ -273,11 +278,12 @@ impl Directory {
         }
     }
 
-    /// A file of the directory was closed: its size, and when its content changed.
+    /// A file of the directory was closed in order: its size, and when its content changed.
     pub(crate) fn remember(&self, member: &Member, size: u64) {
         let mut state = self.state.lock();
         let Some(loaded) = state.as_mut() else { return };
         loaded.sizes.insert(member.inode, size);
+        loaded.orderly.put_away(member.inode);
         if let Some(written) = member.written()
             && let Some(attributes) = loaded.table.attributes_mut(member.inode)
         {

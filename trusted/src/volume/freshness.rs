@@ -141,6 +141,29 @@ pub(crate) async fn check(
     Ok(checked)
 }
 
+/// Whether what was found is what the index of a directory has of a file that was put away: the
+/// point that its record names; or no record, of a file that never had one.
+pub(crate) async fn is_exact(
+    options: &OpenOptions,
+    uuid: &[u8; 16],
+    superblock: &Superblock,
+    id: &SuperblockId,
+    scan: &Scan,
+) -> bool {
+    let Some(used) = options.counter.as_ref().filter(|used| used.counter.lasting().is_some())
+    else {
+        return false;
+    };
+    match used.counter.load().await {
+        Ok(Some(held)) => {
+            let (tip, tag) = (scan.tip(superblock), scan.tip_tag(superblock));
+            digest(uuid, id, tip, &tag) == held.digest
+        }
+        Ok(None) => superblock.counter.is_none_or(|bound| bound.registered.is_none()),
+        Err(_) => false,
+    }
+}
+
 /// The journal block up to which the counter's record vouches for what was found; `None` if it
 /// means another state.
 fn vouch(

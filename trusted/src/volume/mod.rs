@@ -37,6 +37,7 @@ mod epochs;
 mod error;
 mod format;
 mod freshness;
+mod front;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
 mod header;
@@ -109,6 +110,10 @@ pub struct OpenOptions {
     pub counter: Option<CounterUse>,
     /// Bind the volume to no counter any more, whatever state it is in.
     pub unbind: bool,
+    /// The caller knows that whoever had it open last put it away ([`Volume::close`],
+    /// [`Volume::rest`]): with a batched counter that names what is found, the journal is not
+    /// searched beyond its end. For files of a protected directory.
+    pub put_away: bool,
     /// How far it had come when the caller had it last: an older state, or another volume, is
     /// refused before anything is written.
     pub after: Option<Progress>,

@@ -16,157 +16,60 @@ use super::{
     OpenOptions, OpenReport, SlotKey, Volume,
     chores::Progress,
     core::{Core, Health, Map, Pending},
-    crypto::{EpochKey, Kind, Salt, Tag, VolumeKey, sha256},
+    crypto::{EpochKey, Kind, Salt, Tag, VolumeKey},
     delta::{Delta, Zero},
     error::VolumeError,
-    format::write_blocks,
-    freshness::{self, Fresh, SuperblockId},
+    freshness::{self, Fresh},
+    front::{Front, Header, Newest, open_superblock, read_header_in},
     header::{self, HeaderBytes},
     jblock::Record,
-    layout::{Geometry, HEADER_BLOCKS, HEADERS, Order, Ptr, RING_RESERVE, SUPERBLOCKS, put},
+    layout::{Geometry, Order, Ptr, RING_RESERVE, SUPERBLOCKS},
     ring_scan::{self, Scan},
     superblock::{Epoch, RECENT, Superblock},
     tree::Bad,
 };
 use crate::{
-    disk::{BLOCK, Block, Disk, HostError, Transfer},
+    disk::{Disk, HostError},
     errno::Errno,
 };
 
 /// Data blocks verified at a time.
 const VERIFY: usize = 32;
 
-async fn read_blocks<D: Disk>(disk: &D, place: u64, out: &mut [Block]) -> Result<(), VolumeError> {
-    let failed = |error| VolumeError::Host { place, error };
-    let mut transfer = disk.transfer(out.len()).await.map_err(failed)?;
-    transfer.read(place).await.map_err(failed)?;
-    out.iter_mut().enumerate().for_each(|(i, block)| transfer.get(i, block));
-    Ok(())
+/// Whether a rule is broken on purpose, before there is a core that says so.
+#[cfg(test)]
+fn breaks(canary: super::tests::Canary) -> bool {
+    super::tests::canary() == canary
 }
 
-/// A copy of the header that was accepted.
-pub(crate) struct Header<T> {
-    pub(crate) bytes: Box<HeaderBytes>,
-    /// What it says.
-    pub(crate) found: T,
-    /// Which copy it is.
-    pub(crate) copy: usize,
-    /// The other copy is the same.
-    pub(crate) twice: bool,
+#[cfg(not(test))]
+const fn breaks((): ()) -> bool {
+    false
 }
 
-impl<T> Header<T> {
-    fn split(self) -> (Header<()>, T) {
-        let Self { bytes, found, copy, twice } = self;
-        (Header { bytes, found: (), copy, twice }, found)
-    }
-}
-
-impl Header<()> {
-    /// Makes both copies the same: nothing is sealed under keys that one copy alone holds.
-    async fn repair<D: Disk>(&self, disk: &D) -> Result<(), VolumeError> {
-        if self.twice {
-            return Ok(());
-        }
-        write_blocks(disk, HEADERS[1 - self.copy], self.bytes.as_chunks::<BLOCK>().0).await
-    }
-}
-
-/// The newer of the header's copies that `decode` accepts.
-///
-/// A key that opens only the older of two intact copies is refused: a change of the keys that was
-/// cut off has happened as soon as one copy carries it.
-pub(crate) async fn read_header<D: Disk, T>(
-    disk: &D,
-    decode: impl Fn(&HeaderBytes) -> Result<T, VolumeError>,
-    generation: impl Fn(&T) -> u64,
-) -> Result<Header<T>, VolumeError> {
-    let mut best: Option<Header<T>> = None;
-    let mut refusal: Option<VolumeError> = None;
-    let mut locked = 0;
-    for (copy, place) in HEADERS.into_iter().enumerate() {
-        let mut blocks = Vec::from([[0; BLOCK]; HEADER_BLOCKS]);
-        let read = read_blocks(disk, place, &mut blocks).await.and_then(|()| {
-            let mut bytes: Box<HeaderBytes> = Box::new([0; header::BYTES]);
-            blocks.iter().enumerate().for_each(|(i, block)| put(&mut bytes[..], i * BLOCK, block));
-            match decode(&bytes) {
-                Ok(found) => Ok(Header { bytes, found, copy, twice: false }),
-                Err(error) => {
-                    if error == VolumeError::WrongKey {
-                        locked = locked.max(header::look(&bytes).unwrap_or(0));
-                    }
-                    Err(error)
-                }
-            }
-        });
-        match read {
-            Ok(header) => match &mut best {
-                Some(best) if generation(&best.found) >= generation(&header.found) => {
-                    best.twice = best.bytes == header.bytes;
-                }
-                _ => best = Some(header),
-            },
-            // The copy that comes furthest tells most.
-            Err(VolumeError::NotAVolume) => {
-                refusal = refusal.or(Some(VolumeError::NotAVolume));
-            }
-            Err(VolumeError::DamagedHeader)
-                if !matches!(refusal, None | Some(VolumeError::NotAVolume)) => {}
-            Err(error) => refusal = Some(error),
-        }
-    }
-    match best {
-        Some(best) if generation(&best.found) < locked => Err(VolumeError::WrongKey),
-        Some(best) => Ok(best),
-        None => Err(refusal.unwrap_or(VolumeError::NotAVolume)),
-    }
-}
-
-/// Step 2: the newest superblock and its slot.
-async fn open_superblock<D: Disk>(
+/// Step 4. Of a file that was put away in exactly the state that was found, the journal behind its
+/// end can bear no witness: nobody has written to it since.
+async fn read_journal<D: Disk>(
     disk: &D,
     key: &VolumeKey,
-    read_only: bool,
-) -> Result<(Superblock, usize, SuperblockId), VolumeError> {
-    let mut best: Option<(Superblock, usize, SuperblockId)> = None;
-    let mut refusal = None;
-    for (slot, copies) in SUPERBLOCKS.into_iter().enumerate() {
-        let mut failure = None;
-        let mut found: Option<(Superblock, SuperblockId)> = None;
-        for place in copies {
-            let mut block = [[0; BLOCK]];
-            match read_blocks(disk, place, &mut block).await {
-                Ok(()) => match Superblock::open(&block[0], key, slot) {
-                    // A commit that was cut off may be in one copy alone.
-                    Ok(Some(superblock)) => {
-                        if found.as_ref().is_none_or(|(f, _)| f.generation < superblock.generation)
-                        {
-                            found = Some((superblock, sha256(&block[0])));
-                        }
-                    }
-                    Ok(None) => {}
-                    // Perhaps the newest: going on from the other slot would lose what it says.
-                    Err(
-                        error @ (VolumeError::UnsupportedVersion { .. }
-                        | VolumeError::UnsupportedFeatures { .. }),
-                    ) => return Err(error),
-                    Err(error) => refusal = Some(error),
-                },
-                Err(error) => failure = Some(error),
-            }
+    options: &OpenOptions,
+    newest: &Newest,
+) -> Scan {
+    let Newest { superblock, id, whole, .. } = newest;
+    let geometry = &superblock.geometry;
+    let careless = breaks(canary!(BriefScan));
+    if careless || options.put_away && *whole {
+        let (mut scan, ends) = ring_scan::scan_end(disk, key, geometry, superblock).await;
+        let exact = ends && freshness::is_exact(options, key.uuid(), superblock, id, &scan).await;
+        if exact {
+            // Not a durable mark: a file that rests may be waiting for its flush.
+            scan.believed = scan.tip(superblock);
         }
-        match (found, failure) {
-            (Some((superblock, id)), _) => {
-                if best.as_ref().is_none_or(|(b, ..)| b.generation < superblock.generation) {
-                    best = Some((superblock, slot, id));
-                }
-            }
-            // An older superblock instead of one that could not be read would lose synced data.
-            (None, Some(error)) if !read_only => return Err(error),
-            (None, error) => refusal = refusal.or(error),
+        if careless || exact {
+            return scan;
         }
     }
-    best.ok_or(refusal.unwrap_or(VolumeError::DamagedSuperblock))
+    ring_scan::scan(disk, key, geometry, superblock).await
 }
 
 /// What the chain makes of the blocks.
@@ -205,18 +108,22 @@ impl Volume {
         options: &OpenOptions,
     ) -> Result<(Header<header::Opened>, Opening, OpenReport), VolumeError> {
         let decode = |bytes: &HeaderBytes| header::decode(bytes, key);
-        let header = read_header(disk, decode, |opened| opened.generation).await?;
+        let front = Front::read(disk).await;
+        let header = read_header_in(&front, disk, decode, |opened| opened.generation).await?;
         let (opened, volume_key) = (&header.found, &header.found.key);
         let read_only = options.read_only || opened.read_only;
-        let (superblock, slot, id) = open_superblock(disk, volume_key, read_only).await?;
-        let geometry = superblock.geometry;
+        let newest = open_superblock(&front, disk, volume_key, read_only).await?;
+        drop(front);
+        let geometry = newest.superblock.geometry;
         if disk.host_blocks() < geometry.host_blocks {
             return Err(VolumeError::HostFileShort {
                 needed: geometry.host_blocks,
                 found: disk.host_blocks(),
             });
         }
-        let mut scan = ring_scan::scan(disk, volume_key, &geometry, &superblock).await?;
+        let uuid = volume_key.uuid();
+        let mut scan = read_journal(disk, volume_key, options, &newest).await;
+        let Newest { superblock, slot, id, .. } = newest;
         let tip = scan.tip(&superblock);
         if let Some((place, error)) = scan.broken
             && !read_only
@@ -242,7 +149,6 @@ impl Volume {
         {
             return Err(*loss);
         }
-        let uuid = volume_key.uuid();
         let checked = freshness::check(options, uuid, &superblock, &id, &scan).await?;
         if let Some(refusal) = checked.refusal
             && !read_only
@@ -280,7 +186,7 @@ impl Volume {
         report: &mut OpenReport,
     ) -> Result<Replay, VolumeError> {
         let trusting = self.core.lock().is(canary!(NoVerify));
-        let certain = scan.durable;
+        let certain = scan.durable.max(scan.believed);
         let mut void: BTreeSet<Order> = BTreeSet::new();
         let mut replay = Replay {
             delta: Delta::default(),

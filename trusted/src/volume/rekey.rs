@@ -25,11 +25,11 @@ use super::{
     core::{Found, Map},
     crypto::Secret,
     error::{Misuse, VolumeError},
+    front::read_header,
     header::{self, FreshKeys, HeaderBytes},
     layout::{BLOCK_BYTES, FANOUT, Ptr, child},
     merge::Met,
     read::PIECE,
-    recovery::read_header,
     slots::{SLOTS, write_header},
     tree::{Bad, Miss},
 };

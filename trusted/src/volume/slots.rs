@@ -19,9 +19,9 @@ use super::{
     crypto::{self, AeadKey, SINGLE, Secret, TAG},
     error::{Misuse, VolumeError},
     format::write_blocks,
+    front::read_header,
     header::{self, Change, HeaderBytes},
     layout::{HEADERS, get_array, get32, put, put32},
-    recovery::read_header,
 };
 use crate::disk::{BLOCK, Disk};
 

@@ -346,6 +346,7 @@ impl Directory {
             let Some(id) = orphan.and_then(|node| node.file().copied()) else { return };
             loaded.table.forget(inode);
             loaded.sizes.remove(&inode);
+            loaded.orderly.forget(inode);
             let backlog = &mut loaded.backlog;
             let unknown = backlog.unborn.remove(&inode).is_some();
             if !unknown {

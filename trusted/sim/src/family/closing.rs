@@ -1,7 +1,8 @@
 //! Closing a volume: cleanly, by who used it last.
 //!
 //! Holds: what a directory's file has not flushed is flushed with the directory's next batch, its
-//! host file open until then; a host file is given back once.
+//! host file open until then; a host file is given back once; the index of a directory is marked as
+//! cleanly closed only if all its files could be put away.
 
 use core::sync::atomic::Ordering;
 
@@ -29,13 +30,26 @@ impl Family {
                 _ => return,
             }
         };
+        let mut orderly = true;
         if let Source::Index(number) = entry.source {
+            orderly = self.directories[number].is_orderly();
             self.directories[number].publish_rest(&volume).await;
         }
-        if let Some(core) = volume.standing().retire().await
-            && let Err(errno) = self.put_away(&volume, &core).await
-        {
+        let closed = match volume.standing().retire().await {
+            Some(core) if orderly => Some(self.put_away(&volume, &core).await),
+            // Published, and marked as in use still: the next run looks at each file closely.
+            Some(core) => {
+                process::current().give_back(core.handle);
+                Some(Ok(()))
+            }
+            // It was lost.
+            None => None,
+        };
+        if let Some(Err(errno)) = closed {
             volume.report(&self.path_of(&entry.source), "closing failed", errno);
+        }
+        if let Some(member) = volume.member.as_ref().filter(|_| closed != Some(Ok(()))) {
+            self.directories[member.directory].lose_track();
         }
         entry.slot.lock().state = State::Closed;
         self.retire(index, &entry);

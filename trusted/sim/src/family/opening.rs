@@ -35,6 +35,8 @@ struct Terms {
     left: Option<Progress>,
     /// It was closed without a checkpoint: that is not worth a word.
     rests: bool,
+    /// Whoever had it last is known to have put it away in order.
+    put_away: bool,
 }
 
 impl Family {
@@ -139,7 +141,8 @@ impl Family {
         let host = host.map_err(|errno| self.no_host_file(source, errno))?;
         // A journal to replay is then none of a crash.
         let rests = names.clean || directory.knows(file.inode);
-        self.open_core(source, host, &keys, Terms { capacity, left: None, rests })
+        let put_away = directory.take_out(file.inode);
+        self.open_core(source, host, &keys, Terms { capacity, left: None, rests, put_away })
     }
 
     /// Opens the volume again that another program had meanwhile; `None`: that one still has it.
@@ -219,7 +222,7 @@ impl Family {
         keys: &FileKeys,
         terms: Terms,
     ) -> Result<(Core, bool), Errno> {
-        let Terms { capacity, left, rests } = terms;
+        let Terms { capacity, left, rests, put_away } = terms;
         let process = process::current();
         let path = &self.path_of(source);
         let disk = process.lane_file(file.handle, file.blocks);
@@ -233,8 +236,9 @@ impl Family {
                 }
                 let counter = self.counter_of(source);
                 let read_only = self.access_of(source) & OPEN_READ_ONLY != 0;
+                let after = left;
                 let options =
-                    OpenOptions { counter, read_only, after: left, ..OpenOptions::default() };
+                    OpenOptions { counter, read_only, after, put_away, ..OpenOptions::default() };
                 keys.open(&disk, &options).await
             };
             process.block_on(opening).map_err(|error: VolumeError| {
@@ -308,6 +312,7 @@ impl Family {
         runtime::close_volume(&names);
         let keys = keys?;
         let counter = Some(self.recorded(&wanted));
+        let put_away = self.directories[wanted.directory].is_put_away(wanted.inode);
         let name = self.place_of(&Source::File(wanted));
         let failed = |what: &dyn core::fmt::Display| {
             message::say(&format!("{path}: {name}: {what}"));
@@ -315,7 +320,8 @@ impl Family {
         };
         let file = process.open_host_file(&name, 0).map_err(|errno| failed(&errno))?;
         let size = process.lane_file(file.handle, file.blocks).and_then(|disk| {
-            let options = OpenOptions { read_only: true, counter, ..OpenOptions::default() };
+            let options =
+                OpenOptions { read_only: true, counter, put_away, ..OpenOptions::default() };
             let opened = process.block_on(keys.open(&disk, &options));
             match opened {
                 Ok((_, OpenReport { loss: Some(loss), .. })) => Err(failed(&loss)),

@@ -46,7 +46,7 @@ canaries! {
     letting_the_last_completion_win_is_caught => LastCompletes from 256,
     a_failed_eager_write_that_is_not_taken_back_is_caught => NoVoid from 19,
     eager_writes_lost_at_the_cut_are_caught => NoCarry from 28,
-    a_superblock_that_overtakes_carried_writes_is_caught => NoCarryWait from 309,
+    a_superblock_that_overtakes_carried_writes_is_caught => NoCarryWait from 1612,
     a_superblock_over_the_last_one_is_caught => SameSlot from 254,
     a_discard_before_the_checkpoint_is_durable_is_caught => EarlyDiscard from 1,
     giving_out_a_place_that_is_being_discarded_is_caught => DiscardUnheld from 1,
@@ -61,5 +61,6 @@ canaries! {
     a_write_of_a_dead_guest_that_lands_in_the_next_session_is_caught => LateWrites from 263,
     a_place_given_out_while_it_is_being_written_is_caught => InFlightSettled from 1,
     two_blocks_sealed_under_one_nonce_are_caught => SharedNonce from 1,
+    a_journal_that_is_read_in_part_after_a_crash_is_caught => BriefScan from 596,
     a_flush_believed_after_one_that_failed_is_caught => FlushAgain from 1,
 }

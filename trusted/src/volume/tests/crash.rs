@@ -123,6 +123,8 @@ struct Sim {
     made: u32,
     /// A change of the snapshots was cut short: only a crash can follow.
     cut_short: bool,
+    /// The file was closed, and nobody has died since.
+    put_away: bool,
 }
 
 impl Sim {
@@ -212,6 +214,7 @@ impl Sim {
             },
             made: 0,
             cut_short: false,
+            put_away: false,
         };
         sim.runner.index = in_directory.then(|| match canary {
             Canary::None if seed % 8 == 5 => SimIndex::of_syncs(),
@@ -228,6 +231,7 @@ impl Sim {
     }
 
     fn crash(&mut self) {
+        self.put_away = false;
         self.runner.kill();
         let power = self.rng.chance(self.plan.power);
         if power {
@@ -263,6 +267,7 @@ impl Sim {
             let opened = self.runner.finish(open(self.disk(), self.options(false)), limit);
             match opened {
                 Some(Ok((volume, _))) => {
+                    self.put_away = false;
                     let task = read_all(self.disk(), volume.clone());
                     let bytes = self.runner.block_on(task);
                     let bytes = bytes.expect("everything reads after a recovery");
@@ -511,5 +516,6 @@ impl Sim {
             let (at, sizes) = model.sync_point();
             model.synced(at, sizes);
         }
+        self.put_away = closed.is_ok() && !failed;
     }
 }

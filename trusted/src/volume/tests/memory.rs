@@ -54,7 +54,7 @@ impl Platform for MemDisk {
 
 impl Disk for MemDisk {
     type Transfer = MemTransfer;
-    const MAX_BLOCKS: usize = 32;
+    const MAX_BLOCKS: usize = 64;
 
     async fn transfer(&self, blocks: usize) -> Result<MemTransfer, HostError> {
         Ok(MemTransfer(self.clone(), vec![[0; BLOCK]; blocks]))

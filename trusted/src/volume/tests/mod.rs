@@ -84,6 +84,8 @@ pub(crate) enum Canary {
     SharedNonce,
     /// A failed flush is asked for again, and the next one believed.
     FlushAgain,
+    /// Only the beginning of the journal is read, whatever was left.
+    BriefScan,
 }
 
 std::thread_local! {

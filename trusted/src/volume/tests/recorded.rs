@@ -13,14 +13,16 @@ use std::sync::Mutex;
 use super::{
     crash::{formatted, key, open, tiny},
     disk::{Image, Rng, SimDisk},
+    memory::{MemDisk, read, write},
     nonces,
     run::Runner,
 };
 use crate::{
     counter::{Answer, Counter, CounterError, Lasting, Moves, Record, Swapped},
     disk::BLOCK,
+    exec::run_to_end,
     platform::Memory,
-    volume::{Chore, CounterUse, OpenOptions, Volume, VolumeError},
+    volume::{Chore, CounterUse, OpenOptions, Volume, VolumeError, layout::SUPERBLOCKS},
 };
 
 #[derive(Default)]
@@ -200,9 +202,22 @@ impl World {
         self.read_of(image, tiny().host_blocks)
     }
 
+    /// Whether the file is said to have been put away must make no difference, true or not.
     fn read_of(&mut self, image: &Image, host_blocks: u64) -> Result<u8, VolumeError> {
+        let read = self.read_as(image, host_blocks, false);
+        assert_eq!(self.read_as(image, host_blocks, true), read);
+        read
+    }
+
+    fn read_as(
+        &mut self,
+        image: &Image,
+        host_blocks: u64,
+        put_away: bool,
+    ) -> Result<u8, VolumeError> {
         let mut runner = self.runner_of(image, host_blocks);
-        let (disk, options) = (runner.disk.clone(), self.index.options());
+        let options = OpenOptions { put_away, ..self.index.options() };
+        let disk = runner.disk.clone();
         let opened = runner.block_on(async move {
             let (volume, _): (Arc<Volume>, _) = open(disk.clone(), options).await?;
             let buffer = Memory::new(vec![0xee; BLOCK]);
@@ -338,5 +353,67 @@ fn where_each_sync_is_recorded_no_older_state_opens_although_the_file_was_never_
             states.push(runner.disk.image());
             assert_eq!(world.read_of(&states[states.len() - 1], blocks), Ok(byte), "seed {seed}");
         }
+    }
+}
+
+/// The front is two reads, a journal of 2 MiB sixteen.
+#[test]
+fn only_a_file_that_was_put_away_and_is_as_recorded_opens_without_its_whole_journal() {
+    const CAPACITY: u64 = 64 << 20;
+    nonces::reset();
+    let disk = MemDisk { size: Volume::small_host_blocks(CAPACITY), ..MemDisk::default() };
+    disk.warm.lock().unwrap().1 = u64::MAX;
+    let index = SimIndex::default();
+    let reads = |put_away| {
+        let before = disk.calls.lock().unwrap().0;
+        let options = OpenOptions { put_away, read_only: true, ..index.options() };
+        let (volume, report) = run_to_end(Volume::open(&disk, &key(), &options)).unwrap();
+        assert!(report.loss.is_none(), "{report:?}");
+        let opening = disk.calls.lock().unwrap().0 - before;
+        (opening, read(&disk, &volume, 0, 1).unwrap()[0])
+    };
+    // Made and left with a journal block alone; after a crash its data would be checked, too.
+    let volume = run_to_end(Volume::make_open(&disk, &key(), CAPACITY, None)).unwrap();
+    write(&disk, &volume, 0, &[1; 100]).unwrap();
+    run_to_end(volume.rest(&disk)).unwrap();
+    assert_eq!((reads(true), reads(false)), ((3, 1), (19, 1)));
+    // Opened, and cut off: closed by nobody.
+    let (volume, _) = run_to_end(Volume::open(&disk, &key(), &index.options())).unwrap();
+    for _ in 0..40 {
+        write(&disk, &volume, 0, &[2; 100]).unwrap();
+        run_to_end(volume.sync(&disk)).unwrap();
+    }
+    assert_eq!(reads(true).1, 2);
+    assert!(reads(true).0 > 18, "40 journal blocks are more than one read");
+    // Closed and recorded.
+    run_to_end(volume.close(&disk)).unwrap();
+    assert_eq!((reads(true), reads(false)), ((3, 2), (18, 2)));
+    // Recorded, but as something else than what is there.
+    let (volume, _) = run_to_end(Volume::open(&disk, &key(), &index.options())).unwrap();
+    write(&disk, &volume, 0, &[3; 100]).unwrap();
+    run_to_end(volume.sync(&disk)).unwrap();
+    assert_eq!(reads(true).1, 3);
+    assert!(reads(true).0 > 18, "the record names the state before");
+}
+
+/// The caller is wrong, and the host shows the superblocks of before.
+#[test]
+fn a_newer_superblock_that_is_gone_is_noticed_although_the_file_was_said_to_be_put_away() {
+    for forget in [false, true] {
+        let (mut world, fresh) = World::new();
+        let closed = world.session(&fresh, 1, false, true);
+        world.index.settle();
+        assert_eq!(world.read(&closed), Ok(1));
+        let mut later = world.session(&closed, 2, false, false);
+        assert_eq!(world.read(&later), Ok(2));
+        for place in SUPERBLOCKS.into_iter().flatten() {
+            match closed.get(&place).filter(|_| !forget) {
+                Some(block) => drop(later.insert(place, block.clone())),
+                None if closed.get(&place) != later.get(&place) => drop(later.remove(&place)),
+                None => {}
+            }
+        }
+        let refused = world.read(&later);
+        assert!(matches!(refused, Err(VolumeError::SuperblockLost { .. })), "{refused:?}");
     }
 }

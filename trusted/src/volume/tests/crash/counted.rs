@@ -29,7 +29,7 @@ impl Sim {
     pub(super) fn options(&self, adopt: bool) -> OpenOptions {
         match (&self.runner.counter, self.moves, &self.runner.index) {
             (Some(counter), Some((moves, _)), _) => counted(counter, moves, adopt),
-            (_, _, Some(index)) => index.options(),
+            (_, _, Some(index)) => OpenOptions { put_away: self.put_away, ..index.options() },
             _ => OpenOptions::default(),
         }
     }
@@ -70,7 +70,9 @@ impl Sim {
                 continue;
             }
             let disk = SimDisk::new(n as u64 * 7919, self.host_blocks, image);
-            let opened = Runner::new(disk.clone()).block_on(open(disk, index.options()));
+            // Whatever the index believes of it.
+            let options = OpenOptions { put_away: n % 2 == 0, ..index.options() };
+            let opened = Runner::new(disk.clone()).block_on(open(disk, options));
             let why =
                 opened.map(|_| ()).expect_err("an old state of a file is taken for its newest");
             assert!(matches!(why, VolumeError::NotAsRecorded { .. }), "{why}");
