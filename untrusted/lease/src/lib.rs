@@ -16,7 +16,7 @@
 //! one, if it looks as often as [`RETRY`] says: who had the lease and wants it again has the
 //! younger wish then.
 //! Does not hold: that a holder ever lets go; the order against one who has waited for
-//! [`YIELDS`] and no longer lets anybody go first (who is first may be stopped). On a file system
+//! two seconds and no longer lets anybody go first (who is first may be stopped). On a file system
 //! that makes flock(2) a record lock (NFS) marks cannot be set, so a holder is never asked, and
 //! nobody goes first.
 #![allow(unsafe_code)]
