@@ -228,6 +228,8 @@ struct Scout {
     opened: BTreeSet<u32>,
     /// Those that could not be had, or were changed.
     lost: Vec<u32>,
+    /// Directories whose index is as the family left it.
+    indexes: BTreeSet<usize>,
     until_ns: u64,
 }
 
@@ -248,6 +250,7 @@ impl Scout {
                 attached,
                 opened: BTreeSet::new(),
                 lost: Vec::new(),
+                indexes: BTreeSet::new(),
                 until_ns: wait::now_ns() + RELEASED_WITHIN_NS,
             }),
             Err(error) => {
@@ -279,16 +282,14 @@ impl Scout {
             any |= seen.insert(file.handle);
             let kept = self.open(&file)? && self.look_at(&core)?;
             self.note(file.handle, kept);
+            if let Some(directory) = directory_of(&file).filter(|_| kept) {
+                self.indexes.insert(directory);
+            }
         }
         for file in members {
             any |= seen.insert(file.handle);
             // Nobody opens a directory's file who does not have its index.
-            let index = family
-                .host_files
-                .all()
-                .into_iter()
-                .find(|other| is_index(other) && directory_of(other) == directory_of(&file));
-            let index = index.is_some_and(|index| self.opened.contains(&index.handle));
+            let index = directory_of(&file).is_some_and(|number| self.indexes.contains(&number));
             let kept = index && self.open(&file)?;
             self.note(file.handle, kept);
         }
