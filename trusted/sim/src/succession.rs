@@ -10,7 +10,8 @@
 //! A hung-up connection means that the daemon's process has ended, or has drained the lane and
 //! unmapped it: nothing of it can still be on its way to the host file. (The kernel drains a dying
 //! process's native AIO, and its threads come back from what they wait for, before its sockets
-//! close.) A daemon that hangs up and goes on all the same is a hostile host like any other.
+//! close; the lock on a host file is free only when no request holds the file.) A daemon that hangs
+//! up and goes on all the same is a hostile host like any other.
 //!
 //! Holds: at most one process makes the session; nothing that was in flight reaches a new daemon
 //! before the host file was looked at; a handle never means another file than before.
