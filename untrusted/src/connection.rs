@@ -19,7 +19,7 @@ use crate::files::HostFile;
 use crate::problem::log;
 use crate::region::Region;
 use crate::report::report;
-use crate::session::{Attached, Port};
+use crate::session::{Attached, Joins, Port};
 use crate::socket::{Channel, MAX_REQUEST};
 
 /// Longest statistics text in one answer, bytes: it has to fit one message.
@@ -131,8 +131,12 @@ impl Caller {
         };
         let port = Port { region, doorbell, driver, service };
         let sessions = &self.daemon.sessions;
-        let attached = match sessions.attach(request.session, request.token, port).await {
+        let joins =
+            Joins { session: request.session, token: request.token, handles: request.handles };
+        let attached = match sessions.attach(joins, port).await {
             Ok(attached) => attached,
+            // Of a daemon before, most likely: its enclave makes a new one.
+            Err(Errno::STALE) => return Err(Errno::STALE),
             Err(errno) => {
                 let what = format_args!("attach to session {} ({errno})", request.session);
                 return self.refuse_call(what, errno);
@@ -154,7 +158,8 @@ impl Caller {
         self.no_descriptors()?;
         let attached = self.attached.as_ref().ok_or(Errno::NOTCONN)?;
         let catalog = &self.daemon.catalog;
-        let (handle, file) = attached.session.open(catalog, request.name, request.flags).await?;
+        let PosternOpenRequest { name, flags, handle } = request;
+        let (handle, file) = attached.session.open(catalog, name, flags, handle).await?;
         Ok(shown(handle, &file))
     }
 

@@ -22,4 +22,5 @@ mod reader;
 mod record;
 mod refusals;
 mod sight;
+mod succession;
 mod tamper;
