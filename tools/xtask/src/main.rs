@@ -8,6 +8,7 @@ mod crash;
 mod demo;
 mod fio;
 mod fuzz;
+mod hostile;
 mod proofs;
 mod setup;
 mod shell;
@@ -44,6 +45,8 @@ enum Task {
     Bench(bench::Options),
     /// Crash the simulated volume at tens of thousands of points; break each rule on purpose
     Crash(crash::Options),
+    /// A sealed volume against a host that breaks every rule, for millions of steps
+    Hostile(hostile::Options),
     /// Fuzz every parser of what the host stores (nightly, cargo-fuzz)
     Fuzz(fuzz::Options),
     /// Build the release parts side by side in target/release
@@ -63,6 +66,7 @@ fn main() -> ExitCode {
         Task::Conformance(options) => test::conformance(&tree, &options),
         Task::Bench(options) => bench::all(&tree, &options),
         Task::Crash(options) => crash::all(&tree, &options),
+        Task::Hostile(options) => hostile::all(&tree, &options),
         Task::Fuzz(options) => fuzz::all(&tree, &options),
         Task::Build => build::all(&tree),
         Task::Check => check::all(&tree),

@@ -181,7 +181,7 @@ impl LaneTransfer {
             let moved = self.held.request(submission).await?;
             // Whole blocks only: a torn one is moved again from its start.
             done += moved / BLOCK_BYTES * BLOCK_BYTES;
-            if done == total {
+            if done == total || left_out!(ShortIsWhole) {
                 return Ok(());
             }
             if op == op::READ && moved == 0 {

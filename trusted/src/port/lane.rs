@@ -215,7 +215,8 @@ impl Lane {
         while accepted < limit && self.needs_drive() {
             let now = self.0.bell.now_ns();
             let mut released = [const { Released { waker: None, extent: None } }; BATCH];
-            let room = released.len().min(limit - accepted);
+            let left = if left_out!(NoLimit) { BATCH } else { limit - accepted };
+            let room = released.len().min(left);
             let (taken, fault) = self.take_batch(&mut released[..room], now);
             for Released { waker, extent } in released.into_iter().take(taken) {
                 if let Some(extent) = extent {
@@ -241,16 +242,19 @@ impl Lane {
     fn take_batch(&self, released: &mut [Released], now: u64) -> (usize, Option<HostFault>) {
         let Inner { words, geometry, state, .. } = &*self.0;
         let mut state = state.lock();
-        if state.table.fault().is_some() {
+        if state.table.fault().is_some() && !left_out!(AfterPoison) {
             return (0, None);
+        }
+        if left_out!(SharedCursor) {
+            state.taken = words.load(cursor::CQ_TAKEN);
         }
         // Acquire pairs with the daemon's Release: the completions below it are whole.
         let published = words.observe(cursor::CQ_PUBLISHED);
         let ready = published.wrapping_sub(state.taken);
-        if ready > geometry.entries as u64 {
+        if ready > geometry.entries as u64 && !left_out!(AnyCursor) {
             return (0, Some(HostFault::CursorOutOfRange { published, taken: state.taken }));
         }
-        if published < state.announced {
+        if published < state.announced && !left_out!(CursorBack) {
             return (0, Some(HostFault::CursorWentBack { published, before: state.announced }));
         }
         state.announced = published;
@@ -259,7 +263,10 @@ impl Lane {
         for place in released.iter_mut().take(usize::try_from(ready).unwrap_or(usize::MAX)) {
             const { assert!(CQE_WORDS >= 2) };
             let at = geometry.cqe_word(state.taken);
-            let (id, result) = (words.load(at), words.load(at + 1).cast_signed());
+            let (id, mut result) = (words.load(at), words.load(at + 1).cast_signed());
+            if left_out!(TwiceLoaded) {
+                result = words.load(at + 1).cast_signed();
+            }
             match state.table.complete(id, result) {
                 Ok((index, freed)) => {
                     *place = freed;
@@ -289,7 +296,7 @@ impl Lane {
     pub fn needs_drive(&self) -> bool {
         let published = self.0.words.observe(cursor::CQ_PUBLISHED);
         published != self.0.taken.load(Ordering::Acquire)
-            && !self.0.poisoned.load(Ordering::Acquire)
+            && (!self.0.poisoned.load(Ordering::Acquire) || left_out!(AfterPoison))
     }
 
     /// Requests that the host has not answered.
@@ -423,6 +430,9 @@ impl Lane {
         }
         let mine = state.table.waiting.leave(ticket);
         let next = state.table.next_in_line();
+        if left_out!(LockedBell) {
+            self.settle();
+        }
         drop(guard);
         if !withheld {
             self.settle();
@@ -453,6 +463,12 @@ impl Lane {
             self.0.doorbells.fetch_add(1, Ordering::Relaxed);
             self.0.bell.ring();
         }
+    }
+
+    /// Whether the calling thread holds the lane's lock, as far as one thread alone can tell.
+    #[cfg(test)]
+    pub(crate) fn is_locked(&self) -> bool {
+        self.0.state.try_lock().is_none()
     }
 
     /// Runs `look` on the table. It must not drop a waker or a buffer.

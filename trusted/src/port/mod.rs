@@ -22,6 +22,20 @@
 //! Only `words` touches shared memory, and only by whole aligned 8-byte words. Locks are private,
 //! held for tens of nanoseconds, never across a copy, a wake-up or a doorbell.
 
+/// Whether a check is left out on purpose, to see that a test notices.
+#[cfg(test)]
+macro_rules! left_out {
+    ($canary:ident) => {
+        $crate::volume::tests::canary() == $crate::volume::tests::Canary::$canary
+    };
+}
+#[cfg(not(test))]
+macro_rules! left_out {
+    ($canary:ident) => {
+        false
+    };
+}
+
 mod buddy;
 mod file;
 mod lane;
@@ -36,6 +50,8 @@ use core::fmt;
 pub use file::{LaneFile, LaneTransfer};
 pub use lane::{Lane, Plug};
 pub use words::SharedWords;
+#[cfg(test)]
+pub(crate) use words::probe;
 
 /// Largest transfer in blocks: 128 KiB.
 pub const MAX_TRANSFER_BLOCKS: usize = 1 << buddy::MAX_ORDER;

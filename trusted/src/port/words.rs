@@ -92,7 +92,10 @@ impl SharedWords {
     #[inline]
     #[must_use]
     pub fn load(&self, index: usize) -> u64 {
-        self.cell(index).map_or(0, |cell| cell.load(Ordering::Relaxed))
+        let value = self.cell(index).map_or(0, |cell| cell.load(Ordering::Relaxed));
+        #[cfg(test)]
+        let value = probe::loaded(index, value);
+        value
     }
 
     /// Loads a cursor or flag: what the other side stored before it, later loads will see.
@@ -100,12 +103,17 @@ impl SharedWords {
     #[inline]
     #[must_use]
     pub fn observe(&self, index: usize) -> u64 {
-        self.cell(index).map_or(0, |cell| cell.load(Ordering::Acquire))
+        let value = self.cell(index).map_or(0, |cell| cell.load(Ordering::Acquire));
+        #[cfg(test)]
+        let value = probe::loaded(index, value);
+        value
     }
 
     /// Stores a word that a later [`Self::publish`] orders.
     #[inline]
     pub fn store(&self, index: usize, value: u64) {
+        #[cfg(test)]
+        probe::stored(index, value);
         if let Some(cell) = self.cell(index) {
             cell.store(value, Ordering::Relaxed);
         }
@@ -115,6 +123,8 @@ impl SharedWords {
     /// side's Acquire.
     #[inline]
     pub fn publish(&self, index: usize, value: u64) {
+        #[cfg(test)]
+        probe::stored(index, value);
         if let Some(cell) = self.cell(index) {
             cell.store(value, Ordering::Release);
         }
@@ -150,11 +160,15 @@ impl SharedWords {
             //    whole block that is borrowed exclusively and aligned (checked); no overlap, as
             //    in `put_block`.
             unsafe { copy_words(from.as_ptr().cast(), to.cast()) };
+            #[cfg(test)]
+            probe::copied(index);
             return;
         }
         for (n, bytes) in block.as_chunks_mut::<8>().0.iter_mut().enumerate() {
             *bytes = self.load(index + n).to_ne_bytes();
         }
+        #[cfg(test)]
+        probe::copied(index);
     }
 
     /// The first of [`BLOCK_WORDS`] words that lie wholly inside the region.
@@ -192,6 +206,47 @@ unsafe fn copy_words(from: *const u64, to: *mut u64) {
             inout("rdi") to => _,
             options(nostack, preserves_flags),
         );
+    }
+}
+
+/// A test that sees every access of its thread to shared memory, and decides what a load answers.
+#[cfg(test)]
+pub(crate) mod probe {
+    use alloc::boxed::Box;
+    use std::cell::RefCell;
+
+    pub(crate) trait Probe {
+        /// Word `index` was loaded; what the lane gets to see.
+        fn loaded(&mut self, index: usize, value: u64) -> u64;
+        /// Word `index` is about to be stored.
+        fn stored(&mut self, index: usize, value: u64);
+        /// The block at word `index` was copied into private memory.
+        fn copied(&mut self, index: usize);
+    }
+
+    std::thread_local! {
+        static PROBE: RefCell<Option<Box<dyn Probe>>> = const { RefCell::new(None) };
+    }
+
+    /// Puts a probe in place, or takes it away.
+    pub(crate) fn set(probe: Option<Box<dyn Probe>>) {
+        PROBE.replace(probe);
+    }
+
+    fn with<R>(look: impl FnOnce(&mut dyn Probe) -> R) -> Option<R> {
+        PROBE.with_borrow_mut(|probe| probe.as_mut().map(|probe| look(&mut **probe)))
+    }
+
+    pub(super) fn loaded(index: usize, value: u64) -> u64 {
+        with(|probe| probe.loaded(index, value)).unwrap_or(value)
+    }
+
+    pub(super) fn stored(index: usize, value: u64) {
+        with(|probe| probe.stored(index, value));
+    }
+
+    pub(super) fn copied(index: usize) {
+        with(|probe| probe.copied(index));
     }
 }
 

@@ -58,7 +58,7 @@ mod spacemap;
 mod superblock;
 mod sync;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod times;
 mod tree;
 mod usage;

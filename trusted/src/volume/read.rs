@@ -433,8 +433,12 @@ impl Keys<'_> {
         let key = self.last.as_ref().ok_or(Why::Bad(Bad::Forged))?;
         let mut block = [0; BLOCK];
         transfer.get(at, &mut block);
+        #[cfg(test)]
+        let sealed = block;
         open_data(key, ptr.order, ptr, part.first(), &mut block)
             .map_err(|_| Why::Bad(Bad::Forged))?;
+        #[cfg(test)]
+        super::tests::open_again(transfer, at, &sealed, &mut block);
         let start = (part.offset % BLOCK_BYTES) as usize;
         buffer.copy_out(part.at, &block[start..start + part.len]).map_err(|_| Why::Fault)
     }

@@ -13,6 +13,7 @@ mod counter;
 mod crash;
 mod disk;
 mod golden;
+mod hostile;
 mod memory;
 mod model;
 mod reader;
@@ -26,6 +27,8 @@ mod tamper;
 mod usage;
 
 use core::cell::Cell;
+
+use crate::disk::{BLOCK, Block, Transfer};
 
 /// A rule that is broken on purpose, to see that the simulation notices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,6 +89,34 @@ pub(crate) enum Canary {
     FlushAgain,
     /// Only the beginning of the journal is read, whatever was left.
     BriefScan,
+    /// A completion is taken for the request that has its index now, whatever its generation.
+    AnyGeneration,
+    /// A completion is taken for a request that was completed before.
+    TwiceDone,
+    /// A length that cannot be is taken for the length done.
+    AnyResult,
+    /// What a host did of a request is taken for all of it.
+    ShortIsWhole,
+    /// A cursor may run ahead of the ring.
+    AnyCursor,
+    /// A cursor may go back.
+    CursorBack,
+    /// The lane's own cursor is read from shared memory.
+    SharedCursor,
+    /// A word is checked at one load and used at another.
+    TwiceLoaded,
+    /// A buffer is read once to authenticate it and once to use it.
+    OpenedTwice,
+    /// A block whose tag does not fit is taken all the same.
+    AnyTag,
+    /// A buffer is handed out again before the host has answered.
+    EarlyBuffer,
+    /// A poisoned lane goes on.
+    AfterPoison,
+    /// A call takes as many completions as there are.
+    NoLimit,
+    /// The doorbell is rung under the lane's lock.
+    LockedBell,
 }
 
 std::thread_local! {
@@ -95,6 +126,18 @@ std::thread_local! {
 /// The rule broken in volumes that this thread opens.
 pub(crate) fn canary() -> Canary {
     CANARY.get()
+}
+
+/// With [`Canary::OpenedTwice`]: gives the guest what a second look at the buffer would open to.
+/// The cipher is a stream cipher: what differs in the one differs in the other.
+pub(crate) fn open_again(transfer: &impl Transfer, at: usize, sealed: &Block, open: &mut Block) {
+    if canary() != Canary::OpenedTwice {
+        return;
+    }
+    let mut again = [0; BLOCK];
+    transfer.get(at, &mut again);
+    let changed = sealed.iter().zip(&again).map(|(before, now)| before ^ now);
+    open.iter_mut().zip(changed).for_each(|(byte, change)| *byte ^= change);
 }
 
 /// The table of everything sealed by this thread: no (key, nonce) for two messages.

@@ -1,0 +1,53 @@
+//! Each check of the boundary is left out once: the campaign must notice. One that survives means
+//! that the campaign no longer tests its attack.
+
+use alloc::boxed::Box;
+use std::{panic, println};
+
+use super::{Canary, check};
+
+/// Seeds after which a canary counts as not caught.
+const LIMIT: u64 = 400;
+
+/// Tries seeds from `first` on, which is where it was caught before: to save time, no more.
+fn caught(canary: Canary, first: u64) {
+    let hook = panic::take_hook();
+    panic::set_hook(Box::new(|_| ()));
+    let found =
+        (first..first + LIMIT).find_map(|seed| check(seed, canary).err().map(|why| (seed, why)));
+    panic::set_hook(hook);
+    match found {
+        Some((seed, why)) => {
+            // With the check in its place the same seed finds nothing.
+            assert_eq!(check(seed, Canary::None).err(), None);
+            println!("{canary:?}: caught by seed {seed}: {why}");
+        }
+        None => panic!("{canary:?} was not caught by {LIMIT} seeds"),
+    }
+}
+
+macro_rules! canaries {
+    ($($name:ident => $canary:ident from $first:literal,)*) => {
+        $(#[test]
+        fn $name() {
+            caught(Canary::$canary, $first);
+        })*
+    };
+}
+
+canaries! {
+    a_completion_of_an_earlier_use_of_an_index_is_caught => AnyGeneration from 40,
+    a_second_completion_that_counts_is_caught => TwiceDone from 59,
+    a_length_that_cannot_be_and_is_believed_is_caught => AnyResult from 115,
+    a_part_that_is_taken_for_the_whole_is_caught => ShortIsWhole from 54,
+    a_cursor_that_may_run_ahead_is_caught => AnyCursor from 2,
+    a_cursor_that_may_go_back_is_caught => CursorBack from 234,
+    a_cursor_read_back_from_the_host_is_caught => SharedCursor from 1,
+    a_word_that_is_loaded_twice_is_caught => TwiceLoaded from 1,
+    a_buffer_that_is_opened_at_a_second_look_is_caught => OpenedTwice from 16,
+    a_block_whose_tag_does_not_fit_is_caught => AnyTag from 8,
+    a_buffer_handed_out_before_the_answer_is_caught => EarlyBuffer from 36,
+    a_poisoned_lane_that_goes_on_is_caught => AfterPoison from 7,
+    a_call_without_a_limit_is_caught => NoLimit from 1,
+    a_doorbell_rung_under_the_lock_is_caught => LockedBell from 1,
+}
