@@ -185,6 +185,27 @@ fn a_volume_that_others_wrote_while_there_was_no_daemon_is_lost_and_comes_back()
 }
 
 #[test]
+fn what_a_program_leaves_running_ends_with_errors_and_does_not_hang() {
+    let Some(world) = World::new() else { return };
+    let volume = world.format("v", "1M");
+    let [begun, left] = ["begun", "left"].map(|name| world.path(name));
+    // Processes that only read, and whoever starts them: some are hit as they end.
+    let script = format!(
+        "(while cat /sealed/data > {begun}; do :; done; echo > {left}) 2>/dev/null & \
+         until test -s {begun}; do :; done",
+        begun = begun.display(),
+        left = left.display()
+    );
+    for _ in 0..5 {
+        end(&mut world.run(&volume, ["sh", "-c", &script])).expect(0);
+        until("the process that was left has ended", || left.exists().then_some(()));
+        std::fs::remove_file(&left).unwrap();
+        std::fs::remove_file(&begun).unwrap();
+    }
+    end(&mut world.postern(["verify", "v"])).expect(0);
+}
+
+#[test]
 fn requests_fail_when_no_daemon_comes_in_time() {
     let Some((world, program, socket)) = surroundings() else { return };
     let now = daemon(&world, &socket, &[]);

@@ -26,7 +26,7 @@ use postern_trusted::{
 use crate::{
     control::Connection,
     family::{self, Family},
-    files, message, process, service,
+    files, inside, message, process, service,
     succession::{self, Joined, Missed},
     sys, wait,
 };
@@ -71,9 +71,10 @@ struct State {
     incarnation: u64,
     /// When it was found to have ended, CLOCK_MONOTONIC nanoseconds.
     lost_ns: Option<u64>,
-    /// Whether this thread is at work on it.
-    mending: bool,
-    /// Completions when it last came over to another one, and how often without any since.
+    /// The thread that is at work on it, or 0.
+    mending: u32,
+    /// Completions when it last came over to another one, and how often it did with something in
+    /// flight that none completed.
     completed: u64,
     in_vain: u32,
 }
@@ -149,7 +150,7 @@ impl Link {
             sys::nap();
         };
         let Joined { control, attached, incarnation } = joined;
-        let state = State { incarnation, lost_ns: None, mending: false, completed: 0, in_vain: 0 };
+        let state = State { incarnation, lost_ns: None, mending: 0, completed: 0, in_vain: 0 };
         Ok(Self {
             lane,
             discards: attached.features & postern_edl::FEATURE_DISCARD != 0,
@@ -185,13 +186,13 @@ impl Link {
         }
     }
 
-    /// For the service thread, while the link [`Self::is_lost`]: tries to come over to another
+    /// While the link [`Self::is_lost`], for who is to see to it: tries to come over to another
     /// daemon, and hands over what is in flight. Gives up after the time that the run allows.
     pub fn mend(&self, family: &'static Family) {
         let lost_ns = {
             let mut state = self.state.lock();
-            let Some(lost_ns) = state.lost_ns.filter(|_| !state.mending) else { return };
-            state.mending = true;
+            let Some(lost_ns) = state.lost_ns.filter(|_| state.mending == 0) else { return };
+            state.mending = inside::thread_id();
             lost_ns
         };
         if self.lane.fault().is_none() {
@@ -210,7 +211,7 @@ impl Link {
                 }
             }
         }
-        self.state.lock().mending = false;
+        self.state.lock().mending = 0;
     }
 
     fn come_over(&self, family: &Family, joined: Joined) {
@@ -231,8 +232,10 @@ impl Link {
         // page cache, that one may have been told of an error that nobody is told of again.
         self.lane.release(|handle| family.host_files.is_buffered(handle));
         let completed = self.lane.stats().completed;
+        let idle = self.lane.in_flight() == 0;
         let mut state = self.state.lock();
-        state.in_vain = if completed == state.completed { state.in_vain + 1 } else { 0 };
+        let none = completed == state.completed && !idle;
+        state.in_vain = if none { state.in_vain + 1 } else { 0 };
         (state.incarnation, state.lost_ns, state.completed) = (incarnation, None, completed);
         let in_vain = state.in_vain > IN_VAIN;
         drop(state);
@@ -263,8 +266,9 @@ impl Link {
             if !self.is_lost() {
                 return true;
             }
-            if let Some(family) = family::family().filter(|_| service::runs_here()) {
-                if self.state.lock().mending {
+            if let Some(family) = family::family().filter(|_| service::is_mine_to_mend()) {
+                // A call that mending makes does not wait for it.
+                if self.state.lock().mending == inside::thread_id() {
                     return false;
                 }
                 self.mend(family);

@@ -180,6 +180,7 @@ pub fn pause() {
     if let Some(link) = process.linked() {
         link.check_daemon();
     }
+    process.mend();
     if let Ok(place) = process.sleepers.enter(keep) {
         let _ = place.sleep(Some(1_000_000), Signals::Held);
     }
@@ -502,10 +503,11 @@ impl Process {
         }
     }
 
-    /// On the service thread: comes over to another daemon when the process's has ended.
+    /// Comes over to another daemon when the process's has ended, if that is the calling thread's
+    /// to do.
     pub fn mend(&self) {
         if let Some(link) = self.link.get()
-            && service::runs_here()
+            && service::is_mine_to_mend()
             && link.is_lost()
             && let Some(family) = family::family()
         {

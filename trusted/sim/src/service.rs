@@ -60,6 +60,13 @@ pub fn runs_here() -> bool {
         && THREAD.load(Ordering::Relaxed) == inside::thread_id()
 }
 
+/// Whether the calling thread sees to it that the process comes over to another daemon: the service
+/// thread, or, while that one stands still, whoever waits.
+#[must_use]
+pub fn is_mine_to_mend() -> bool {
+    runs_here() || PARKING.load(Ordering::Acquire) == PARKED
+}
+
 /// Stops the thread at a place where it holds nothing: exec is about to end it.
 pub fn park() {
     // One that is only beginning would be cut off by the process's end with a lock in hand.
