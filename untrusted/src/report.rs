@@ -36,6 +36,7 @@ impl Source {
 #[must_use]
 pub fn report(sessions: &Sessions, source: &Source) -> StatsReport {
     let (daemon_stages, mut counters) = sessions.hub().merged();
+    let each_session = sessions.rows();
     let (sessions, lanes) = sessions.counts();
     let (name, note, stages): (_, _, Vec<StageRow>) = match source {
         Source::Probes(probes) => {
@@ -54,5 +55,6 @@ pub fn report(sessions: &Sessions, source: &Source) -> StatsReport {
         counters,
         sessions,
         lanes,
+        each_session,
     }
 }

@@ -81,6 +81,7 @@ pub fn run(args: &RunArgs, wait: u32) -> Result<u8, Failure> {
                 log: args.daemon_log.clone().unwrap_or_else(|| directory.join("daemon.log")),
                 allow_buffered: args.allow_buffered,
                 no_probes: args.no_probes,
+                limits: &args.limit,
             };
             let daemon = match Daemon::start(&orders, &signals) {
                 Ok(daemon) => daemon,

@@ -30,6 +30,15 @@ use crate::{
 const ENTRIES: usize = 512;
 /// Transfer area per process; pages cost memory only once used.
 const DATA_BYTES: usize = 16 << 20;
+/// Refusals of an attach: the session has ended; it has all the lanes, or all the memory, that it
+/// may have; the daemon has; the machine has no native AIO requests left; the daemon speaks another
+/// version of the protocol.
+const NO_SESSION: u32 = libc::EACCES as u32;
+const NO_LANE: u32 = libc::EMFILE as u32;
+const NO_MEMORY: u32 = libc::ENOBUFS as u32;
+const DAEMON_FULL: u32 = libc::EUSERS as u32;
+const NO_AIO: u32 = libc::EAGAIN as u32;
+const OTHER_VERSION: u32 = libc::EPROTONOSUPPORT as u32;
 
 /// A process's link to the daemon.
 pub struct Link {
@@ -111,12 +120,16 @@ impl Link {
         });
         wait::close(memory);
         let attached = match attached {
-            Err(CallError::Refused(_)) if session.is_some() => {
+            // EACCES: the daemon knows no such session.
+            Err(CallError::Refused(NO_SESSION)) if session.is_some() => {
                 [socket, bells[0], bells[1], bells[2]].into_iter().for_each(files::close_internal);
                 return Err(Errno::ESTALE);
             }
             other => other.map_err(|error| refused(path, "attach", &error))?.attached,
         };
+        if attached.version != postern_edl::VERSION {
+            return Err(refused(path, "attach", &CallError::Refused(OTHER_VERSION)));
+        }
         *session = Some(Session { number: attached.session, token: attached.token });
         drop(session);
         let discards = attached.features & postern_edl::FEATURE_DISCARD != 0;
@@ -244,6 +257,23 @@ impl Link {
 
 fn refused(what: &str, call: &str, error: &CallError<Errno>) -> Errno {
     let why = match error {
+        CallError::Refused(NO_LANE) => "more processes of this run are at work on protected files \
+            than the daemon's --session-lanes allows: run fewer at a time, or raise it \
+            (postern run --limit lanes=N)"
+            .into(),
+        CallError::Refused(NO_MEMORY) => "the processes of this run have all the port memory that \
+            the daemon's --session-memory allows: run fewer at a time, or raise it \
+            (postern run --limit memory=SIZE)"
+            .into(),
+        CallError::Refused(DAEMON_FULL) => "the daemon has all the programs and processes that it \
+            serves at once: end some, or give this one a daemon of its own"
+            .into(),
+        CallError::Refused(OTHER_VERSION) => "the daemon speaks another version of the protocol: \
+            use postern and posternd of one version"
+            .into(),
+        CallError::Refused(NO_AIO) => "the machine has no native AIO requests left: raise \
+            fs.aio-max-nr (sysctl), or end what uses them (fs.aio-nr)"
+            .into(),
         CallError::Refused(errno) => {
             format!("the daemon refused: {}", Errno(i32::try_from(*errno).unwrap_or(5)))
         }
