@@ -16,13 +16,13 @@ pub enum Source {
 }
 
 impl Source {
-    /// Loads the probes for this process, unless `wanted` is false.
+    /// Has the probes loaded for this process, unless `wanted` is false.
     #[must_use]
     pub fn load(wanted: bool, object: Option<&Path>) -> Self {
         if !wanted {
             return Self::Daemon("probes are off; start posternd without --no-probes".to_owned());
         }
-        match crate::probes::Probes::load(object, std::process::id()) {
+        match crate::probes::Probes::start(object) {
             Ok(probes) => Self::Probes(Box::new(probes)),
             Err(unavailable) => {
                 log("no eBPF probes", &unavailable, "stages are taken by the daemon's own clock");
