@@ -294,6 +294,13 @@ pub struct RunArgs {
     /// Load no eBPF probes; stages are then timed by the daemon's own clock
     #[arg(long)]
     pub no_probes: bool,
+    /// Let the program and its children change nothing on the host's file systems, whatever they
+    /// try: what they write goes to the volumes, to standard output and to what --allow-write names
+    #[arg(long)]
+    pub no_host_writes: bool,
+    /// With --no-host-writes: let the program write to PATH and what is beneath; may be repeated
+    #[arg(long, value_name = "PATH", requires = "no_host_writes")]
+    pub allow_write: Vec<PathBuf>,
     /// The program and its arguments
     #[arg(last = true, required = true, value_name = "PROGRAM")]
     pub program: Vec<OsString>,

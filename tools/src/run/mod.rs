@@ -13,6 +13,7 @@ mod key_memory;
 mod parts;
 mod plan;
 mod program;
+mod seal;
 mod signals;
 mod warden;
 
@@ -35,6 +36,7 @@ use self::{
     directory::RunDirectory,
     key_memory::KeyMemory,
     plan::{Plan, PlannedVolume},
+    seal::Seal,
     signals::{Arrived, Signals},
     warden::Warden,
 };
@@ -358,6 +360,9 @@ fn start(
     });
     // Until the program has been started.
     let _memory = KeyMemory::hand_to(&mut command, stretched)?;
+    if args.no_host_writes {
+        Seal::make(&args.allow_write)?.install_in(&mut command);
+    }
     let channel = filter::install_in(&mut command)
         .map_err(|error| Failure::io("cannot make a channel to", "the program", &error))?;
     let mut guest = command.spawn().map_err(|error| {

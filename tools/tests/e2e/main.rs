@@ -23,5 +23,6 @@ mod programs;
 mod reader;
 mod record;
 mod refusals;
+mod seal;
 mod sight;
 mod tamper;
