@@ -1,6 +1,12 @@
 //! An enclave whose daemon is of another version says so, and its program goes on with `EIO`.
 
-use std::os::fd::OwnedFd;
+use std::{
+    os::fd::OwnedFd,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, accept, bind,
@@ -11,18 +17,22 @@ use crate::common::{World, end};
 
 const EPROTONOSUPPORT: u64 = 93;
 
-/// A daemon that gives each request this answer, until nobody connects any more.
-fn daemon(socket: &OwnedFd, answer: &[u8]) {
-    loop {
-        let peer = accept(socket).unwrap();
-        let mut request = [0; 8192];
-        while let Ok((length @ 1.., _)) = recv(&peer, &mut request, RecvFlags::empty()) {
-            if request[..length] == *b"end" {
+/// A daemon that gives each request this answer, until somebody connects after it was to stop.
+fn daemon(socket: &OwnedFd, answer: &[u8], stops: &AtomicBool) {
+    std::thread::scope(|scope| {
+        loop {
+            let peer = accept(socket).unwrap();
+            if stops.load(Ordering::SeqCst) {
                 return;
             }
-            let _ = send(&peer, answer, SendFlags::NOSIGNAL);
+            scope.spawn(move || {
+                let mut request = [0; 8192];
+                while let Ok((1.., _)) = recv(&peer, &mut request, RecvFlags::empty()) {
+                    let _ = send(&peer, answer, SendFlags::NOSIGNAL);
+                }
+            });
         }
-    }
+    });
 }
 
 fn seqpacket() -> OwnedFd {
@@ -43,12 +53,13 @@ fn a_daemon_of_another_version_is_told_from_one_that_is_gone() {
         let socket = seqpacket();
         bind(&socket, &address).unwrap();
         listen(&socket, 8).unwrap();
-        let host = std::thread::spawn(move || daemon(&socket, &answer));
+        let stops = Arc::new(AtomicBool::new(false));
+        let told = Arc::clone(&stops);
+        let host = std::thread::spawn(move || daemon(&socket, &answer, &told));
         let words = ["run", "--socket", &name, "--volume", "/sealed/data=v", "--key-file", "v.key"];
         let ended = end(&mut world.postern(words.into_iter().chain(["--", "cat", "/sealed/data"])));
-        let client = seqpacket();
-        rustix::net::connect(&client, &address).unwrap();
-        send(&client, b"end", SendFlags::NOSIGNAL).unwrap();
+        stops.store(true, Ordering::SeqCst);
+        rustix::net::connect(&seqpacket(), &address).unwrap();
         host.join().unwrap();
         assert_eq!(ended.code(), 1, "{}", ended.stderr);
         assert!(ended.stderr.contains("version"), "{}", ended.stderr);

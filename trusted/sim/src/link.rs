@@ -128,6 +128,7 @@ impl Link {
             other => other.map_err(|error| refused(path, "attach", &error))?.attached,
         };
         if attached.version != postern_edl::VERSION {
+            [socket, bells[0], bells[1], bells[2]].into_iter().for_each(files::close_internal);
             return Err(refused(path, "attach", &CallError::Refused(OTHER_VERSION)));
         }
         *session = Some(Session { number: attached.session, token: attached.token });
