@@ -17,7 +17,7 @@ pub mod calls {
 }
 
 /// Protocol version spoken by this build, checked at attach.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 /// Feature bit of an attach: descriptors may ask for [`port::op::DISCARD`].
 pub const FEATURE_DISCARD: u64 = 1;

@@ -107,6 +107,7 @@ fn attach() -> PosternAttachRequest {
         features: 2,
         session: 3,
         token: [4, 5],
+        handles: 8,
         port: 6,
         port_bytes: 7,
     }
@@ -116,12 +117,12 @@ fn attach() -> PosternAttachRequest {
 fn each_request_is_the_words_that_the_format_says() {
     let mut bytes = vec![9; 3];
     Request::PosternAttach(attach()).encode(&mut bytes).unwrap();
-    assert_eq!(bytes, words(&[1, 1, 2, 3, 4, 5, 6, 7]));
+    assert_eq!(bytes, words(&[1, 1, 2, 3, 4, 5, 8, 6, 7]));
 
-    let open = PosternOpenRequest { name: "/volumes/a".into(), flags: 1 };
+    let open = PosternOpenRequest { name: "/volumes/a".into(), flags: 1, handle: 9 };
     Request::PosternOpen(open).encode(&mut bytes).unwrap();
     let name = [u64::from_le_bytes(*b"/volumes"), u64::from_le_bytes(*b"/a\0\0\0\0\0\0")];
-    assert_eq!(bytes, words(&[2, 10, name[0], name[1], 1]));
+    assert_eq!(bytes, words(&[2, 10, name[0], name[1], 1, 9]));
 
     Request::PosternClose(PosternCloseRequest { handle: 8 }).encode(&mut bytes).unwrap();
     assert_eq!(bytes, words(&[3, 8]));
@@ -157,7 +158,7 @@ fn each_reply_is_the_words_that_the_format_says() {
     for (answer, request, expected) in [
         (
             Any::Attach(PosternAttachReply { attached }),
-            words(&[1, 1, 2, 3, 4, 5, 6, 7]),
+            words(&[1, 1, 2, 3, 4, 5, 8, 6, 7]),
             words(&[0, 1, 2, 3, 4, 5, 6]),
         ),
         (Any::Open(PosternOpenReply { file }), words(&[2, 0, 1]), words(&[0, 1, 0, 77, 512])),
@@ -216,7 +217,7 @@ fn what_the_enclave_asks_arrives_and_what_the_host_answers_comes_back() {
 fn a_refusal_carries_its_errno_and_an_impossible_one_is_eio() {
     for (errno, seen) in [(1, 1), (13, 13), (4095, 4095), (0, 5), (4096, 5), (u32::MAX, 5)] {
         let mut enclave = Enclave(Direct(Told::<Any>::new(Err(errno))));
-        let open = PosternOpenRequest { name: "/a".into(), flags: 0 };
+        let open = PosternOpenRequest { name: "/a".into(), flags: 0, handle: 0 };
         assert_eq!(enclave.postern_open(&open), Err(CallError::Refused(seen)));
         let close = PosternCloseRequest { handle: 1 };
         assert_eq!(enclave.postern_close(&close), Err(CallError::Refused(seen)));
@@ -290,7 +291,7 @@ fn the_host_is_not_called_for_a_request_that_is_not_one() {
 #[test]
 fn a_name_with_a_nul_does_not_leave_the_enclave() {
     let mut enclave = Enclave(Direct(Told::<Any>::new(Err(1))));
-    let open = PosternOpenRequest { name: "/a\0b".into(), flags: 0 };
+    let open = PosternOpenRequest { name: "/a\0b".into(), flags: 0, handle: 0 };
     let fault = CallError::Malformed(Malformed::Text { word: 1 });
     assert_eq!(enclave.postern_open(&open), Err(fault));
     assert_eq!(enclave.0.0.asked, None);
@@ -304,18 +305,20 @@ fn the_fingerprint_is_that_of_the_file() {
 
 fn request() -> impl Strategy<Value = Request> {
     prop_oneof![
-        (any::<u32>(), any::<[u64; 5]>(), any::<u64>()).prop_map(|(version, w, port_bytes)| {
+        (any::<[u32; 2]>(), any::<[u64; 5]>()).prop_map(|([version, handles], w)| {
             Request::PosternAttach(PosternAttachRequest {
                 version,
                 features: w[0],
                 session: w[1],
                 token: [w[2], w[3]],
+                handles,
                 port: w[4],
-                port_bytes,
+                port_bytes: !w[4],
             })
         }),
-        ("[a-z/]{0,40}", any::<u32>())
-            .prop_map(|(name, flags)| Request::PosternOpen(PosternOpenRequest { name, flags })),
+        ("[a-z/]{0,40}", any::<[u32; 2]>()).prop_map(|(name, [flags, handle])| {
+            Request::PosternOpen(PosternOpenRequest { name, flags, handle })
+        }),
         any::<u32>().prop_map(|handle| Request::PosternClose(PosternCloseRequest { handle })),
         any::<u64>().prop_map(|capacity| Request::PosternStats(PosternStatsRequest { capacity })),
         ("[a-z/]{0,20}", any::<u64>()).prop_map(|(name, blocks)| {

@@ -263,6 +263,10 @@ pub struct RunArgs {
     /// Use the daemon that listens here and start none; HOST_FILE is then the daemon's name for it
     #[arg(long, value_name = "PATH", conflicts_with_all = ["create", "allow_buffered", "no_probes", "passphrase", "passphrase_file"], requires = "key_file")]
     pub socket: Option<PathBuf>,
+    /// Have requests wait this long for another daemon when theirs has died; then they fail with EIO.
+    /// A run's own daemon is started again at once; 0: not at all
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    pub daemon_wait: u32,
     /// Counters of the volumes.
     #[command(flatten)]
     pub counter: CounterArgs,

@@ -20,7 +20,7 @@ use crate::files::HostFile;
 use crate::problem::log;
 use crate::region::Region;
 use crate::report::report;
-use crate::session::{Attached, Port};
+use crate::session::{Attached, Joins, Port};
 use crate::socket::{Channel, MAX_REQUEST};
 
 /// Longest statistics text in one answer, bytes: it has to fit one message.
@@ -147,9 +147,12 @@ impl Caller {
         };
         let port = Port { region, doorbell, driver, service };
         let sessions = &self.daemon.sessions;
-        let attaching = sessions.attach(request.session, request.token, port, self.peer);
-        let attached = match attaching.await {
+        let joins =
+            Joins { session: request.session, token: request.token, handles: request.handles };
+        let attached = match sessions.attach(joins, port, self.peer).await {
             Ok(attached) => attached,
+            // Of a daemon before, most likely: its enclave makes a new one.
+            Err(Errno::STALE) => return Err(Errno::STALE),
             // Said already, with its limit.
             Err(errno @ (Errno::MFILE | Errno::NOBUFS | Errno::USERS)) => return Err(errno),
             Err(errno) => {
@@ -173,7 +176,8 @@ impl Caller {
         self.no_descriptors()?;
         let attached = self.attached.as_ref().ok_or(Errno::NOTCONN)?;
         let catalog = &self.daemon.catalog;
-        let (handle, file) = attached.session.open(catalog, request.name, request.flags).await?;
+        let PosternOpenRequest { name, flags, handle } = request;
+        let (handle, file) = attached.session.open(catalog, name, flags, handle).await?;
         Ok(shown(handle, &file))
     }
 

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use rustix::process::{Pid, Signal, kill_process};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
@@ -36,6 +37,12 @@ pub struct Options {
     /// keeps the right to remove files there.
     #[arg(long, value_name = "PATH")]
     pub socket: PathBuf,
+    /// Takes the place of the daemon that listens on the socket: gets ready, takes over its
+    /// socket, and has it end (SIGTERM) once it has completed what is in flight. Its enclaves come
+    /// over by themselves; they notice a pause of some milliseconds. For upgrades: start it with
+    /// the options of the one before.
+    #[arg(long)]
+    pub succeed: bool,
     /// Lets enclaves open HOST_FILE by NAME.
     #[arg(long = "file", value_name = "NAME=HOST_FILE")]
     pub files: Vec<OsString>,
@@ -99,8 +106,13 @@ impl Daemon {
             &options.directories,
             options.allow_buffered,
         )?;
-        let listener = Listener::bind(&options.socket)?;
-        let source = Source::load(!options.no_probes, options.probe_object.as_deref());
+        // What takes its time comes before another daemon's place is taken.
+        let source = options.succeed.then(|| probes(options));
+        let (listener, before) = Listener::bind(&options.socket, options.succeed)?;
+        let source = source.unwrap_or_else(|| probes(options));
+        if let Some(before) = before {
+            end_before(before);
+        }
         raise_limits();
         let stats_file = options.stats_file.as_deref().map(stats_file).transpose()?;
         confinement::confine(options);
@@ -189,6 +201,22 @@ impl Daemon {
                 (&*file).write_all(&text)
             });
         written.map_err(|e| no_stats(path, &e))
+    }
+}
+
+fn probes(options: &Options) -> Source {
+    Source::load(!options.no_probes, options.probe_object.as_deref())
+}
+
+/// Has the daemon end whose place was taken. Nobody else has its number: it held the socket a
+/// moment ago, and sees its connections out first.
+fn end_before(before: Pid) {
+    if let Err(e) = kill_process(before, Signal::TERM) {
+        log(
+            format_args!("the daemon before can not be told to end ({e})"),
+            format_args!("process {}", before.as_raw_nonzero()),
+            "stop it by hand; its enclaves come over then",
+        );
     }
 }
 

@@ -66,7 +66,10 @@ struct State {
     lanes: BTreeMap<u64, mpsc::UnboundedSender<Command>>,
     files: Vec<OpenFile>,
     wishes: Vec<Wish>,
+    /// Of the last handle given out.
     serial: u32,
+    /// Of the last handle that a daemon before gave out.
+    former: u32,
     ended: bool,
 }
 
@@ -94,6 +97,18 @@ struct Wish {
     since: Instant,
     /// When the session last came for it.
     seen: Instant,
+}
+
+/// The session that an enclave attaches a lane to.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Joins {
+    /// Its number; 0: a new one.
+    pub session: u64,
+    /// That session's secret.
+    pub token: [u64; 2],
+    /// The highest handle that its enclave had of another daemon; a new session gives out higher
+    /// ones only.
+    pub handles: u32,
 }
 
 /// What an enclave hands over to attach a lane.
@@ -160,22 +175,17 @@ impl Sessions {
         (registry.sessions.len() as u64, registry.lanes.len() as u64)
     }
 
-    /// Attaches a lane for `process`: to a new session if `number` is 0, else to that one.
+    /// Attaches a lane for `process`: to a new session, or to one that is there.
     ///
     /// # Errors
-    /// `EACCES` for a session that is not there or another token, `EMFILE` or `ENOBUFS` at a limit
-    /// of the session, `EUSERS` at one of the daemon, `EAGAIN` when the host has no native AIO
-    /// requests left, else the host's. The log names what can be done.
-    pub async fn attach(
-        &self,
-        number: u64,
-        token: [u64; 2],
-        port: Port,
-        process: i32,
-    ) -> Result<Attached, Errno> {
-        let (session, lane) = self.reserve(number, token, process)?;
+    /// `ESTALE` for a session that is not there, `EACCES` for another token, `EMFILE` or `ENOBUFS`
+    /// at a limit of the session, `EUSERS` at one of the daemon, `EAGAIN` when the host has no
+    /// native AIO requests left, else the host's. The log names what can be done.
+    pub async fn attach(&self, joins: Joins, port: Port, process: i32) -> Result<Attached, Errno> {
+        let (session, lane) = self.reserve(joins, process)?;
+        let first = joins.session == 0;
         let attached = match session.account.enter(port.region.geometry().region_bytes() as u64) {
-            Ok(share) => self.join(&session, lane, number == 0, port, share).await,
+            Ok(share) => self.join(&session, lane, first, port, share).await,
             Err(refused) => Err(refused),
         };
         let mut registry = self.lock();
@@ -184,7 +194,7 @@ impl Sessions {
             Ok(attached) => {
                 registry.lanes.insert(lane, attached.handle.commands.clone());
             }
-            Err(_) if number == 0 => {
+            Err(_) if first => {
                 registry.sessions.remove(&session.number);
             }
             Err(_) => {}
@@ -192,17 +202,13 @@ impl Sessions {
         attached
     }
 
-    fn reserve(
-        &self,
-        number: u64,
-        token: [u64; 2],
-        process: i32,
-    ) -> Result<(Arc<Session>, u64), Errno> {
+    fn reserve(&self, joins: Joins, process: i32) -> Result<(Arc<Session>, u64), Errno> {
         let full = |what: std::fmt::Arguments<'_>| {
             let remedy = "end some programs, or give this one a daemon of its own";
             log(format_args!("{what} are attached, no more are given"), "this daemon", remedy);
             Errno::USERS
         };
+        let Joins { session: number, token, handles } = joins;
         let mut registry = self.lock();
         let taken = |n: &u64| registry.lanes.contains_key(n) || registry.reserved.contains(n);
         let lane = (0..MAX_LANES as u64)
@@ -217,13 +223,17 @@ impl Sessions {
                 number: registry.last,
                 token: random_token()?,
                 account: Arc::new(Account::new(Arc::clone(&self.limits), registry.last, process)),
-                state: tokio::sync::Mutex::default(),
+                state: tokio::sync::Mutex::new(State {
+                    former: serial_of(handles),
+                    serial: serial_of(handles),
+                    ..State::default()
+                }),
                 terms: self.terms,
             });
             registry.sessions.insert(session.number, Arc::clone(&session));
             session
         } else {
-            let session = registry.sessions.get(&number).ok_or(Errno::ACCESS)?;
+            let session = registry.sessions.get(&number).ok_or(Errno::STALE)?;
             let differs = (session.token[0] ^ token[0]) | (session.token[1] ^ token[1]);
             if differs != 0 {
                 return Err(Errno::ACCESS);
@@ -330,23 +340,27 @@ impl Sessions {
 }
 
 impl Session {
-    /// Opens a file for the session under its lease. The same name again answers the same file.
+    /// Opens a file for the session under its lease. The same name again answers the same file. A
+    /// `handle` that is not 0 is the one that the file had at a daemon before.
     ///
     /// # Errors
     /// As [`Catalog::open`]; `EAGAIN` while its holder is asked for the lease; `EMFILE` beyond
-    /// the session's limit of files and [`MAX_WISHES`]; `EBUSY` for a name that is open for reading only and now
-    /// wanted for writing.
+    /// the session's limit of files and [`MAX_WISHES`]; `EBUSY` for a name that is open for reading
+    /// only and now wanted for writing; `EINVAL` for a handle that no daemon before gave out, or
+    /// another file's.
     pub async fn open(
         &self,
         catalog: &Arc<Catalog>,
         name: String,
         flags: u32,
+        handle: u32,
     ) -> Result<(u32, Arc<HostFile>), Errno> {
         let mut state = self.state.lock().await;
         if let Some(open) = state.files.iter_mut().find(|open| open.is_named(&name))
             && let Some(file) = &open.file
         {
-            if flags & !(OPEN_READ_ONLY | OPEN_ASK) != 0 {
+            let other = handle != 0 && handle != open.handle;
+            if flags & !(OPEN_READ_ONLY | OPEN_ASK) != 0 || other {
                 return Err(Errno::INVAL);
             }
             if flags & OPEN_READ_ONLY == 0 && !file.writable {
@@ -355,7 +369,12 @@ impl Session {
             open.opens = open.opens.checked_add(1).ok_or(Errno::MFILE)?;
             return Ok((open.handle, Arc::clone(file)));
         }
+        let handle = match handle {
+            0 => None,
+            _ => Some(state.former(handle)?),
+        };
         let slot = state.free_slot(&self.account)?;
+        let slot = handle.map_or(slot, slot_of);
         let now = Instant::now();
         let wish = state.wishes.iter().position(|wish| wish.file.name == name);
         if wish.is_none() && flags & OPEN_ASK != 0 && state.wishes.len() >= MAX_WISHES {
@@ -372,7 +391,8 @@ impl Session {
         });
         match opened.await?? {
             Opening::Leased(file) => {
-                let entered = state.enter(slot, file, &self.terms).await;
+                let handle = handle.unwrap_or_else(|| state.next_handle(slot));
+                let entered = state.enter(handle, file, &self.terms).await;
                 self.account.set_files(state.files.len());
                 Ok(entered)
             }
@@ -397,7 +417,8 @@ impl Session {
         let slot = state.free_slot(&self.account)?;
         let catalog = Arc::clone(catalog);
         let file = in_background(move || catalog.create(&name, blocks)).await??;
-        let entered = state.enter(slot, file, &self.terms).await;
+        let handle = state.next_handle(slot);
+        let entered = state.enter(handle, file, &self.terms).await;
         self.account.set_files(state.files.len());
         Ok(entered)
     }
@@ -430,11 +451,22 @@ impl State {
         used.iter().position(|used| !used).ok_or(Errno::MFILE)
     }
 
-    /// Makes a file known to every lane, in a free slot.
-    async fn enter(&mut self, slot: usize, file: HostFile, terms: &Terms) -> (u32, Arc<HostFile>) {
-        let file = Arc::new(file);
+    /// A handle that was never given out, for a free slot.
+    fn next_handle(&mut self, slot: usize) -> u32 {
         self.serial = self.serial.wrapping_add(1);
-        let handle = self.serial.wrapping_mul(MAX_FILES as u32) | slot as u32;
+        self.serial.wrapping_mul(MAX_FILES as u32) | slot as u32
+    }
+
+    /// A handle that a daemon before gave out, if its slot is free.
+    fn former(&self, handle: u32) -> Result<u32, Errno> {
+        let free = !self.files.iter().any(|open| slot_of(open.handle) == slot_of(handle));
+        let given = (1..=self.former).contains(&serial_of(handle));
+        if free && given { Ok(handle) } else { Err(Errno::INVAL) }
+    }
+
+    /// Makes a file known to every lane, under a handle whose slot is free.
+    async fn enter(&mut self, handle: u32, file: HostFile, terms: &Terms) -> (u32, Arc<HostFile>) {
+        let file = Arc::new(file);
         self.tell(|done| Command::Open { handle, file: Arc::clone(&file), done }).await;
         let lease = Lease::granted(Instant::now(), terms);
         self.files.push(OpenFile { handle, opens: 1, file: Some(Arc::clone(&file)), lease });
@@ -454,6 +486,11 @@ impl State {
             let _ = answer.await;
         }
     }
+}
+
+/// The part of a handle that counts up.
+const fn serial_of(handle: u32) -> u32 {
+    handle / MAX_FILES as u32
 }
 
 /// Unlocks and closes files; the last close of a device may take its time.

@@ -14,6 +14,7 @@ use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
     SendAncillaryBuffer, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
 };
+use rustix::process::Pid;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -62,11 +63,15 @@ fn identity(path: &Path) -> Option<(u64, u64)> {
 
 impl Listener {
     /// Binds `path` with mode 0600; it is there from the moment on in which it answers. A socket
-    /// file nobody listens on is replaced. Needs a tokio runtime around it.
+    /// file nobody listens on is replaced, without a moment in which there is none. Needs a tokio
+    /// runtime around it.
+    ///
+    /// With `succeed` it takes the place of a daemon that listens there; answers the process that
+    /// does.
     ///
     /// # Errors
     /// Somebody listens there, something else lies there, or the host refuses.
-    pub fn bind(path: &Path) -> Result<Self, Problem> {
+    pub fn bind(path: &Path, succeed: bool) -> Result<(Self, Option<Pid>), Problem> {
         let shown = path.display();
         let refused = |what: &str, e: Errno| {
             Problem::socket(
@@ -87,6 +92,8 @@ impl Listener {
         rustix::fs::flock(&guard, FlockOperation::NonBlockingLockExclusive).map_err(|_| {
             Problem::socket("another daemon starts in this directory", shown, "start again")
         })?;
+        let mut flags = RenameFlags::NOREPLACE;
+        let mut before = None;
         if let Ok(stat) = rustix::fs::lstat(path) {
             use rustix::fs::FileType;
             if FileType::from_raw_mode(stat.st_mode) != FileType::Socket {
@@ -98,15 +105,19 @@ impl Listener {
             }
             let probe = seqpacket().map_err(|e| refused("no socket to be had", e))?;
             match rustix::net::connect(&probe, &address) {
-                Err(Errno::CONNREFUSED) => rustix::fs::unlink(path)
-                    .map_err(|e| refused("stale socket can not be removed", e))?,
+                Err(Errno::CONNREFUSED) => flags = RenameFlags::empty(),
                 Err(Errno::NOENT) => {}
+                Ok(()) if succeed => {
+                    let peer = peer_credentials(&probe)
+                        .map_err(|e| refused("who listens here can not be seen", e))?;
+                    (flags, before) = (RenameFlags::empty(), Pid::from_raw(peer.pid));
+                }
                 // Connected, its queue is full, or it is of another kind: somebody is there.
                 _ => {
                     return Err(Problem::socket(
                         "another program listens here",
                         path.display(),
-                        "stop it or choose another --socket",
+                        "stop it, take its place with --succeed, or choose another --socket",
                     ));
                 }
             }
@@ -126,7 +137,6 @@ impl Listener {
                 rustix::net::listen(&fd, 64).map_err(|e| refused("socket can not listen", e))
             })
             .and_then(|()| {
-                let flags = RenameFlags::NOREPLACE;
                 rustix::fs::renameat_with(&guard, &name, CWD, path, flags)
                     .map_err(|e| refused("socket can not be put in place", e))
             });
@@ -142,7 +152,7 @@ impl Listener {
                 "raise the limit of open files",
             )
         })?;
-        Ok(Self { fd, path: path.to_owned(), identity })
+        Ok((Self { fd, path: path.to_owned(), identity }, before))
     }
 
     /// Waits for the next connection and tells the peer's user and process id.

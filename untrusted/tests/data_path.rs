@@ -160,13 +160,54 @@ fn lanes_of_a_session_share_its_files_and_strangers_do_not() {
     let wrong = FakeLane::join(&daemon.socket, 64, 1 << 20, session, [token[0], token[1] ^ 1]);
     assert!(matches!(wrong.err(), Some(CallError::Refused(13))), "EACCES");
     let nobody = FakeLane::join(&daemon.socket, 64, 1 << 20, 9999, token);
-    assert!(matches!(nobody.err(), Some(CallError::Refused(13))), "EACCES");
+    assert!(matches!(nobody.err(), Some(CallError::Refused(116))), "ESTALE");
 
     // Another session has its own handles: this number means nothing there.
     let mut stranger = FakeLane::attach(&daemon.socket, 64, 1 << 20);
     let data = stranger.block(0);
     assert_eq!(stranger.run(read(1, handle, 9, data)), -9, "EBADF");
     drop((joined, stranger));
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn a_session_that_goes_on_gets_its_files_under_their_handles_and_no_others() {
+    let dir = directory();
+    if !direct_io_works(dir.path()) {
+        return;
+    }
+    for name in ["one", "two", "three"] {
+        numbered(&dir.path().join(name));
+    }
+    let root = dir.path().to_str().unwrap();
+    let daemon = InProcess::start(dir.path(), &["--root", root]);
+    let mut lane = FakeLane::attach(&daemon.socket, 64, 1 << 20);
+    let [one, two] = ["one", "two"].map(|name| lane.open(name).handle);
+    drop(lane);
+    daemon.stop().unwrap();
+
+    let daemon = InProcess::start(dir.path(), &["--root", root]);
+    let mut fresh = FakeLane::attach(&daemon.socket, 64, 1 << 20);
+    let refused = fresh.open_again("one", one).err();
+    assert!(matches!(refused, Some(CallError::Refused(22))), "EINVAL: {refused:?}");
+    drop(fresh);
+
+    let mut lane = FakeLane::go_on(&daemon.socket, 64, 1 << 20, two);
+    assert_eq!(lane.open_again("two", two).unwrap().handle, two);
+    let data = lane.block(0);
+    assert_eq!(lane.run(read(1, two, 9, data)), 4096);
+    assert_eq!(lane.get(data)[0], 9 * 512);
+    assert_eq!(lane.run(read(1, one, 9, data)), -9, "not yet opened again");
+    assert_eq!(lane.open_again("two", two).unwrap().handle, two, "a second time");
+    for (name, handle) in [("two", one), ("one", two), ("one", one + 4096), ("one", u32::MAX)] {
+        let refused = lane.open_again(name, handle).err();
+        assert!(matches!(refused, Some(CallError::Refused(22))), "{name} {handle}: {refused:?}");
+    }
+    let three = lane.open("three").handle;
+    assert!(three > one.max(two), "{three} was never given out");
+    assert_eq!(lane.open_again("one", one).unwrap().handle, one);
+    assert_eq!(lane.run(read(1, one, 7, data)), 4096);
+    drop(lane);
     daemon.stop().unwrap();
 }
 

@@ -256,7 +256,7 @@ fn malformed_oversized_and_descriptor_laden_messages_end_only_their_connection()
     assert!(matches!(good.close(1), Err(CallError::Refused(9))), "EBADF");
     // Calls that need a lane, on a connection without one.
     let mut bare = Enclave(Control::connect(&daemon.socket).unwrap());
-    let open = postern_edl::calls::PosternOpenRequest { name: "x".into(), flags: 0 };
+    let open = postern_edl::calls::PosternOpenRequest { name: "x".into(), ..Default::default() };
     assert!(matches!(bare.postern_open(&open), Err(CallError::Refused(107))), "ENOTCONN");
     assert_eq!(good.stats().counters["refused_connections"], 6);
     drop(good);

@@ -1,4 +1,4 @@
-//! The daemon of one run: started, watched until ready, stopped.
+//! The daemon of one run: started, watched until ready, started again when it dies, stopped.
 //!
 //! Holds: the daemon does not outlive the launcher (parent-death signal), sits in a process group
 //! of its own so that Ctrl-C does not take it from under the program, and is never left behind.
@@ -28,6 +28,8 @@ use crate::{
 const READY: &str = "posternd: ready on ";
 /// Loading and verifying the probes is the long part of a start.
 const READY_WITHIN: Duration = Duration::from_secs(20);
+/// After so many in a row that died before they listened, another one is no use.
+const UNREADY_MOST: u32 = 5;
 /// A daemon told to stop lets what is in flight complete.
 const STOP_WITHIN: Duration = Duration::from_secs(20);
 
@@ -51,6 +53,10 @@ pub struct Orders<'a> {
     pub no_probes: bool,
     /// Options for what the program may take, and their values.
     pub limits: &'a [(&'static str, String)],
+    /// The run file: removed when no other daemon is to come.
+    pub run_file: PathBuf,
+    /// One that died is started again.
+    pub restarts: bool,
 }
 
 /// Why no daemon is running.
@@ -62,68 +68,30 @@ pub enum NotStarted {
 }
 
 /// A running daemon; killed when dropped before [`Daemon::stop`].
-pub struct Daemon {
+pub struct Daemon<'a> {
+    orders: Orders<'a>,
     child: Child,
     /// Kept open so that the daemon can print at any time.
     _stdout: Option<ChildStdout>,
-    log: PathBuf,
     ended: Option<ExitStatus>,
+    /// What it prints when it listens was read.
+    waited_for: bool,
+    /// Daemons in a row that died before they listened.
+    unready: u32,
 }
 
-impl Daemon {
+impl<'a> Daemon<'a> {
     /// Starts the daemon and waits until it listens.
     ///
     /// # Errors
     /// [`Exit::NoDaemon`] with its last words if it does not come up.
-    pub fn start(orders: &Orders<'_>, signals: &Signals) -> Result<Self, NotStarted> {
-        let mut daemon = Self::spawn(orders, signals).map_err(NotStarted::Failed)?;
+    pub fn start(orders: Orders<'a>, signals: &Signals) -> Result<Self, NotStarted> {
+        let mut child = spawn(&orders, signals, true).map_err(NotStarted::Failed)?;
+        let stdout = child.stdout.take();
+        let mut daemon =
+            Self { orders, child, _stdout: stdout, ended: None, waited_for: true, unready: 0 };
         daemon.wait_until_ready(signals)?;
         Ok(daemon)
-    }
-
-    fn spawn(orders: &Orders<'_>, signals: &Signals) -> Result<Self, Failure> {
-        let log = File::create(&orders.log)
-            .map_err(|e| Failure::io("cannot write the daemon's log", orders.log.display(), &e))?;
-        let mut command = Command::new(orders.executable);
-        command.arg("--socket").arg(orders.socket).arg("--stats-file").arg(orders.stats);
-        let files = orders.files.iter().map(|place| ("--file", place));
-        let directories = orders.directories.iter().map(|place| ("--directory", place));
-        for (option, (name, path)) in files.chain(directories) {
-            let mut place = OsString::from(name);
-            place.push("=");
-            place.push(path);
-            command.arg(option).arg(place);
-        }
-        if orders.allow_buffered {
-            command.arg("--allow-buffered");
-        }
-        if orders.no_probes {
-            command.arg("--no-probes");
-        }
-        for (option, value) in orders.limits {
-            command.arg(option).arg(value);
-        }
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log).process_group(0);
-        signals.restore_in(&mut command);
-        let launcher = rustix::process::getpid();
-        // SAFETY: 1. The closure runs between fork and exec: two system calls, nothing allocates.
-        unsafe {
-            command.pre_exec(move || {
-                set_parent_process_death_signal(Some(Signal::TERM))?;
-                // The launcher may have died before the line above.
-                if getppid() == Some(launcher) { Ok(()) } else { Err(Errno::SRCH.into()) }
-            });
-        }
-        let mut child = command.spawn().map_err(|error| {
-            Failure::new(
-                Exit::Internal,
-                format_args!("cannot start the daemon: {error}"),
-                orders.executable.display(),
-                "it must be an executable file",
-            )
-        })?;
-        let stdout = child.stdout.take();
-        Ok(Self { child, _stdout: stdout, log: orders.log.clone(), ended: None })
     }
 
     fn wait_until_ready(&mut self, signals: &Signals) -> Result<(), NotStarted> {
@@ -172,29 +140,57 @@ impl Daemon {
         Failure::new(
             Exit::NoDaemon,
             "the daemon did not start",
-            last_words(&self.log).unwrap_or_else(|| otherwise.to_owned()),
+            last_words(&self.orders.log).unwrap_or_else(|| otherwise.to_owned()),
             "mend what it names, or run posternd by hand to see more",
         )
     }
 
-    /// Whether it still runs. Says once on stderr when it has died.
-    pub fn check(&mut self) {
+    /// Starts it again if it has died, and says so; or says that it stays dead.
+    pub fn check(&mut self, signals: &Signals) {
         if self.ended.is_some() {
             return;
         }
-        if let Ok(Some(status)) = self.child.try_wait() {
-            self.ended = Some(status);
-            let words = last_words(&self.log).unwrap_or_else(|| status.to_string());
-            eprintln!(
-                "{}",
-                Failure::new(
-                    Exit::NoDaemon,
-                    "the daemon died",
-                    words,
-                    "the program's I/O now fails with EIO; nothing unsealed was written"
-                )
-            );
+        let Ok(Some(status)) = self.child.try_wait() else { return };
+        self.ended = Some(status);
+        let words = last_words(&self.orders.log).unwrap_or_else(|| "it said nothing".to_owned());
+        self.unready = if self.was_ready() { 0 } else { self.unready + 1 };
+        if self.orders.restarts && self.unready < UNREADY_MOST {
+            match spawn(&self.orders, signals, false) {
+                Ok(mut child) => {
+                    self._stdout = child.stdout.take();
+                    (self.child, self.ended) = (child, None);
+                    let told = "the daemon died and is started again; requests go on";
+                    eprintln!("{}", Failure::new(Exit::NoDaemon, told, status, words));
+                    return;
+                }
+                Err(failure) => eprintln!("{failure}"),
+            }
         }
+        self.let_go();
+        eprintln!(
+            "{}",
+            Failure::new(
+                Exit::NoDaemon,
+                format_args!("the daemon died ({status})"),
+                words,
+                "the program's I/O now fails with EIO; nothing unsealed was written"
+            )
+        );
+    }
+
+    /// Whether the one that ended had listened.
+    fn was_ready(&mut self) -> bool {
+        // The first was waited for.
+        let Some(mut stdout) = self._stdout.take() else { return false };
+        let mut said = String::new();
+        // Its end is there: it has ended, and makes no processes.
+        let _ = stdout.read_to_string(&mut said);
+        std::mem::take(&mut self.waited_for) || said.contains(READY)
+    }
+
+    /// Nobody waits for another daemon from now on.
+    fn let_go(&self) {
+        let _ = std::fs::remove_file(&self.orders.run_file);
     }
 
     /// Asks it to stop and waits until it has written its statistics and gone.
@@ -210,6 +206,7 @@ impl Daemon {
                 "see the line above",
             ));
         }
+        self.let_go();
         self.signal(Signal::TERM);
         let started = Instant::now();
         while started.elapsed() < STOP_WITHIN {
@@ -247,10 +244,60 @@ impl Daemon {
     }
 }
 
-impl Drop for Daemon {
+impl Drop for Daemon<'_> {
     fn drop(&mut self) {
+        self.let_go();
         self.kill();
     }
+}
+
+/// Starts a daemon; the `first` one begins a new log.
+fn spawn(orders: &Orders<'_>, signals: &Signals, first: bool) -> Result<Child, Failure> {
+    let log = File::options()
+        .create(true)
+        .write(true)
+        .append(!first)
+        .truncate(first)
+        .open(&orders.log)
+        .map_err(|e| Failure::io("cannot write the daemon's log", orders.log.display(), &e))?;
+    let mut command = Command::new(orders.executable);
+    command.arg("--socket").arg(orders.socket).arg("--stats-file").arg(orders.stats);
+    let files = orders.files.iter().map(|place| ("--file", place));
+    let directories = orders.directories.iter().map(|place| ("--directory", place));
+    for (option, (name, path)) in files.chain(directories) {
+        let mut place = OsString::from(name);
+        place.push("=");
+        place.push(path);
+        command.arg(option).arg(place);
+    }
+    if orders.allow_buffered {
+        command.arg("--allow-buffered");
+    }
+    if orders.no_probes {
+        command.arg("--no-probes");
+    }
+    for (option, value) in orders.limits {
+        command.arg(option).arg(value);
+    }
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log).process_group(0);
+    signals.restore_in(&mut command);
+    let launcher = rustix::process::getpid();
+    // SAFETY: 1. The closure runs between fork and exec: two system calls, nothing allocates.
+    unsafe {
+        command.pre_exec(move || {
+            set_parent_process_death_signal(Some(Signal::TERM))?;
+            // The launcher may have died before the line above.
+            if getppid() == Some(launcher) { Ok(()) } else { Err(Errno::SRCH.into()) }
+        });
+    }
+    command.spawn().map_err(|error| {
+        Failure::new(
+            Exit::Internal,
+            format_args!("cannot start the daemon: {error}"),
+            orders.executable.display(),
+            "it must be an executable file",
+        )
+    })
 }
 
 /// The last line of the log that says something.

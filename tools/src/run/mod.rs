@@ -26,7 +26,7 @@ use std::{
 };
 
 use postern_sim::config::{
-    CounterConfig, DirectoryConfig, MovesConfig, RUN_VARIABLE, RunConfig, VolumeConfig,
+    CounterConfig, DirectoryConfig, MovesConfig, RUN_FILE, RUN_VARIABLE, RunConfig, VolumeConfig,
 };
 use postern_trusted::{counter::Moves, volume::SlotKey};
 use rustix::process::{Pid, Signal, kill_process};
@@ -70,29 +70,32 @@ pub fn run(args: &RunArgs, wait: u32) -> Result<u8, Failure> {
         .map_err(|error| Failure::io("cannot hold signals", "this process", &error))?;
     let directory = RunDirectory::make()?;
     let left_stats = directory.join("stats.json");
-    let (socket, mut daemon) = match &args.socket {
-        Some(socket) => (absolute(socket)?, None),
-        None => {
-            let socket = directory.join("daemon.sock");
-            let orders = Orders {
-                executable: plan.daemon.as_deref().unwrap_or(Path::new("posternd")),
-                socket: &socket,
-                files: places(&volumes, false),
-                directories: places(&volumes, true),
-                stats: &left_stats,
-                log: args.daemon_log.clone().unwrap_or_else(|| directory.join("daemon.log")),
-                allow_buffered: args.allow_buffered,
-                no_probes: args.no_probes,
-                limits: &args.limit,
-            };
-            let daemon = match Daemon::start(&orders, &signals) {
-                Ok(daemon) => daemon,
-                Err(NotStarted::Failed(failure)) => return Err(failure),
-                Err(NotStarted::Interrupted(signal)) => return Ok(code_of_signal(signal)),
-            };
-            (socket, Some(daemon))
-        }
+    let socket = match &args.socket {
+        Some(socket) => absolute(socket)?,
+        None => directory.join("daemon.sock"),
     };
+    let mut daemon = None;
+    if args.socket.is_none() {
+        let orders = Orders {
+            executable: plan.daemon.as_deref().unwrap_or(Path::new("posternd")),
+            socket: &socket,
+            files: places(&volumes, false),
+            directories: places(&volumes, true),
+            stats: &left_stats,
+            log: args.daemon_log.clone().unwrap_or_else(|| directory.join("daemon.log")),
+            allow_buffered: args.allow_buffered,
+            no_probes: args.no_probes,
+            limits: &args.limit,
+            // Without this file nobody waits for a daemon any more.
+            run_file: directory.join(RUN_FILE),
+            restarts: args.daemon_wait > 0,
+        };
+        match Daemon::start(orders, &signals) {
+            Ok(started) => daemon = Some(started),
+            Err(NotStarted::Failed(failure)) => return Err(failure),
+            Err(NotStarted::Interrupted(signal)) => return Ok(code_of_signal(signal)),
+        }
+    }
     let counter_socket = directory.join("counters.sock");
     let counted = (!counters.is_empty()).then(|| Counted {
         socket: &counter_socket,
@@ -103,7 +106,7 @@ pub fn run(args: &RunArgs, wait: u32) -> Result<u8, Failure> {
             .map_err(|error| Failure::io("cannot serve the counters of", "this run", &error))?;
     }
     let config = run_config(&socket, &volumes, &Settings::of(args, wait), counted.as_ref())?;
-    let run_file = directory.write("run.json", &config)?;
+    let run_file = directory.write(RUN_FILE, &config)?;
     let mut guest = start(args, &plan, &volumes, &run_file, &signals)?;
     let status = attend(&mut guest, daemon.as_mut(), &signals)?;
 
@@ -255,6 +258,9 @@ struct Settings {
     discard: Option<DiscardArg>,
     exclusive: bool,
     lease_wait_ms: u64,
+    daemon_wait_ms: u64,
+    /// The daemon is the run's own.
+    own_daemon: bool,
 }
 
 impl Settings {
@@ -265,6 +271,8 @@ impl Settings {
             discard: args.discard,
             exclusive: args.exclusive,
             lease_wait_ms: u64::from(wait) * 1000,
+            daemon_wait_ms: u64::from(args.daemon_wait) * 1000,
+            own_daemon: args.socket.is_none(),
         }
     }
 }
@@ -296,6 +304,8 @@ fn run_config(
         socket: text(socket)?,
         cache_bytes: usize::try_from(settings.cache).unwrap_or(usize::MAX),
         lease_wait_ms: settings.lease_wait_ms,
+        daemon_wait_ms: settings.daemon_wait_ms,
+        launcher: settings.own_daemon.then(std::process::id),
         counter_socket: counted.map_or(Ok(String::new()), |counted| text(counted.socket))?,
         volumes: volumes
             .iter()
@@ -392,7 +402,7 @@ fn start(
 /// Waits for the program's end, passing signals on.
 fn attend(
     guest: &mut Child,
-    mut daemon: Option<&mut Daemon>,
+    mut daemon: Option<&mut Daemon<'_>>,
     signals: &Signals,
 ) -> Result<ExitStatus, Failure> {
     loop {
@@ -403,7 +413,7 @@ fn attend(
             Err(error) => return Err(Failure::io("cannot wait for", "the program", &error)),
         }
         if let Some(daemon) = daemon.as_deref_mut() {
-            daemon.check();
+            daemon.check(signals);
         }
         if let Some(Arrived::Sent(number)) = signals.wait(None) {
             let pid = i32::try_from(guest.id()).ok().and_then(Pid::from_raw);
@@ -460,10 +470,14 @@ mod tests {
             discard: None,
             exclusive: false,
             lease_wait_ms: 10_000,
+            daemon_wait_ms: 30_000,
+            own_daemon: true,
         };
         let bytes = run_config(Path::new("/r/daemon.sock"), &volumes, &settings, None).unwrap();
         let json: serde_json::Value = serde_json::from_slice(&bytes).unwrap();
         assert_eq!(json["socket"], "/r/daemon.sock");
+        assert_eq!(json["daemon_wait_ms"], 30_000);
+        assert_eq!(json["launcher"], std::process::id());
         assert_eq!(json["volumes"][0]["guest_path"], "/sealed/data");
         assert_eq!(json["volumes"][0]["name"], "v0");
         assert_eq!(json["volumes"][0]["key_file"], "/h/data.vol.key");

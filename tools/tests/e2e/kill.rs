@@ -19,7 +19,7 @@ const LONGEST: u64 = 1_200;
 const BLOCKS: &str = "512";
 
 /// Words for `synclog` on `file`.
-fn words(program: &Path, mode: &str, file: &Path, log: &Path, seed: u64) -> Vec<OsString> {
+pub fn words(program: &Path, mode: &str, file: &Path, log: &Path, seed: u64) -> Vec<OsString> {
     vec![
         program.into(),
         mode.into(),
@@ -31,18 +31,18 @@ fn words(program: &Path, mode: &str, file: &Path, log: &Path, seed: u64) -> Vec<
 }
 
 /// How many writes the guest's log confirms; what was counted is not read again.
-struct Confirmed<'a> {
+pub struct Confirmed<'a> {
     log: &'a Path,
     read: u64,
     count: usize,
 }
 
 impl<'a> Confirmed<'a> {
-    const fn of(log: &'a Path) -> Self {
+    pub const fn of(log: &'a Path) -> Self {
         Self { log, read: 0, count: 0 }
     }
 
-    fn now(&mut self) -> usize {
+    pub fn now(&mut self) -> usize {
         let Ok(mut log) = File::open(self.log) else { return 0 };
         let mut new = String::new();
         log.seek(SeekFrom::Start(self.read)).unwrap();
@@ -67,7 +67,9 @@ fn kill_in_rounds(victim: &str, expected_code: Option<i32>) {
     for round in 0..rounds.unwrap_or(ROUNDS) {
         let before = confirmed.now();
         let write = words(&program, "write", sealed, &log, round * 1_000_003);
-        let mut running = begin(&mut world.run(&volume, write));
+        // A daemon that dies is not to be replaced here: see `succession`.
+        let options = ["--no-probes", "--daemon-wait", "0"];
+        let mut running = begin(&mut world.run_with(&volume, &options, write));
         // A different count each round, so that the kill falls into different phases.
         let enough = before + 1 + usize::try_from(round * round * 3 % LONGEST).unwrap();
         until("enough confirmed writes", || {

@@ -99,7 +99,7 @@ fn the_program_keeps_its_name_its_arguments_and_its_environment() {
 }
 
 /// Waits until the daemon of a run has the host file open; answers its number.
-fn daemon_at_work(running: &mut Running, volume: &Path) -> u32 {
+pub fn daemon_at_work(running: &mut Running, volume: &Path) -> u32 {
     let volume = volume.canonicalize().unwrap();
     until("the daemon has the volume open", || {
         assert!(running.is_running());
@@ -210,7 +210,8 @@ fn a_daemon_that_dies_gives_errors_and_not_wrong_data() {
         "--time_based",
         "--runtime=600",
     ];
-    let mut running = begin(&mut world.run(&volume, fio));
+    let options = ["--no-probes", "--daemon-wait", "0"];
+    let mut running = begin(&mut world.run_with(&volume, &options, fio));
     let daemon = daemon_at_work(&mut running, &volume);
     signal("KILL", daemon);
     let ended = running.wait();

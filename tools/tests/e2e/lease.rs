@@ -10,7 +10,7 @@ use std::{
 use crate::common::{World, begin, children, end, name_of, signal};
 
 /// A program that does to the volume what it is told.
-struct Server {
+pub struct Server {
     child: Child,
     orders: Option<ChildStdin>,
     answers: BufReader<ChildStdout>,
@@ -18,7 +18,7 @@ struct Server {
 
 impl Server {
     /// Starts it; answers what it says first.
-    fn start(command: &mut Command) -> (Self, String) {
+    pub fn start(command: &mut Command) -> (Self, String) {
         let piped = command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = piped.spawn().unwrap();
         let orders = child.stdin.take();
@@ -28,7 +28,7 @@ impl Server {
         (server, first)
     }
 
-    fn on(world: &World, volume: &Path, program: &Path, options: &[&str]) -> Self {
+    pub fn on(world: &World, volume: &Path, program: &Path, options: &[&str]) -> Self {
         let words = [program.to_str().unwrap(), "/sealed/data", "rw"];
         let options = [&["--no-probes"], options].concat();
         let (server, first) = Self::start(&mut world.run_with(volume, &options, words));
@@ -61,7 +61,7 @@ impl Server {
     }
 
     #[track_caller]
-    fn expect(&mut self, order: &str, answer: &str) {
+    pub fn expect(&mut self, order: &str, answer: &str) {
         assert_eq!(self.tell(order), answer, "{order}");
     }
 
@@ -71,7 +71,7 @@ impl Server {
         all.into_iter().find(|&pid| name_of(pid) == "serve").expect("the program runs")
     }
 
-    fn end(mut self) {
+    pub fn end(mut self) {
         drop(self.orders.take());
         assert!(self.child.wait().unwrap().success());
     }
@@ -95,7 +95,7 @@ fn surroundings() -> Option<(World, PathBuf, PathBuf)> {
 }
 
 /// Errno numbers, as the guest prints them.
-const EIO: &str = "5";
+pub const EIO: &str = "5";
 const EFBIG: &str = "27";
 const EROFS: &str = "30";
 

@@ -25,4 +25,5 @@ mod record;
 mod refusals;
 mod seal;
 mod sight;
+mod succession;
 mod tamper;

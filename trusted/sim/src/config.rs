@@ -27,7 +27,18 @@ pub struct RunConfig {
     /// How long open(2) waits for a volume that another program has, milliseconds.
     #[serde(default)]
     pub lease_wait_ms: u64,
+    /// How long requests wait for another daemon when theirs has ended, milliseconds; then they
+    /// fail with `EIO`.
+    #[serde(default)]
+    pub daemon_wait_ms: u64,
+    /// The launcher whose daemon it is, as a process id: once that has gone no other daemon comes.
+    #[serde(default)]
+    pub launcher: Option<u32>,
 }
+
+/// Name of the run file, beside the socket of a run's own daemon. While it is there, a daemon that
+/// has ended is started again.
+pub const RUN_FILE: &str = "run.json";
 
 /// 64 MiB.
 const fn usual_cache() -> usize {

@@ -1,7 +1,8 @@
 //! The control connection to the daemon: one request, one reply, over a seqpacket socket.
 //!
 //! Carries the calls of `postern.edl`. The daemon is not trusted: replies are bounded and decoded
-//! strictly by the generated code. A connection that breaks stays broken.
+//! strictly by the generated code. A connection that breaks stays broken until it becomes one to
+//! another daemon.
 #![allow(unsafe_code)]
 
 use core::mem::{size_of, zeroed};
@@ -63,6 +64,14 @@ impl Connection {
     #[must_use]
     pub fn descriptor(&self) -> i32 {
         self.socket
+    }
+
+    /// Is connected to what `other` is from now on, under the descriptor that it has.
+    ///
+    /// # Errors
+    /// What dup3(2) says.
+    pub fn become_of(&self, other: &Self) -> Result<(), Errno> {
+        sys::dup3(other.socket, self.socket, libc::O_CLOEXEC).map(drop)
     }
 
     /// Sends `descriptors` beside the next request.

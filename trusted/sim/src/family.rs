@@ -12,6 +12,7 @@
 //! recovers), instead of leaving others waiting for ever.
 
 mod closing;
+pub mod host_files;
 mod keys;
 mod leases;
 mod opening;
@@ -24,6 +25,7 @@ use std::sync::Arc;
 use postern_trusted::{directory::FileId, errno::Errno, sync::Lock};
 
 use self::{
+    host_files::HostFiles,
     keys::Keys,
     standing::{Core, Held, Standing},
 };
@@ -37,6 +39,7 @@ use crate::{
     mapped, message,
     process::{self, Process},
     spin::Tickets,
+    succession::Footing,
     sys, wait,
 };
 
@@ -46,8 +49,10 @@ pub struct Family {
     pub config: RunConfig,
     /// An eventfd inherited by every process: wakes sleepers of all of them.
     pub kick: i32,
-    /// The daemon's session, once a lane is attached.
-    pub session: Lock<Option<Session>>,
+    /// How it stands with the daemon.
+    pub footing: Lock<Footing>,
+    /// What is open at the daemon.
+    pub host_files: HostFiles,
     /// Which threads may spin.
     pub tickets: Tickets,
     /// The protected directories.
@@ -66,15 +71,6 @@ pub struct Family {
     /// What the files that are mapped shared have in common.
     pub mapped: mapped::Totals,
     processes: Lock<Vec<&'static Process>>,
-}
-
-/// What a further lane needs to join.
-#[derive(Clone, Copy, Debug)]
-pub struct Session {
-    /// Number at the daemon.
-    pub number: u64,
-    /// Secret given at the first attach.
-    pub token: [u64; 2],
 }
 
 /// Map nodes of a directory's file in memory, in bytes: a thousand files share the arena.
@@ -325,7 +321,8 @@ impl Family {
             keys: Keys::take(&config),
             config,
             kick,
-            session: Lock::new(None),
+            footing: Lock::new(Footing::default()),
+            host_files: HostFiles::default(),
             tickets: Tickets::new(wait::processors()),
             directories,
             volumes: Lock::new(volumes),
@@ -520,16 +517,6 @@ impl Family {
     pub fn is_alone(&self) -> bool {
         let me = identity::process_id();
         self.processes.lock().iter().all(|process| process.id() == me)
-    }
-
-    /// The daemon no longer knows session `number`: forgets it, unless volumes are open in it.
-    pub fn forget_session(&self, number: u64) -> bool {
-        if self.open_volumes().next().is_some() {
-            message::say("the session with the daemon has ended; start the program again");
-            return false;
-        }
-        self.session.lock().take_if(|session| session.number == number);
-        true
     }
 
     /// Strikes a process out: it has drained and will not come back.

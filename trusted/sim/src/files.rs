@@ -446,6 +446,11 @@ pub fn mark_internal(fd: i32) {
     TABLE.mark_internal(fd);
 }
 
+/// A descriptor of our own is about to be closed by whoever has it.
+pub fn forget_internal(fd: i32) {
+    TABLE.unmark_internal(fd);
+}
+
 /// Enters an open file under a placeholder that this program was left.
 pub fn adopt(fd: i32, file: Arc<OpenFile>) {
     // A number outside the table answers EBADF, as after open.

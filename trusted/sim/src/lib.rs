@@ -29,5 +29,6 @@ pub mod runtime;
 pub mod service;
 pub mod sites;
 pub mod spin;
+pub mod succession;
 pub mod sys;
 pub mod wait;

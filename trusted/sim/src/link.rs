@@ -2,14 +2,17 @@
 //!
 //! The memory is a sealed memfd (it cannot shrink under the daemon), left out of forked children:
 //! a child makes a link of its own and joins the session.
+//!
+//! When the daemon ends, requests and control calls wait until the service thread has found another
+//! one ([`crate::succession`]): it gets the same memory, with what is in flight.
 #![allow(unsafe_code)]
 
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use postern_edl::{
     calls::{
-        CallError, Enclave, PosternAttachRequest, PosternCloseRequest, PosternCreateRequest,
-        PosternFile, PosternKeepRequest, PosternLease, PosternLeaseRequest, PosternListRequest,
+        CallError, Enclave, PosternCloseRequest, PosternCreateRequest, PosternFile,
+        PosternKeepRequest, PosternLease, PosternLeaseRequest, PosternListRequest,
         PosternOpenRequest, PosternRemoveRequest,
     },
     port::Geometry,
@@ -22,23 +25,37 @@ use postern_trusted::{
 
 use crate::{
     control::Connection,
-    family::{Family, Session},
-    files, message, sys, wait,
+    family::{self, Family},
+    files, message, process, service,
+    succession::{self, Joined, Missed},
+    sys, wait,
 };
 
 /// Requests in flight per process.
 const ENTRIES: usize = 512;
+/// So many daemons in a row that completed nothing were ended by what we say to them.
+const IN_VAIN: u32 = 20;
 /// Transfer area per process; pages cost memory only once used.
 const DATA_BYTES: usize = 16 << 20;
-/// Refusals of an attach: the session has ended; it has all the lanes, or all the memory, that it
-/// may have; the daemon has; the machine has no native AIO requests left; the daemon speaks another
-/// version of the protocol.
-const NO_SESSION: u32 = libc::EACCES as u32;
+/// Refusals of an attach: the session has all the lanes, or all the memory, that it may have; the
+/// daemon has; the machine has no native AIO requests left.
 const NO_LANE: u32 = libc::EMFILE as u32;
 const NO_MEMORY: u32 = libc::ENOBUFS as u32;
 const DAEMON_FULL: u32 = libc::EUSERS as u32;
 const NO_AIO: u32 = libc::EAGAIN as u32;
-const OTHER_VERSION: u32 = libc::EPROTONOSUPPORT as u32;
+/// Another one: the daemon speaks another version of the protocol.
+pub(crate) const OTHER_VERSION: u32 = libc::EPROTONOSUPPORT as u32;
+
+/// What a process hands to the daemon: a lane's memory and doorbells.
+pub struct Port {
+    /// The memory file: kept, for the next daemon.
+    pub memory: i32,
+    /// Its length.
+    pub bytes: usize,
+    /// Rung for the daemon, a driver, the service thread.
+    pub bells: [i32; 3],
+    at: usize,
+}
 
 /// A process's link to the daemon.
 pub struct Link {
@@ -46,13 +63,27 @@ pub struct Link {
     pub lane: Lane,
     /// The daemon takes freed space back.
     pub discards: bool,
+    port: Port,
     control: Lock<Enclave<Connection>>,
     socket: i32,
-    bells: [i32; 3],
+    state: Lock<State>,
     /// The lane's fault was told.
     told: AtomicBool,
     /// The port's word of the leases as it was when they were asked about last.
     leases: AtomicU64,
+}
+
+/// Which daemon the link leads to.
+struct State {
+    /// The family's session.
+    incarnation: u64,
+    /// When it was found to have ended, CLOCK_MONOTONIC nanoseconds.
+    lost_ns: Option<u64>,
+    /// Whether this thread is at work on it.
+    mending: bool,
+    /// Completions when it last came over to another one, and how often without any since.
+    completed: u64,
+    in_vain: u32,
 }
 
 struct DaemonBell(i32);
@@ -66,77 +97,198 @@ impl Doorbell for DaemonBell {
     }
 }
 
+impl Port {
+    /// A port of this geometry, and the enclave's end of it.
+    ///
+    /// # Errors
+    /// What the kernel says: no memory, no descriptors.
+    pub fn make(geometry: Geometry, keep: impl Fn(i32) -> i32) -> Result<(Self, Lane), Errno> {
+        let bytes = geometry.region_bytes().next_multiple_of(4096);
+        let memory = keep(memory_file(bytes)?);
+        let mut bells = [-1; 3];
+        let made = (|| {
+            for bell in &mut bells {
+                *bell = keep(wait::eventfd()?);
+            }
+            let (at, words) = map(memory, bytes)?;
+            let lane = Lane::new(words, geometry, DaemonBell(bells[0]));
+            lane.map(|lane| (at, lane)).map_err(|_| Errno::EINVAL)
+        })();
+        match made {
+            Ok((at, lane)) => Ok((Self { memory, bytes, bells, at }, lane)),
+            Err(errno) => {
+                let all = bells.into_iter().chain([memory]).filter(|made| *made >= 0);
+                all.for_each(files::close_internal);
+                Err(errno)
+            }
+        }
+    }
+
+    /// Gives everything back; `lane` is the only one of it.
+    pub fn discard(&self, lane: Lane) {
+        drop(lane);
+        unmap(self.at, self.bytes);
+        self.bells.into_iter().chain([self.memory]).for_each(files::close_internal);
+    }
+}
+
 impl Link {
     /// Connects to the daemon, hands it a port, and starts the family's session or joins it.
     ///
     /// # Errors
     /// An errno, with a message on stderr.
-    pub fn attach(family: &Family, keep: impl Fn(i32) -> i32) -> Result<Self, Errno> {
-        let session = *family.session.lock();
-        match Self::attach_once(family, &keep) {
-            // All processes of the family had left it; an exec lies between.
-            Err(Errno::ESTALE) if session.is_some_and(|s| family.forget_session(s.number)) => {
-                Self::attach_once(family, &keep)
+    pub fn attach(family: &'static Family, keep: impl Fn(i32) -> i32) -> Result<Self, Errno> {
+        let geometry = Geometry::new(ENTRIES, DATA_BYTES).ok_or(Errno::EINVAL)?;
+        let (port, lane) = Port::make(geometry, keep)?;
+        // The first daemon is there or not; one that has ended may have a successor.
+        let waits = family.incarnation() > 0;
+        let until = wait::now_ns().saturating_add(family.config.daemon_wait_ms * 1_000_000);
+        let joined = loop {
+            let missed = match succession::join(family, &port) {
+                Ok(joined) => break joined,
+                Err(missed) => missed,
+            };
+            let over = !waits || !family.may_have_successor() || wait::now_ns() > until;
+            match missed {
+                Missed::Later => {}
+                Missed::NoDaemon(_) if !over => {}
+                Missed::NoDaemon(errno) => {
+                    let path = &family.config.socket;
+                    message::say(&format!(
+                        "{path}: no daemon answers: {errno}; is posternd running?"
+                    ));
+                    port.discard(lane);
+                    return Err(Errno::EIO);
+                }
+                Missed::Refused => {
+                    port.discard(lane);
+                    return Err(Errno::EIO);
+                }
             }
-            other => other,
-        }
-        .map_err(|errno| if errno == Errno::ESTALE { Errno::EIO } else { errno })
+            sys::nap();
+        };
+        let Joined { control, attached, incarnation } = joined;
+        let state = State { incarnation, lost_ns: None, mending: false, completed: 0, in_vain: 0 };
+        Ok(Self {
+            lane,
+            discards: attached.features & postern_edl::FEATURE_DISCARD != 0,
+            port,
+            socket: control.0.descriptor(),
+            control: Lock::new(control),
+            state: Lock::new(state),
+            told: AtomicBool::new(false),
+            leases: AtomicU64::new(0),
+        })
     }
 
-    fn attach_once(family: &Family, keep: &impl Fn(i32) -> i32) -> Result<Self, Errno> {
-        let path = &family.config.socket;
-        let mut connection = Connection::open(path.as_bytes()).map_err(|errno| {
-            message::say(&format!("{path}: no daemon answers: {errno}; is posternd running?"));
-            Errno::EIO
-        })?;
-        connection.move_descriptor(keep);
-        let socket = connection.descriptor();
-        let geometry = Geometry::new(ENTRIES, DATA_BYTES).ok_or(Errno::EINVAL)?;
-        let bytes = geometry.region_bytes().next_multiple_of(4096);
-        let memory = memory_file(bytes)?;
-        let words = map(memory, bytes);
-        let bells = [keep(wait::eventfd()?), keep(wait::eventfd()?), keep(wait::eventfd()?)];
-        let lane = words.and_then(|words| {
-            Lane::new(words, geometry, DaemonBell(bells[0])).map_err(|_| Errno::EINVAL)
-        });
-        let lane = match lane {
-            Ok(lane) => lane,
-            Err(errno) => {
-                wait::close(memory);
-                return Err(errno);
-            }
-        };
-        // Held while the first lane makes the session, so that two processes cannot make two.
-        let mut session = family.session.lock();
-        connection.send_beside([memory, bells[0], bells[1], bells[2]]);
-        let mut control = Enclave(connection);
-        let attached = control.postern_attach(&PosternAttachRequest {
-            version: postern_edl::VERSION,
-            features: postern_edl::FEATURE_DISCARD,
-            session: session.map_or(0, |s| s.number),
-            token: session.map_or([0; 2], |s| s.token),
-            port: 0,
-            port_bytes: bytes as u64,
-        });
-        wait::close(memory);
-        let attached = match attached {
-            // EACCES: the daemon knows no such session.
-            Err(CallError::Refused(NO_SESSION)) if session.is_some() => {
-                [socket, bells[0], bells[1], bells[2]].into_iter().for_each(files::close_internal);
-                return Err(Errno::ESTALE);
-            }
-            other => other.map_err(|error| refused(path, "attach", &error))?.attached,
-        };
-        if attached.version != postern_edl::VERSION {
-            [socket, bells[0], bells[1], bells[2]].into_iter().for_each(files::close_internal);
-            return Err(refused(path, "attach", &CallError::Refused(OTHER_VERSION)));
+    /// Whether the daemon has ended and there is no other yet.
+    #[must_use]
+    pub fn is_lost(&self) -> bool {
+        self.state.lock().lost_ns.is_some()
+    }
+
+    /// The daemon of session `incarnation` has ended.
+    fn lose(&self, incarnation: u64) {
+        let mut state = self.state.lock();
+        if state.incarnation != incarnation || state.lost_ns.is_some() {
+            return;
         }
-        *session = Some(Session { number: attached.session, token: attached.token });
-        drop(session);
-        let discards = attached.features & postern_edl::FEATURE_DISCARD != 0;
-        let (control, told) = (Lock::new(control), AtomicBool::new(false));
-        let leases = AtomicU64::new(0);
-        Ok(Self { lane, discards, control, socket, bells, told, leases })
+        state.lost_ns = Some(wait::now_ns());
+        self.lane.withhold();
+        drop(state);
+        // Without a thread that brings another one there is none.
+        if process::current().is_served() {
+            process::current().service.kick();
+        } else {
+            self.lane.poison(HostFault::DaemonGone);
+        }
+    }
+
+    /// For the service thread, while the link [`Self::is_lost`]: tries to come over to another
+    /// daemon, and hands over what is in flight. Gives up after the time that the run allows.
+    pub fn mend(&self, family: &'static Family) {
+        let lost_ns = {
+            let mut state = self.state.lock();
+            let Some(lost_ns) = state.lost_ns.filter(|_| !state.mending) else { return };
+            state.mending = true;
+            lost_ns
+        };
+        if self.lane.fault().is_none() {
+            self.lane.renew();
+            match succession::join(family, &self.port) {
+                Ok(joined) => self.come_over(family, joined),
+                Err(Missed::Refused) => self.lane.poison(HostFault::DaemonGone),
+                Err(Missed::Later | Missed::NoDaemon(_)) => {
+                    let waited = wait::now_ns().saturating_sub(lost_ns);
+                    let over = waited > family.config.daemon_wait_ms.saturating_mul(1_000_000);
+                    if over || !family.may_have_successor() {
+                        self.lane.poison(HostFault::DaemonGone);
+                    }
+                }
+            }
+        }
+        self.state.lock().mending = false;
+    }
+
+    fn come_over(&self, family: &Family, joined: Joined) {
+        let Joined { control: fresh, incarnation, .. } = joined;
+        let replaced = {
+            let control = self.control.lock();
+            control.0.become_of(&fresh.0)
+        };
+        files::forget_internal(fresh.0.descriptor());
+        drop(fresh);
+        if replaced.is_err() {
+            return self.lane.poison(HostFault::DaemonGone);
+        }
+        let process = process::current();
+        process.sleepers.renew();
+        process.service.renew();
+        // Its successor has read no flush that the one before was at: where writes go through the
+        // page cache, that one may have been told of an error that nobody is told of again.
+        self.lane.release(|handle| family.host_files.is_buffered(handle));
+        let completed = self.lane.stats().completed;
+        let mut state = self.state.lock();
+        state.in_vain = if completed == state.completed { state.in_vain + 1 } else { 0 };
+        (state.incarnation, state.lost_ns, state.completed) = (incarnation, None, completed);
+        let in_vain = state.in_vain > IN_VAIN;
+        drop(state);
+        if in_vain {
+            self.lane.poison(HostFault::DaemonGone);
+        }
+    }
+
+    /// Makes a control call; when the daemon has ended, makes it again at its successor.
+    fn ask<R>(
+        &self,
+        call: impl Fn(&mut Enclave<Connection>) -> Result<R, CallError<Errno>>,
+    ) -> Result<R, CallError<Errno>> {
+        loop {
+            let incarnation = self.state.lock().incarnation;
+            let answer = call(&mut self.control.lock());
+            match answer {
+                Err(CallError::Carrier(_)) if self.has_successor(incarnation) => {}
+                other => return other,
+            }
+        }
+    }
+
+    /// The daemon of session `incarnation` has ended: waits for another one; `false`: there is none.
+    fn has_successor(&self, incarnation: u64) -> bool {
+        self.lose(incarnation);
+        while self.lane.fault().is_none() {
+            if !self.is_lost() {
+                return true;
+            }
+            if let Some(family) = family::family().filter(|_| service::runs_here()) {
+                if self.state.lock().mending {
+                    return false;
+                }
+                self.mend(family);
+            }
+            sys::nap();
+        }
+        false
     }
 
     /// Opens a host file by its name at the daemon, with flags of `postern_open`.
@@ -144,8 +296,8 @@ impl Link {
     /// # Errors
     /// The daemon's errno, or `EIO` if it broke the protocol.
     pub fn open(&self, name: &str, flags: u32) -> Result<PosternFile, Errno> {
-        let request = PosternOpenRequest { name: name.into(), flags };
-        match self.control.lock().postern_open(&request) {
+        let request = PosternOpenRequest { name: name.into(), flags, handle: 0 };
+        match self.ask(|control| control.postern_open(&request)) {
             Ok(reply) => Ok(reply.file),
             Err(CallError::Refused(errno)) => Err(Errno(i32::try_from(errno).unwrap_or(5))),
             Err(error) => Err(refused(name, "open", &error)),
@@ -158,8 +310,16 @@ impl Link {
     /// As [`Self::open`].
     pub fn create(&self, name: &str, blocks: u64) -> Result<PosternFile, Errno> {
         let request = PosternCreateRequest { name: name.into(), blocks };
-        match self.control.lock().postern_create(&request) {
+        let before = self.state.lock().incarnation;
+        match self.ask(|control| control.postern_create(&request)) {
             Ok(reply) => Ok(reply.file),
+            // Made by a daemon that ended before it said so.
+            Err(CallError::Refused(errno))
+                if errno == Errno::EEXIST.0.unsigned_abs()
+                    && self.state.lock().incarnation != before =>
+            {
+                self.open(name, 0)
+            }
             Err(CallError::Refused(errno)) => Err(Errno(i32::try_from(errno).unwrap_or(5))),
             Err(error) => Err(refused(name, "create", &error)),
         }
@@ -169,7 +329,8 @@ impl Link {
     pub fn remove(&self, name: &str) {
         // What cannot be removed stays: no name leads to it, and the next opening of the
         // directory tries again.
-        let _ = self.control.lock().postern_remove(&PosternRemoveRequest { name: name.into() });
+        let request = PosternRemoveRequest { name: name.into() };
+        let _ = self.ask(|control| control.postern_remove(&request));
     }
 
     /// Ids of the host files in a directory of the daemon: a page of those above `after`, each of
@@ -180,7 +341,7 @@ impl Link {
     pub fn list(&self, name: &str, after: &str) -> Result<Vec<u8>, Errno> {
         const ROOM: u64 = 32 * 4096;
         let request = PosternListRequest { name: name.into(), after: after.into(), capacity: ROOM };
-        match self.control.lock().postern_list(&request) {
+        match self.ask(|control| control.postern_list(&request)) {
             Ok(reply) => Ok(reply.ids),
             Err(CallError::Refused(errno)) => Err(Errno(i32::try_from(errno).unwrap_or(5))),
             Err(error) => Err(refused(name, "list", &error)),
@@ -190,7 +351,7 @@ impl Link {
     /// Gives a host file back.
     pub fn close(&self, handle: u32) {
         // A daemon that refuses or has gone: nothing is left to give back.
-        let _ = self.control.lock().postern_close(&PosternCloseRequest { handle });
+        let _ = self.ask(|control| control.postern_close(&PosternCloseRequest { handle }));
     }
 
     /// Whether the daemon has something to say of leases that was not asked about yet.
@@ -205,7 +366,7 @@ impl Link {
     /// # Errors
     /// As [`Self::open`].
     pub fn lease(&self, first: u64) -> Result<Option<PosternLease>, Errno> {
-        match self.control.lock().postern_lease(&PosternLeaseRequest { first }) {
+        match self.ask(|control| control.postern_lease(&PosternLeaseRequest { first })) {
             Ok(reply) => Ok(Some(reply.lease)),
             Err(CallError::Refused(_)) => Ok(None),
             Err(error) => Err(refused("the daemon", "lease", &error)),
@@ -215,13 +376,13 @@ impl Link {
     /// Keeps a lease that another program asks for.
     pub fn keep(&self, handle: u32) {
         // A daemon that refuses it takes the lease away, and says so.
-        let _ = self.control.lock().postern_keep(&PosternKeepRequest { handle });
+        let _ = self.ask(|control| control.postern_keep(&PosternKeepRequest { handle }));
     }
 
     /// Doorbells A (driver) and B (service) and the control socket: what sleepers watch.
     #[must_use]
     pub fn bells(&self) -> [i32; 3] {
-        [self.bells[1], self.bells[2], self.socket]
+        [self.port.bells[1], self.port.bells[2], self.socket]
     }
 
     /// The control connection.
@@ -232,21 +393,19 @@ impl Link {
 
     /// All descriptors, to be closed by a forked child.
     #[must_use]
-    pub fn descriptors(&self) -> [i32; 4] {
-        [self.bells[0], self.bells[1], self.bells[2], self.socket]
+    pub fn descriptors(&self) -> [i32; 5] {
+        let [daemon, driver, service] = self.port.bells;
+        [daemon, driver, service, self.port.memory, self.socket]
     }
 
-    /// Ends all requests if the daemon has hung up, and says once why a lane is poisoned.
+    /// Notices if the daemon has hung up, and says once why a lane is poisoned.
     pub fn check_daemon(&self) {
-        let mut poll = libc::pollfd { fd: self.socket, events: libc::POLLRDHUP, revents: 0 };
-        // SAFETY: one pollfd that lives through the call; a zero timeout does not wait.
-        let answer = unsafe {
-            let at = (&raw mut poll) as usize;
-            sys::syscall6(libc::SYS_poll, at, 1, 0, 0, 0, 0)
+        let (incarnation, lost) = {
+            let state = self.state.lock();
+            (state.incarnation, state.lost_ns.is_some())
         };
-        let gone = libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR;
-        if answer > 0 && poll.revents & gone != 0 {
-            self.lane.poison(HostFault::DaemonGone);
+        if !lost && wait::has_hung_up(self.socket) {
+            self.lose(incarnation);
         }
         if let Some(fault) = self.lane.fault()
             && !self.told.swap(true, Ordering::Relaxed)
@@ -256,7 +415,8 @@ impl Link {
     }
 }
 
-fn refused(what: &str, call: &str, error: &CallError<Errno>) -> Errno {
+/// Says that the daemon did not do what it was asked; answers `EIO`.
+pub(crate) fn refused(what: &str, call: &str, error: &CallError<Errno>) -> Errno {
     let why = match error {
         CallError::Refused(NO_LANE) => "more processes of this run are at work on protected files \
             than the daemon's --session-lanes allows: run fewer at a time, or raise it \
@@ -309,7 +469,7 @@ fn memory_file(bytes: usize) -> Result<i32, Errno> {
     }
 }
 
-fn map(memory: i32, bytes: usize) -> Result<SharedWords, Errno> {
+fn map(memory: i32, bytes: usize) -> Result<(usize, SharedWords), Errno> {
     let protection = (libc::PROT_READ | libc::PROT_WRITE) as usize;
     let shared = libc::MAP_SHARED as usize;
     // SAFETY: a new mapping where the kernel chooses, and advice about it.
@@ -321,7 +481,13 @@ fn map(memory: i32, bytes: usize) -> Result<SharedWords, Errno> {
         sys::check(sys::syscall6(libc::SYS_madvise, base, bytes, advice, 0, 0, 0))?;
         base
     };
-    // SAFETY: 1. Mapped read-write above, never unmapped while the process lives, and the file is
-    //    sealed against shrinking. 2. Nobody else holds a reference into it.
-    unsafe { SharedWords::new(base as *mut u8, bytes, |_, _| true) }.map_err(|_| Errno::EINVAL)
+    // SAFETY: 1. Mapped read-write above, unmapped only after its lane (`Port::discard`), and the
+    //    file is sealed against shrinking. 2. Nobody else holds a reference into it.
+    let words = unsafe { SharedWords::new(base as *mut u8, bytes, |_, _| true) };
+    words.map(|words| (base, words)).map_err(|_| Errno::EINVAL)
+}
+
+fn unmap(at: usize, bytes: usize) {
+    // SAFETY: what `map` has mapped; its lane is gone.
+    unsafe { sys::syscall6(libc::SYS_munmap, at, bytes, 0, 0, 0, 0) };
 }

@@ -161,6 +161,12 @@ pub fn current() -> &'static Process {
     }
 }
 
+fn note_open(name: &str, flags: u32, file: &PosternFile) {
+    if let Some(family) = family::family() {
+        family.host_files.opened(name, flags, file);
+    }
+}
+
 /// Moves a descriptor of our own out of the guest's way.
 #[must_use]
 pub fn keep(descriptor: i32) -> i32 {
@@ -344,7 +350,9 @@ impl Process {
     /// # Errors
     /// As [`Link::open`].
     pub fn open_host_file(&self, name: &str, flags: u32) -> Result<PosternFile, Errno> {
-        self.link()?.open(name, flags)
+        let file = self.link()?.open(name, flags)?;
+        note_open(name, flags, &file);
+        Ok(file)
     }
 
     /// Makes a host file by its name at the daemon and opens it.
@@ -352,7 +360,9 @@ impl Process {
     /// # Errors
     /// As [`Link::create`].
     pub fn create_host_file(&self, name: &str, blocks: u64) -> Result<PosternFile, Errno> {
-        self.link()?.create(name, blocks)
+        let file = self.link()?.create(name, blocks)?;
+        note_open(name, 0, &file);
+        Ok(file)
     }
 
     /// Removes a host file. One that stays is removed when its directory is opened next.
@@ -364,6 +374,9 @@ impl Process {
 
     /// Gives a host file back to the daemon.
     pub fn give_back(&self, handle: u32) {
+        if let Some(family) = family::family() {
+            family.host_files.closing(handle);
+        }
         if let Some(link) = self.link.get() {
             link.close(handle);
         }
@@ -484,8 +497,26 @@ impl Process {
                 continue;
             }
             drop(_active);
+            self.mend();
             self.sleep(&|| flag.woken.load(Ordering::Acquire), None, Signals::Held);
         }
+    }
+
+    /// On the service thread: comes over to another daemon when the process's has ended.
+    pub fn mend(&self) {
+        if let Some(link) = self.link.get()
+            && service::runs_here()
+            && link.is_lost()
+            && let Some(family) = family::family()
+        {
+            link.mend(family);
+        }
+    }
+
+    /// Whether the process waits for another daemon.
+    #[must_use]
+    pub fn waits_for_a_daemon(&self) -> bool {
+        self.link.get().is_some_and(|link| link.is_lost() && link.lane.fault().is_none())
     }
 
     /// Sleeps unless `ready` holds or there is work; returns how the sleep ended.

@@ -24,6 +24,8 @@ use crate::{
 const TICK_IN_FLIGHT_NS: u64 = 1_000_000;
 /// Look for chores this often while a volume is open.
 const TICK_OPEN_NS: u64 = 10_000_000;
+/// Look for another daemon this often.
+const TICK_LOST_NS: u64 = 5_000_000;
 /// Look for dead processes of the family this often.
 const CENSUS_NS: u64 = 1_000_000_000;
 /// How long the guest counts as waiting elsewhere after it was last seen to.
@@ -147,6 +149,7 @@ fn run() {
         // Silent since the last look, and nobody sleeps inside a call: then nobody else drives.
         let silent = process.drives() == drives && process.sleepers.sleeping() == 0;
         let listening = now < LISTEN_UNTIL.load(Ordering::Relaxed);
+        process.mend();
         host::deliver();
         process.tend(family, silent || listening);
         posix_aio::give_notices();
@@ -167,7 +170,9 @@ fn rest(process: &'static Process, family: &'static Family, listening: bool) {
         return process::pause();
     };
     let busy = process.linked().is_some_and(|link| link.lane.in_flight() > 0);
-    let tick = if busy {
+    let tick = if process.waits_for_a_daemon() {
+        TICK_LOST_NS
+    } else if busy {
         TICK_IN_FLIGHT_NS
     } else if family.open_volumes().next().is_some() {
         TICK_OPEN_NS

@@ -169,6 +169,12 @@ pub fn open(path: &core::ffi::CStr, flags: i32) -> Result<i32, Errno> {
     unsafe { descriptor(libc::SYS_openat, [here, path.as_ptr() as usize, word(flags), 0]) }
 }
 
+/// Whether there is something at `path`.
+#[must_use]
+pub fn exists(path: &core::ffi::CStr) -> bool {
+    open(path, libc::O_PATH | libc::O_CLOEXEC).map(close).is_ok()
+}
+
 /// write(2): how many bytes were taken.
 ///
 /// # Errors

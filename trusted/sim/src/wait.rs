@@ -73,7 +73,13 @@ impl Sleepers {
     /// Adds a doorbell that wakes sleepers. Call before anybody sleeps for it.
     pub fn watch(&self, bell: i32) {
         self.bells.lock().push(bell);
-        // Descriptors made before do not know the new bell; those in use are closed by their users.
+        self.renew();
+    }
+
+    /// A doorbell has become another one under the same descriptor: from now on sleepers listen to
+    /// that. Those who sleep already do not.
+    pub fn renew(&self) {
+        // Descriptors made before do not know it; those in use are closed by their users.
         let old = {
             let mut pool = self.pool.lock();
             self.generation.fetch_add(1, Ordering::Relaxed);
@@ -279,6 +285,39 @@ pub fn is_writable(descriptor: i32) -> bool {
         sys::syscall6(libc::SYS_poll, at, 1, 0, 0, 0, 0)
     };
     answer > 0 && poll.revents & libc::POLLOUT != 0
+}
+
+/// Waits a moment for a ring of `bell`, an eventfd; answers whether `socket` has hung up.
+#[must_use]
+pub fn for_bell(bell: i32, socket: i32) -> bool {
+    const MOMENT_MS: usize = 100;
+    let mut polls = [
+        libc::pollfd { fd: socket, events: libc::POLLRDHUP, revents: 0 },
+        libc::pollfd { fd: bell, events: libc::POLLIN, revents: 0 },
+    ];
+    let mut word = 0_u64;
+    // SAFETY: pollfds and word live through the calls; the eventfd does not block.
+    unsafe {
+        let at = (&raw mut polls) as usize;
+        sys::syscall6(libc::SYS_poll, at, polls.len(), MOMENT_MS, 0, 0, 0);
+        if polls[1].revents & libc::POLLIN != 0 {
+            let to = (&raw mut word) as usize;
+            sys::syscall6(libc::SYS_read, bell as usize, to, 8, 0, 0, 0);
+        }
+    }
+    polls[0].revents & (libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR) != 0
+}
+
+/// Whether `socket` has hung up.
+#[must_use]
+pub fn has_hung_up(socket: i32) -> bool {
+    let mut poll = libc::pollfd { fd: socket, events: libc::POLLRDHUP, revents: 0 };
+    // SAFETY: one pollfd that lives through the call; a zero timeout does not wait.
+    let answer = unsafe {
+        let at = (&raw mut poll) as usize;
+        sys::syscall6(libc::SYS_poll, at, 1, 0, 0, 0, 0)
+    };
+    answer > 0 && poll.revents & (libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR) != 0
 }
 
 /// Closes a descriptor of our own.

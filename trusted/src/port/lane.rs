@@ -4,7 +4,7 @@ use alloc::{boxed::Box, sync::Arc};
 use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
 use core::task::Waker;
 
-use postern_edl::port::{CQE_WORDS, Geometry, MAGIC, Submission, cursor, header};
+use postern_edl::port::{CQE_WORDS, Geometry, MAGIC, Submission, cursor, header, op};
 
 use super::{
     Doorbell, HostFault, LaneFile, LaneStats, MAX_TRANSFER_BLOCKS, PortError, SharedWords, Sleeper,
@@ -14,6 +14,7 @@ use super::{
 };
 use crate::{
     disk::{BLOCK, HostError},
+    errno::Errno,
     platform::Platform,
     sync::Lock,
 };
@@ -57,6 +58,8 @@ struct State {
     taken: u64,
     /// Completions the host has announced since attach; only grows.
     announced: u64,
+    /// The daemon has gone: what is submitted waits for [`Lane::release`].
+    withheld: bool,
 }
 
 /// A try to submit.
@@ -85,15 +88,7 @@ impl Lane {
         if words.bytes() < needed {
             return Err(PortError::RegionTooShort { needed, bytes: words.bytes() });
         }
-        for word in 0..geometry.data_offset / 8 {
-            words.store(word, 0);
-        }
-        words.store(header::VERSION, VERSION);
-        words.store(header::ENTRIES, geometry.entries as u64);
-        words.store(header::DATA_OFFSET, geometry.data_offset as u64);
-        words.store(header::DATA_BYTES, geometry.data_bytes as u64);
-        // Release: whoever sees the magic sees the rest.
-        words.publish(header::MAGIC, MAGIC);
+        lay_out(&words, &geometry);
         Ok(Self(Arc::new(Inner {
             words,
             geometry,
@@ -103,6 +98,7 @@ impl Lane {
                 published: 0,
                 taken: 0,
                 announced: 0,
+                withheld: false,
             }),
             pool: Pool::new(geometry.data_bytes / BLOCK),
             taken: AtomicU64::new(0),
@@ -114,6 +110,81 @@ impl Lane {
             batches: AtomicU64::new(0),
             doorbells: AtomicU64::new(0),
         })))
+    }
+
+    /// The daemon has gone and another one is to take over: from now on what is submitted waits for
+    /// [`Self::release`], and so does what it has not answered.
+    pub fn withhold(&self) {
+        self.0.state.lock().withheld = true;
+    }
+
+    /// Whether submissions wait for [`Self::release`].
+    #[must_use]
+    pub fn is_withheld(&self) -> bool {
+        self.0.state.lock().withheld
+    }
+
+    /// Lays the rings out anew for the next daemon, which attaches afterwards. Only while submissions
+    /// are withheld and when nobody uses the region any more; one that does all the same is a
+    /// hostile host like any other.
+    pub fn renew(&self) {
+        let Inner { words, geometry, state, .. } = &*self.0;
+        let mut state = state.lock();
+        let sleepers = self.0.sleepers.lock();
+        debug_assert!(state.withheld, "renewed while the daemon is there");
+        state.table.forget_published();
+        (state.published, state.taken, state.announced) = (0, 0, 0);
+        self.0.taken.store(0, Ordering::Release);
+        lay_out(words, geometry);
+        for sleeper in [Sleeper::Driver, Sleeper::Service] {
+            words.publish(flag(sleeper), u64::from(sleepers[sleeper as usize] > 0));
+        }
+    }
+
+    /// Hands everything that is in flight to the daemon that has attached: what the one before did
+    /// not answer, as it was, and what was submitted since. Flushes for which `refuse` holds end
+    /// with `EIO` instead.
+    pub fn release(&self, refuse: impl Fn(u32) -> bool) {
+        for start in (0..self.0.geometry.entries).step_by(BATCH) {
+            let mut refused = [const { Released { waker: None, extent: None } }; BATCH];
+            {
+                let mut state = self.0.state.lock();
+                for (n, place) in refused.iter_mut().enumerate() {
+                    let lost = |s: &Submission| u64::from(s.op) == op::FLUSH && refuse(s.handle);
+                    *place = state.table.refuse(start + n, Errno::EIO.0, lost);
+                    if let Some(descriptor) = state.table.publish_again(start + n) {
+                        self.publish(&mut state, &descriptor);
+                    }
+                }
+            }
+            refused.into_iter().filter_map(|one| one.waker).for_each(Waker::wake);
+        }
+        // What came in between was withheld behind those that were looked at.
+        let mut state = self.0.state.lock();
+        for index in 0..self.0.geometry.entries {
+            if let Some(descriptor) = state.table.publish_again(index) {
+                self.publish(&mut state, &descriptor);
+            }
+        }
+        state.withheld = false;
+        drop(state);
+        fence(Ordering::SeqCst);
+        self.ring_if_asleep();
+    }
+
+    /// Writes a descriptor into the ring, under the lock. Never more than there are entries: an
+    /// index is in flight once.
+    fn publish(&self, state: &mut State, descriptor: &Submission) {
+        let Inner { words, geometry, .. } = &*self.0;
+        // The slot is free: descriptors that the daemon has not taken are in flight, those are
+        // fewer than entries (a daemon that answers before it takes loses its own descriptor).
+        let at = geometry.sqe_word(state.published);
+        for (n, word) in descriptor.to_words().into_iter().enumerate() {
+            words.store(at + n, word);
+        }
+        state.published += 1;
+        // Release pairs with the daemon's Acquire load: descriptor and data lie before it.
+        words.publish(cursor::SQ_PUBLISHED, state.published);
     }
 
     /// Changes when the daemon has something to say of the session's leases. The host's word:
@@ -317,7 +388,8 @@ impl Lane {
     }
 
     /// Publishes `submission` (id and time of enqueueing are set here) if an index is free and
-    /// nobody waits before `ticket`; else joins the queue.
+    /// nobody waits before `ticket`; else joins the queue. While the lane is withheld, [`Self::release`]
+    /// publishes it.
     ///
     /// # Errors
     /// [`HostError::Gone`] if the lane is poisoned.
@@ -328,7 +400,6 @@ impl Lane {
         waker: &Waker,
     ) -> Result<Submitted, HostError> {
         submission.enqueued_ns = self.0.bell.now_ns();
-        let Inner { words, geometry, .. } = &*self.0;
         let mut guard = self.0.state.lock();
         let state = &mut *guard;
         if state.table.fault().is_some() {
@@ -338,27 +409,24 @@ impl Lane {
             return Err(HostError::Gone);
         }
         let turn = state.table.waiting.may_take(*ticket);
+        let withheld = state.withheld;
         let Some((index, descriptor)) =
-            turn.then(|| state.table.begin(submission, waker)).flatten()
+            turn.then(|| state.table.begin(submission, waker, withheld)).flatten()
         else {
             let replaced = state.table.waiting.wait(ticket, (), waker);
             drop(guard);
             drop(replaced);
             return Ok(Submitted::Waits);
         };
-        // The slot is free: descriptors that the daemon has not taken are in flight, those are
-        // fewer than entries (a daemon that answers before it takes loses its own descriptor).
-        let at = geometry.sqe_word(state.published);
-        for (n, word) in descriptor.to_words().into_iter().enumerate() {
-            words.store(at + n, word);
+        if !withheld {
+            self.publish(state, &descriptor);
         }
-        state.published += 1;
-        // Release pairs with the daemon's Acquire load: descriptor and data lie before it.
-        words.publish(cursor::SQ_PUBLISHED, state.published);
         let mine = state.table.waiting.leave(ticket);
         let next = state.table.next_in_line();
         drop(guard);
-        self.settle();
+        if !withheld {
+            self.settle();
+        }
         drop(mine);
         next.inspect(Waker::wake_by_ref);
         Ok(Submitted::Yes(index))
@@ -391,6 +459,19 @@ impl Lane {
     pub(super) fn with_table<R>(&self, look: impl FnOnce(&mut Table) -> R) -> R {
         look(&mut self.0.state.lock().table)
     }
+}
+
+/// Writes zeros over all but the data, and the header.
+fn lay_out(words: &SharedWords, geometry: &Geometry) {
+    for word in 0..geometry.data_offset / 8 {
+        words.store(word, 0);
+    }
+    words.store(header::VERSION, VERSION);
+    words.store(header::ENTRIES, geometry.entries as u64);
+    words.store(header::DATA_OFFSET, geometry.data_offset as u64);
+    words.store(header::DATA_BYTES, geometry.data_bytes as u64);
+    // Release: whoever sees the magic sees the rest.
+    words.publish(header::MAGIC, MAGIC);
 }
 
 /// The shared flag of a kind of sleeper.

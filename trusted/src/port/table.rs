@@ -6,7 +6,8 @@
 //! `abandoned` and the buffer waits here until the host has answered, since it may still write
 //! into it.
 //!
-//! Each slot keeps the descriptor as it was published: what a new daemon would be handed again.
+//! Each slot keeps the descriptor as it was published: what a new daemon is handed again, under a
+//! fresh id. Until it is handed over, no answer to it is accepted.
 
 use alloc::{boxed::Box, vec::Vec};
 use core::task::{Poll, Waker};
@@ -32,8 +33,20 @@ enum State {
 struct Slot {
     generation: u32,
     state: State,
-    /// As published last.
+    /// As published last, or to be published.
     submission: Submission,
+    /// The daemon of now has it.
+    published: bool,
+}
+
+impl Slot {
+    /// The descriptor under an id that was never used.
+    fn renew(&mut self, index: u32) -> Submission {
+        // Skips 0, so that no id is ever 0.
+        self.generation = self.generation.checked_add(1).unwrap_or(1);
+        self.submission.id = u64::from(self.generation) << 32 | u64::from(index);
+        self.submission
+    }
 }
 
 /// What a completion sets free, to be woken and given back outside the lock.
@@ -57,8 +70,12 @@ pub(super) struct Table {
 impl Table {
     /// A table of `entries` free indexes.
     pub(super) fn new(entries: usize) -> Self {
-        let slot =
-            |_| Slot { generation: 0, state: State::Free, submission: Submission::default() };
+        let slot = |_| Slot {
+            generation: 0,
+            state: State::Free,
+            submission: Submission::default(),
+            published: false,
+        };
         let entries_u32 = u32::try_from(entries).unwrap_or(u32::MAX);
         Self {
             slots: (0..entries).map(slot).collect(),
@@ -84,22 +101,59 @@ impl Table {
         !self.free.is_empty()
     }
 
-    /// Puts `submission` in flight under a fresh id. Returns its index and the descriptor to
-    /// publish; `None` if no index is free.
+    /// Puts `submission` in flight under a fresh id. Returns its index and the descriptor, which
+    /// the caller publishes now unless it is `withheld`; `None` if no index is free.
     pub(super) fn begin(
         &mut self,
         submission: Submission,
         waker: &Waker,
+        withheld: bool,
     ) -> Option<(u32, Submission)> {
         let index = self.free.pop()?;
         let slot = &mut self.slots[index as usize];
-        // Skips 0, so that no id is ever 0.
-        slot.generation = slot.generation.checked_add(1).unwrap_or(1);
-        let id = u64::from(slot.generation) << 32 | u64::from(index);
-        slot.submission = Submission { id, ..submission };
+        slot.submission = submission;
         slot.state = State::InFlight(Some(waker.clone()));
+        slot.published = !withheld;
         self.in_flight += 1;
-        Some((index, slot.submission))
+        Some((index, slot.renew(index)))
+    }
+
+    /// There is another daemon: nothing of what is in flight was published to it.
+    pub(super) fn forget_published(&mut self) {
+        self.slots.iter_mut().for_each(|slot| slot.published = false);
+    }
+
+    /// The descriptor on `index`, under a fresh id, if it is in flight and was not published: the
+    /// caller publishes it now.
+    pub(super) fn publish_again(&mut self, index: usize) -> Option<Submission> {
+        let slot = self.slots.get_mut(index)?;
+        let waits = matches!(slot.state, State::InFlight(_) | State::Abandoned(_));
+        if !waits || slot.published {
+            return None;
+        }
+        slot.published = true;
+        Some(slot.renew(u32::try_from(index).ok()?))
+    }
+
+    /// Ends the request on `index` with `errno` if it is in flight, was not published, and `holds`
+    /// for its descriptor. Only of requests without a buffer.
+    pub(super) fn refuse(
+        &mut self,
+        index: usize,
+        errno: i32,
+        holds: impl FnOnce(&Submission) -> bool,
+    ) -> Released {
+        let Some(slot) = self.slots.get_mut(index) else { return Released::default() };
+        let waits = matches!(slot.state, State::InFlight(_)) && !slot.published;
+        if !waits || !holds(&slot.submission) {
+            return Released::default();
+        }
+        self.in_flight -= 1;
+        let ended = State::Done(Err(HostError::Errno(errno)));
+        match core::mem::replace(&mut slot.state, ended) {
+            State::InFlight(waker) => Released { waker, extent: None },
+            _ => Released::default(),
+        }
     }
 
     /// Takes a completion as the host wrote it. Returns the index and what it sets free.
@@ -122,6 +176,9 @@ impl Table {
         }
         if matches!(slot.state, State::Free | State::Done(_)) {
             return Err(HostFault::DuplicateCompletion { id });
+        }
+        if !slot.published {
+            return Err(HostFault::UnknownRequest { id });
         }
         let asked = slot.submission.length;
         let verdict = judge(slot.submission.op, asked, result)
@@ -248,8 +305,43 @@ mod tests {
     fn a_generation_that_wraps_skips_zero() {
         let mut table = Table::new(2);
         table.slots[0].generation = u32::MAX;
-        let (index, published) = table.begin(submission(1, 4096), Waker::noop()).unwrap();
+        let (index, published) = table.begin(submission(1, 4096), Waker::noop(), false).unwrap();
         assert_eq!((index, published.id), (0, 1 << 32));
+    }
+
+    #[test]
+    fn what_the_daemon_of_now_does_not_have_it_cannot_answer() {
+        let mut table = Table::new(4);
+        let (first, old) = table.begin(submission(1, 4096), Waker::noop(), false).unwrap();
+        table.forget_published();
+        let (second, withheld) = table.begin(submission(1, 512), Waker::noop(), true).unwrap();
+        for id in [old.id, withheld.id] {
+            let fault = Some(HostFault::UnknownRequest { id });
+            assert_eq!(table.complete(id, 512).err(), fault);
+        }
+        let again = table.publish_again(first as usize).unwrap();
+        assert_eq!(again, Submission { id: again.id, ..old });
+        assert_ne!(again.id, old.id);
+        assert!(table.publish_again(first as usize).is_none(), "once");
+        let late = Some(HostFault::UnknownRequest { id: old.id });
+        assert_eq!(table.complete(old.id, 4096).err(), late);
+        table.complete(again.id, 4096).unwrap();
+        table.publish_again(second as usize).unwrap();
+        assert_eq!(table.in_flight(), 1);
+        assert!((0..4).all(|index| table.publish_again(index).is_none()), "nothing else");
+    }
+
+    #[test]
+    fn a_request_is_refused_only_before_it_is_handed_over() {
+        let mut table = Table::new(2);
+        let (index, _) = table.begin(submission(3, 0), Waker::noop(), true).unwrap();
+        assert!(table.refuse(index as usize, 5, |s| s.op == 1).waker.is_none());
+        assert!(table.refuse(index as usize, 5, |s| s.op == 3).waker.is_some());
+        let (answer, _) = table.take(index, Waker::noop());
+        assert_eq!(answer, Poll::Ready(Err(HostError::Errno(5))));
+        let (index, _) = table.begin(submission(3, 0), Waker::noop(), false).unwrap();
+        assert!(table.refuse(index as usize, 5, |_| true).waker.is_none());
+        assert_eq!(table.in_flight(), 1);
     }
 
     #[test]
@@ -257,7 +349,7 @@ mod tests {
         let mut table = Table::new(2);
         let mut buddy = super::super::buddy::Buddy::new(32);
         let extent = buddy.take(0);
-        let (index, published) = table.begin(submission(2, 4096), Waker::noop()).unwrap();
+        let (index, published) = table.begin(submission(2, 4096), Waker::noop(), false).unwrap();
         assert!(table.abandon(index, extent).extent.is_none());
         assert_eq!(table.in_flight(), 1);
         let (_, released) = table.complete(published.id, 4096).unwrap();

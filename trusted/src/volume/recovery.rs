@@ -197,6 +197,18 @@ impl Volume {
         Box::pin(opening.finish(disk, header, report)).await
     }
 
+    /// Whether the host file behind `disk` is still this volume's: nobody has opened it for writing
+    /// since. Reads the superblocks, changes nothing. For a holder whose lease may have had a gap.
+    ///
+    /// # Errors
+    /// As [`Self::open`], of what cannot be read.
+    pub async fn is_undisturbed<D: Disk>(&self, disk: &D) -> Result<bool, VolumeError> {
+        let (found, ..) = open_superblock(disk, &self.key, true).await?;
+        let core = self.core.lock();
+        // Whoever opens for writing begins a session of its own before it writes anything else.
+        Ok(found.session == core.session && found.generation >= core.durable_generation)
+    }
+
     /// Steps 1 to 4: reads all that decides what the volume is, asks the counter, and changes
     /// nothing.
     pub(crate) async fn prepare<D: Disk>(

@@ -10,4 +10,5 @@ mod hostile;
 mod limits;
 mod litmus;
 mod short;
+mod succession;
 mod threads;

@@ -93,7 +93,7 @@ impl Probes {
             names.into_iter().map(|name| Some((name, next("bpf-prog")?))).collect();
         let (programs, links) = (programs?, descriptors.collect::<Vec<_>>());
         let attached = Attached::Elsewhere { _links: links };
-        Some(Self { histograms, counters, notes, programs, attached: attached })
+        Some(Self { histograms, counters, notes, programs, attached })
     }
 
     /// What is handed over for these probes.

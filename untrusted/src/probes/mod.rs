@@ -149,7 +149,7 @@ impl Probes {
             })
             .collect();
         let attached = Attached::Here { _ebpf: Box::new(ebpf), maps };
-        Ok(Self { histograms, counters, notes, programs, attached: attached })
+        Ok(Self { histograms, counters, notes, programs, attached })
     }
 
     /// Latency by stage and operation since the probes were loaded, in the order of a request's way.

@@ -150,6 +150,12 @@ impl FakeLane {
         Self::join(socket, entries, data_bytes, 0, [0; 2]).expect("attach")
     }
 
+    /// Attaches a new session that had handles up to `handles` at a daemon before.
+    pub fn go_on(socket: &Path, entries: usize, data_bytes: usize, handles: u32) -> Self {
+        Self::attach_by(socket, entries, data_bytes, |request| request.handles = handles)
+            .expect("attach")
+    }
+
     /// Attaches a lane to a session.
     pub fn join(
         socket: &Path,
@@ -158,10 +164,22 @@ impl FakeLane {
         session: u64,
         token: [u64; 2],
     ) -> Result<Self, CallError<Errno>> {
+        Self::attach_by(socket, entries, data_bytes, |request| {
+            (request.session, request.token) = (session, token);
+        })
+    }
+
+    fn attach_by(
+        socket: &Path,
+        entries: usize,
+        data_bytes: usize,
+        say: impl FnOnce(&mut PosternAttachRequest),
+    ) -> Result<Self, CallError<Errno>> {
         let parts = PortParts::new(entries, data_bytes);
         let mut calls = Enclave(Control::connect(socket).expect("connect"));
         calls.0.descriptors = parts.descriptors();
-        let request = PosternAttachRequest { session, token, ..parts.request() };
+        let mut request = parts.request();
+        say(&mut request);
         let attached = calls.postern_attach(&request)?.attached;
         let region = Region::map(&parts.memory, parts.geometry.region_bytes() as u64).unwrap();
         Ok(Self { calls, attached, region, parts, sq_published: 0, cq_taken: 0 })
@@ -177,8 +195,13 @@ impl FakeLane {
         self.try_open(name, 0).expect("open")
     }
 
+    pub fn open_again(&mut self, name: &str, handle: u32) -> Result<PosternFile, CallError<Errno>> {
+        let request = PosternOpenRequest { name: name.to_owned(), flags: 0, handle };
+        Ok(self.calls.postern_open(&request)?.file)
+    }
+
     pub fn try_open(&mut self, name: &str, flags: u32) -> Result<PosternFile, CallError<Errno>> {
-        let request = PosternOpenRequest { name: name.to_owned(), flags };
+        let request = PosternOpenRequest { name: name.to_owned(), flags, handle: 0 };
         Ok(self.calls.postern_open(&request)?.file)
     }
 

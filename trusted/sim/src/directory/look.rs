@@ -135,7 +135,7 @@ impl Directory {
             // Not known, or in motion: with the turn nothing of it is.
             _ if visit.turn.is_none() => return self.facts_in(&self.visit(true)?, inode),
             _ => {
-                let size = family.size_of_closed(visit.wanted(inode, None)?)?;
+                let size = family.size_of_closed(&visit.wanted(inode, None)?)?;
                 if let Some(loaded) = self.state.lock().as_mut() {
                     loaded.sizes.insert(inode, size);
                 }

@@ -60,29 +60,40 @@ impl Family {
         for _ in 0..MOST {
             let Ok(Some(lease)) = link.lease(first) else { return };
             first = u64::from(lease.handle) + 1;
+            if lease.state == LEASE_LOST {
+                self.has_lost(lease.handle);
+                link.close(lease.handle);
+                continue;
+            }
             let found = self.open_volumes().find(|v| v.standing().has_handle(lease.handle));
             match found {
-                Some(volume) if lease.state == LEASE_LOST => {
-                    self.lose(&volume, lease.handle);
-                    link.close(lease.handle);
-                }
-                // Let go of already, or a directory's file that rests.
-                None if lease.state == LEASE_LOST => {
-                    self.directories.iter().for_each(|directory| directory.lose(lease.handle));
-                    link.close(lease.handle);
-                }
                 Some(volume) if self.may_leave(&volume) => {
                     let stays = || volume.is_mapped();
                     match volume.standing().leave(process.id(), stays) {
-                        Leave::Begins => self.hand_over(process, volume),
-                        // Writing down what there is may take its time.
+                        // What is in flight and what is still to be written may take their time;
+                        // who keeps a lease meanwhile is asked again.
+                        Leave::Begins => {
+                            link.keep(lease.handle);
+                            self.hand_over(process, volume);
+                        }
                         Leave::Closing => link.keep(lease.handle),
+                        Leave::OnItsWay if link.lane.in_flight() > 0 => link.keep(lease.handle),
                         Leave::OnItsWay | Leave::NotHere => {}
                     }
                 }
                 // It is being opened or closed, or stays.
                 _ => link.keep(lease.handle),
             }
+        }
+    }
+
+    /// The host file behind `handle` is no longer the family's.
+    pub fn has_lost(&self, handle: u32) {
+        self.host_files.lost(handle);
+        match self.open_volumes().find(|volume| volume.standing().has_handle(handle)) {
+            Some(volume) => self.lose(&volume, handle),
+            // Let go of already, or a directory's file that rests.
+            None => self.directories.iter().for_each(|directory| directory.lose(handle)),
         }
     }
 
@@ -130,9 +141,12 @@ impl Family {
         if !matches!(entry.source, Source::Volume(_)) {
             return volume.standing().stays_away(true);
         }
+        let before = self.incarnation();
         match self.reopen(&entry.source, volume.standing().progress()) {
             Ok(Some(core)) => volume.standing().came(core),
             Ok(None) => volume.standing().stays_away(false),
+            // The daemon ended meanwhile: once more.
+            Err(_) if self.incarnation() != before => volume.standing().stays_away(false),
             Err(_) => volume.standing().stays_away(true),
         }
     }

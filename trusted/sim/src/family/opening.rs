@@ -99,9 +99,24 @@ impl Family {
     }
 
     pub(super) fn open(&self, index: usize, source: &Source) -> Result<OpenVolume, Errno> {
-        let opened = self.open_by(index, source);
-        wipe_stack();
-        opened
+        self.at_one_daemon(|| {
+            let opened = self.open_by(index, source);
+            wipe_stack();
+            opened
+        })
+    }
+
+    /// Opens something; once more if the daemon ended meanwhile: of what is only being opened its
+    /// successor knows nothing.
+    fn at_one_daemon<T>(&self, open: impl Fn() -> Result<T, Errno>) -> Result<T, Errno> {
+        loop {
+            let before = self.incarnation();
+            match open() {
+                // Not the first session, which such an opening makes.
+                Err(_) if before > 0 && self.incarnation() != before => {}
+                opened => return opened,
+            }
+        }
     }
 
     #[inline(never)]
@@ -222,6 +237,7 @@ impl Family {
         let Terms { capacity, left, rests } = terms;
         let process = process::current();
         let path = &self.path_of(source);
+        let before = self.incarnation();
         let disk = process.lane_file(file.handle, file.blocks);
         let opened = disk.and_then(|disk| {
             let opening = async {
@@ -238,7 +254,10 @@ impl Family {
                 keys.open(&disk, &options).await
             };
             process.block_on(opening).map_err(|error: VolumeError| {
-                message::say(&format!("{path}: {error}"));
+                // Else it is opened once more.
+                if self.incarnation() == before {
+                    message::say(&format!("{path}: {error}"));
+                }
                 Errno::EIO
             })
         });
@@ -293,10 +312,12 @@ impl Family {
     ///
     /// # Errors
     /// As [`Self::acquire`].
-    pub fn size_of_closed(&self, wanted: Wanted) -> Result<u64, Errno> {
-        let size = self.look_at_size(wanted);
-        wipe_stack();
-        size
+    pub fn size_of_closed(&self, wanted: &Wanted) -> Result<u64, Errno> {
+        self.at_one_daemon(|| {
+            let size = self.look_at_size(wanted.clone());
+            wipe_stack();
+            size
+        })
     }
 
     #[inline(never)]

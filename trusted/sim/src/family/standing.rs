@@ -27,6 +27,7 @@ use postern_trusted::{
     volume::{Progress, Times, Volume},
 };
 
+use super::family;
 use crate::{files::locks, identity, inside, process};
 
 /// A volume in memory, under its lease.
@@ -161,6 +162,15 @@ pub enum Leave {
     NotHere,
 }
 
+/// A core, known as what its host file holds.
+fn listed(core: Core) -> Arc<Core> {
+    let core = Arc::new(core);
+    if let Some(family) = family() {
+        family.host_files.holds(&core);
+    }
+    core
+}
+
 /// Sleeps while `word` is `seen`, until a handler of the guest is to run.
 fn wait_for_change(word: &AtomicU32, seen: u32) -> Result<usize, Errno> {
     let at = core::ptr::from_ref(word) as usize;
@@ -174,7 +184,7 @@ impl Standing {
     #[must_use]
     pub fn new(core: Core) -> Arc<Self> {
         let last = Last::of(&core.volume);
-        let place = Place::Here(Arc::new(core));
+        let place = Place::Here(listed(core));
         let inner =
             Inner { place, last, wanted: false, failures: 0, waiters: Vec::new(), leaver: None };
         Arc::new(Self { inner: Lock::new(inner), changes: AtomicU32::new(0) })
@@ -422,9 +432,10 @@ impl Standing {
 
     /// It is here again.
     pub fn came(&self, core: Core) {
+        let core = listed(core);
         let waiters = {
             let mut inner = self.inner.lock();
-            inner.place = Place::Here(Arc::new(core));
+            inner.place = Place::Here(core);
             inner.wanted = false;
             self.moved(&mut inner)
         };
