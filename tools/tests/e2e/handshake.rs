@@ -59,7 +59,7 @@ fn a_daemon_of_another_version_is_told_from_one_that_is_gone() {
         let words = ["run", "--socket", &name, "--volume", "/sealed/data=v", "--key-file", "v.key"];
         let ended = end(&mut world.postern(words.into_iter().chain(["--", "cat", "/sealed/data"])));
         stops.store(true, Ordering::SeqCst);
-        rustix::net::connect(&seqpacket(), &address).unwrap();
+        rustix::net::connect(seqpacket(), &address).unwrap();
         host.join().unwrap();
         assert_eq!(ended.code(), 1, "{}", ended.stderr);
         assert!(ended.stderr.contains("version"), "{}", ended.stderr);

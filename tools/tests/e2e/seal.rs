@@ -15,8 +15,11 @@ const REFUSALS: [&str; 3] = ["1", "13", "18"];
 /// As many as the program knows.
 const WAYS: usize = 46;
 
-/// Name, inode, size, mode, owner, time and content of everything beneath.
-fn state(directory: &Path) -> BTreeMap<PathBuf, (u64, u64, u32, u32, i64, Vec<u8>)> {
+/// Inode, size, mode, owner, time and content.
+type State = (u64, u64, u32, u32, i64, Vec<u8>);
+
+/// What lies in a directory.
+fn state(directory: &Path) -> BTreeMap<PathBuf, State> {
     std::fs::read_dir(directory)
         .unwrap()
         .map(|entry| {
