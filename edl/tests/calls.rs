@@ -161,7 +161,7 @@ fn each_reply_is_the_words_that_the_format_says() {
             words(&[1, 1, 2, 3, 4, 5, 8, 6, 7]),
             words(&[0, 1, 2, 3, 4, 5, 6]),
         ),
-        (Any::Open(PosternOpenReply { file }), words(&[2, 0, 1]), words(&[0, 1, 0, 77, 512])),
+        (Any::Open(PosternOpenReply { file }), words(&[2, 0, 1, 0]), words(&[0, 1, 0, 77, 512])),
         (Any::Close(PosternCloseReply), words(&[3, 8]), words(&[0])),
         (
             Any::Create(PosternCreateReply {

@@ -149,21 +149,10 @@ impl Link {
                 Err(missed) => missed,
             };
             let over = !waits || !family.may_have_successor() || wait::now_ns() > until;
-            match missed {
-                Missed::Later => {}
-                Missed::NoDaemon(_) if !over => {}
-                Missed::NoDaemon(errno) => {
-                    let path = &family.config.socket;
-                    message::say(&format!(
-                        "{path}: no daemon answers: {errno}; is posternd running?"
-                    ));
-                    port.discard(lane);
-                    return Err(Errno::EIO);
-                }
-                Missed::Refused => {
-                    port.discard(lane);
-                    return Err(Errno::EIO);
-                }
+            if over && missed != Missed::Later {
+                say_missed(family, &missed);
+                port.discard(lane);
+                return Err(Errno::EIO);
             }
             sys::nap();
         };
@@ -217,11 +206,13 @@ impl Link {
             self.lane.renew();
             match succession::join(family, &self.port) {
                 Ok(joined) => self.come_over(family, joined),
-                Err(Missed::Refused) => self.lane.poison(HostFault::DaemonGone),
-                Err(Missed::Later | Missed::NoDaemon(_)) => {
+                Err(missed) => {
                     let waited = wait::now_ns().saturating_sub(lost_ns);
                     let over = waited > family.config.daemon_wait_ms.saturating_mul(1_000_000);
                     if over || !family.may_have_successor() {
+                        if let Missed::Refused(_) = missed {
+                            say_missed(family, &missed);
+                        }
                         self.lane.poison(HostFault::DaemonGone);
                     }
                 }
@@ -415,9 +406,27 @@ impl Link {
     }
 }
 
+/// Says why there is no lane.
+fn say_missed(family: &Family, missed: &Missed) {
+    let path = &family.config.socket;
+    match missed {
+        Missed::Later => {}
+        Missed::NoDaemon(errno) => {
+            message::say(&format!("{path}: no daemon answers: {errno}; is posternd running?"));
+        }
+        Missed::Refused(what) => message::say(&format!("{path}: {what}")),
+    }
+}
+
 /// Says that the daemon did not do what it was asked; answers `EIO`.
-pub(crate) fn refused(what: &str, call: &str, error: &CallError<Errno>) -> Errno {
-    let why = match error {
+fn refused(what: &str, call: &str, error: &CallError<Errno>) -> Errno {
+    message::say(&format!("{what}: {call}: {}", reason(error)));
+    Errno::EIO
+}
+
+/// Why the daemon did not do what it was asked.
+pub(crate) fn reason(error: &CallError<Errno>) -> String {
+    match error {
         CallError::Refused(NO_LANE) => "more processes of this run are at work on protected files \
             than the daemon's --session-lanes allows: run fewer at a time, or raise it \
             (postern run --limit lanes=N)"
@@ -442,9 +451,7 @@ pub(crate) fn refused(what: &str, call: &str, error: &CallError<Errno>) -> Errno
         CallError::Malformed(_) => {
             "the daemon's answer makes no sense; is it of this version?".into()
         }
-    };
-    message::say(&format!("{what}: {call}: {why}"));
-    Errno::EIO
+    }
 }
 
 /// A memfd of `bytes` zero bytes that can neither shrink nor grow.

@@ -10,7 +10,8 @@
 //! A hung-up connection means that the daemon's process has ended, or has drained the lane and
 //! unmapped it: nothing of it can still be on its way to the host file. (The kernel drains a dying
 //! process's native AIO, and its threads come back from what they wait for, before its sockets
-//! close.) A daemon that hangs up and goes on all the same is a hostile host like any other.
+//! close; the lock on a host file is free only when no request holds the file.) A daemon that hangs
+//! up and goes on all the same is a hostile host like any other.
 //!
 //! Holds: at most one process makes the session; nothing that was in flight reaches a new daemon
 //! before the host file was looked at; a handle never means another file than before.
@@ -32,8 +33,9 @@ use postern_edl::{
 };
 use postern_trusted::{
     directory::INDEX_NAME,
+    disk::BLOCK,
     errno::Errno,
-    port::{Lane, Sleeper},
+    port::{Lane, MAX_TRANSFER_BLOCKS, Sleeper},
 };
 
 use crate::{
@@ -41,8 +43,7 @@ use crate::{
     control::Connection,
     family::{Family, host_files::HostFile, standing::Core},
     files, identity,
-    link::{OTHER_VERSION, Port, refused},
-    message,
+    link::{OTHER_VERSION, Port, reason},
     process::{SimPlatform, keep},
     sys, wait,
 };
@@ -64,7 +65,7 @@ pub struct Footing {
     session: Session,
 }
 
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Session {
     /// There is none.
     #[default]
@@ -75,15 +76,15 @@ enum Session {
     Made(u32),
 }
 
-/// Why there is no lane.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Why there is no lane. It may be tried again.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Missed {
     /// No daemon answers.
     NoDaemon(Errno),
     /// Another process makes the session.
     Later,
-    /// The daemon refuses, which was said.
-    Refused,
+    /// There is no room for a lane, or the daemon refuses: what and why.
+    Refused(String),
 }
 
 /// A lane that is attached.
@@ -98,17 +99,16 @@ pub struct Joined {
 
 /// A call that was not answered, or refused.
 fn missed(error: &CallError<Errno>, call: &str) -> Missed {
-    if let CallError::Carrier(errno) = error {
-        return Missed::NoDaemon(*errno);
+    match error {
+        CallError::Carrier(errno) => Missed::NoDaemon(*errno),
+        error => Missed::Refused(format!("{call}: {}", reason(error))),
     }
-    refused("the daemon", call, error);
-    Missed::Refused
 }
 
 /// Attaches `port` to the family's session, which is made if there is none.
 ///
 /// # Errors
-/// [`Missed`]; all but [`Missed::Refused`] may be tried again.
+/// [`Missed`].
 pub fn join(family: &'static Family, port: &Port) -> Result<Joined, Missed> {
     let me = identity::process_id();
     loop {
@@ -130,8 +130,7 @@ pub fn join(family: &'static Family, port: &Port) -> Result<Joined, Missed> {
         }
         let mine = {
             let mut footing = family.footing.lock();
-            let unchanged = footing.incarnation == incarnation
-                && core::mem::discriminant(&footing.session) == core::mem::discriminant(&session);
+            let unchanged = footing.incarnation == incarnation && footing.session == session;
             if unchanged {
                 footing.session = Session::Made(me);
             }
@@ -175,7 +174,7 @@ fn make(family: &'static Family, port: &Port, incarnation: u64) -> Result<Joined
         scout.close(*handle);
     }
     for handle in core::mem::take(&mut scout.lost) {
-        family.has_lost(handle);
+        family.has_lost(handle, "somebody else had the volume while there was no daemon");
     }
     Ok(Joined { control, attached, incarnation })
 }
@@ -241,13 +240,11 @@ struct Scout {
 
 impl Scout {
     fn attach(family: &Family, handles: u32) -> Result<Self, Missed> {
-        let no_room = |errno| {
-            message::say(&format!("no lane to look after volumes with: {errno}"));
-            Missed::Refused
-        };
-        let least = postern_trusted::port::MAX_TRANSFER_BLOCKS * postern_trusted::disk::BLOCK;
-        let geometry = Geometry::new(SCOUT_ENTRIES, least).ok_or(Missed::Refused)?;
-        let (port, lane) = Port::make(geometry, keep).map_err(no_room)?;
+        let least = MAX_TRANSFER_BLOCKS * BLOCK;
+        let made = Geometry::new(SCOUT_ENTRIES, least)
+            .ok_or(Errno::EINVAL)
+            .and_then(|geometry| Port::make(geometry, keep));
+        let (port, lane) = made.map_err(|errno| Missed::Refused(format!("no lane: {errno}")))?;
         match attach_new(family, &port, handles) {
             Ok((control, attached)) => Ok(Self {
                 port,

@@ -23,6 +23,9 @@ use crate::{
 /// Most leases that are looked at in one round: as many files as a session can have open.
 const MOST: usize = 1024;
 
+/// Why a lease was taken away.
+const UNANSWERED: &str = "another program has the volume, because this one did not answer in time";
+
 impl Family {
     /// Answers what the daemon has to say of leases, and brings back what somebody waits for.
     /// Answers whether there was anything.
@@ -61,7 +64,7 @@ impl Family {
             let Ok(Some(lease)) = link.lease(first) else { return };
             first = u64::from(lease.handle) + 1;
             if lease.state == LEASE_LOST {
-                self.has_lost(lease.handle);
+                self.has_lost(lease.handle, UNANSWERED);
                 link.close(lease.handle);
                 continue;
             }
@@ -87,11 +90,11 @@ impl Family {
         }
     }
 
-    /// The host file behind `handle` is no longer the family's.
-    pub fn has_lost(&self, handle: u32) {
+    /// The host file behind `handle` is no longer the family's: `why` is for the user.
+    pub fn has_lost(&self, handle: u32, why: &str) {
         self.host_files.lost(handle);
         match self.open_volumes().find(|volume| volume.standing().has_handle(handle)) {
-            Some(volume) => self.lose(&volume, handle),
+            Some(volume) => self.lose(&volume, handle, why),
             // Let go of already, or a directory's file that rests.
             None => self.directories.iter().for_each(|directory| directory.lose(handle)),
         }
@@ -123,12 +126,12 @@ impl Family {
     }
 
     /// The lease was taken away.
-    fn lose(&self, volume: &OpenVolume, handle: u32) {
+    fn lose(&self, volume: &OpenVolume, handle: u32, why: &str) {
         if volume.standing().gone_away(handle, || volume.count_loss()) {
             let path = self.guest_path(volume.index);
             message::say(&format!(
-                "{path}: another program has the volume, because this one did not answer in time; \
-                 what was written since the last sync may be lost, and the next fsync says so (EIO)"
+                "{path}: {why}; what was written since the last sync may be lost, and the next \
+                 fsync says so (EIO)"
             ));
         }
     }
