@@ -45,6 +45,8 @@ const DAEMON_FULL: u32 = libc::EUSERS as u32;
 const NO_AIO: u32 = libc::EAGAIN as u32;
 /// Another one: the daemon speaks another version of the protocol.
 pub(crate) const OTHER_VERSION: u32 = libc::EPROTONOSUPPORT as u32;
+/// To ask again is of no use.
+pub(crate) const LIMITS: [u32; 5] = [NO_LANE, NO_MEMORY, DAEMON_FULL, NO_AIO, OTHER_VERSION];
 
 /// What a process hands to the daemon: a lane's memory and doorbells.
 pub struct Port {
@@ -148,7 +150,10 @@ impl Link {
                 Ok(joined) => break joined,
                 Err(missed) => missed,
             };
-            let over = !waits || !family.may_have_successor() || wait::now_ns() > until;
+            let over = !waits
+                || !family.may_have_successor()
+                || wait::now_ns() > until
+                || matches!(missed, Missed::AtLimit(_));
             if over && missed != Missed::Later {
                 say_missed(family, &missed);
                 port.discard(lane);
@@ -210,7 +215,7 @@ impl Link {
                     let waited = wait::now_ns().saturating_sub(lost_ns);
                     let over = waited > family.config.daemon_wait_ms.saturating_mul(1_000_000);
                     if over || !family.may_have_successor() {
-                        if let Missed::Refused(_) = missed {
+                        if let Missed::Refused(_) | Missed::AtLimit(_) = missed {
                             say_missed(family, &missed);
                         }
                         self.lane.poison(HostFault::DaemonGone);
@@ -414,7 +419,7 @@ fn say_missed(family: &Family, missed: &Missed) {
         Missed::NoDaemon(errno) => {
             message::say(&format!("{path}: no daemon answers: {errno}; is posternd running?"));
         }
-        Missed::Refused(what) => message::say(&format!("{path}: {what}")),
+        Missed::Refused(what) | Missed::AtLimit(what) => message::say(&format!("{path}: {what}")),
     }
 }
 
