@@ -290,12 +290,49 @@ pub struct RunArgs {
     /// Go on through the page cache where the host file system does no direct I/O
     #[arg(long)]
     pub allow_buffered: bool,
+    /// What the run's daemon lets the program take; may be repeated: lanes=N (processes at work on
+    /// protected files at once), memory=SIZE, files=N, depth=N, inflight=SIZE, iops=N, bandwidth=SIZE
+    /// (in a second). `posternd --help` has more on each --session-LIMIT
+    #[arg(long, value_name = "LIMIT=VALUE", value_parser = limit, conflicts_with = "socket")]
+    pub limit: Vec<(&'static str, String)>,
     /// Load no eBPF probes; stages are then timed by the daemon's own clock
     #[arg(long)]
     pub no_probes: bool,
+    /// Let the program and its children change nothing on the host's file systems, whatever they
+    /// try: what they write goes to the volumes, to standard output and to what --allow-write names
+    #[arg(long)]
+    pub no_host_writes: bool,
+    /// With --no-host-writes: let the program write to PATH and what is beneath; may be repeated
+    #[arg(long, value_name = "PATH", requires = "no_host_writes")]
+    pub allow_write: Vec<PathBuf>,
     /// The program and its arguments
     #[arg(last = true, required = true, value_name = "PROGRAM")]
     pub program: Vec<OsString>,
+}
+
+/// Limits of a session, and the daemon's option for each.
+const LIMITS: [(&str, &str); 7] = [
+    ("lanes", "--session-lanes"),
+    ("memory", "--session-memory"),
+    ("files", "--session-files"),
+    ("depth", "--session-depth"),
+    ("inflight", "--session-inflight"),
+    ("iops", "--session-iops"),
+    ("bandwidth", "--session-bandwidth"),
+];
+
+/// Reads `LIMIT=VALUE`; the daemon's option and its value. The value is the daemon's to judge.
+fn limit(text: &str) -> Result<(&'static str, String), String> {
+    let (name, value) = text.split_once('=').ok_or("write LIMIT=VALUE")?;
+    let known = LIMITS.into_iter().find(|(known, _)| *known == name);
+    let digits = value.starts_with(|first: char| matches!(first, '1'..='9'));
+    match known {
+        Some((_, option)) if digits => Ok((option, value.to_owned())),
+        Some(_) => Err("its value is a number above 0".to_owned()),
+        None => {
+            Err("the limits are lanes, memory, files, depth, inflight, iops, bandwidth".to_owned())
+        }
+    }
 }
 
 /// `--discard`.

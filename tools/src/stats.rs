@@ -18,6 +18,24 @@ struct Report {
     stages: Vec<Row>,
     #[serde(default)]
     counters: std::collections::BTreeMap<String, u64>,
+    #[serde(default)]
+    each_session: Vec<Session>,
+}
+
+/// What one session has and had.
+#[derive(Debug, Default, Deserialize)]
+struct Session {
+    session: u64,
+    process: i32,
+    lanes: u64,
+    files: u64,
+    memory_bytes: u64,
+    in_flight: u64,
+    requests: u64,
+    bytes: u64,
+    held_depth: u64,
+    held_rate: u64,
+    refused: u64,
 }
 
 /// One stage of one operation; times in nanoseconds.
@@ -95,6 +113,40 @@ fn table(report: &Report) -> String {
     if report.stages.is_empty() {
         text.push_str("(no request yet)\n");
     }
+    if !report.each_session.is_empty() {
+        let _ = writeln!(
+            text,
+            "{:<8} {:>8} {:>6} {:>6} {:>9} {:>9} {:>12} {:>10} {:>10} {:>9} {:>8}",
+            "session",
+            "process",
+            "lanes",
+            "files",
+            "ports MB",
+            "under way",
+            "requests",
+            "MB",
+            "held depth",
+            "held rate",
+            "refused"
+        );
+    }
+    for row in &report.each_session {
+        let _ = writeln!(
+            text,
+            "{:<8} {:>8} {:>6} {:>6} {:>9} {:>9} {:>12} {:>10} {:>10} {:>9} {:>8}",
+            row.session,
+            row.process,
+            row.lanes,
+            row.files,
+            row.memory_bytes >> 20,
+            row.in_flight,
+            row.requests,
+            row.bytes >> 20,
+            row.held_depth,
+            row.held_rate,
+            row.refused
+        );
+    }
     let source = match report.source.as_str() {
         "ebpf" => "eBPF probes in the kernel",
         "daemon" => "the daemon's own clock",
@@ -129,10 +181,15 @@ mod tests {
         let json = r#"{"source":"daemon","source_note":"no CAP_BPF","stages":[
             {"stage":"device","operation":"read","count":12,"p50_ns":81234,"p99_ns":99950,
              "p999_ns":1000000,"max_ns":2000049,"sum_ns":1}],
-            "daemon_stages":[],"counters":{"errors":3,"spins":9},"sessions":1,"lanes":1}"#;
+            "daemon_stages":[],"counters":{"errors":3,"spins":9},"sessions":1,"lanes":1,
+            "each_session":[{"session":7,"process":4711,"lanes":2,"memory_bytes":33554432,"files":3,
+            "in_flight":4,"in_flight_bytes":1,"requests":12,"bytes":5242880,"held_depth":6,
+            "held_rate":8,"refused":9}]}"#;
         let text = table(&serde_json::from_str(json).unwrap());
         let words: Vec<&str> = text.lines().nth(1).unwrap().split_whitespace().collect();
         assert_eq!(words, ["device", "read", "12", "81.2", "100.0", "1000.0", "2000.0"]);
+        let words: Vec<&str> = text.lines().nth(3).unwrap().split_whitespace().collect();
+        assert_eq!(words, ["7", "4711", "2", "3", "32", "4", "12", "5", "6", "8", "9"]);
         assert!(text.contains("source: the daemon's own clock (no CAP_BPF)\n"));
         assert!(text.contains("errors: 3") && !text.contains("spins"));
     }

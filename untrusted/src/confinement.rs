@@ -4,8 +4,8 @@
 //! Three walls, each as high as the kernel has it: Landlock (Linux 5.13) leaves the files and
 //! directories that the operator allowed, no TCP (6.7) and no abstract sockets or signals to
 //! others (6.12); a seccomp filter leaves the calls that serving needs, no new program, no new
-//! process, no new executable memory; of the capabilities only CAP_DAC_OVERRIDE stays, if it was
-//! there: a daemon of root serves other users' files.
+//! process, no new executable memory; of the capabilities none stays, but to root CAP_DAC_OVERRIDE,
+//! if it was there: a daemon of root serves other users' files.
 //!
 //! Holds: everything applies to the calling thread and to what it starts later, so it is set up
 //! before the first lane; nothing here is needed by what was opened before. A call outside the
@@ -148,7 +148,9 @@ pub fn confine(options: &Options) {
 
 fn drop_capabilities() -> rustix::io::Result<()> {
     let now = rustix::thread::capabilities(None)?;
-    let keep = CapabilitySet::DAC_OVERRIDE & now.permitted;
+    let root = rustix::process::geteuid().is_root();
+    let wanted = if root { CapabilitySet::DAC_OVERRIDE } else { CapabilitySet::empty() };
+    let keep = wanted & now.permitted;
     rustix::thread::set_capabilities(
         None,
         CapabilitySets {

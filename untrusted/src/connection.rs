@@ -11,6 +11,7 @@ use postern_edl::calls::{
     PosternListRequest, PosternOpenReply, PosternOpenRequest, PosternRemoveReply,
     PosternRemoveRequest, PosternStatsReply, PosternStatsRequest,
 };
+use postern_edl::wire::Writer;
 use postern_edl::{FEATURE_DISCARD, VERSION};
 use rustix::io::Errno;
 
@@ -80,6 +81,13 @@ impl Caller {
             self.descriptors = message.descriptors;
             reply.clear();
             if let Err(malformed) = calls::dispatch(self, &message.bytes, &mut reply).await {
+                if let Some(version) = other_version(&message.bytes) {
+                    self.descriptors.clear();
+                    let errno = self.refuse_version(version);
+                    Writer::refusal(&mut reply, positive(errno));
+                    let _ = channel.send(&reply, &[]).await;
+                    continue;
+                }
                 return self.refuse(format_args!("malformed request ({malformed})"));
             }
             self.descriptors.clear();
@@ -108,14 +116,22 @@ impl Caller {
         Err(errno)
     }
 
+    fn refuse_version(&self, version: u64) -> Errno {
+        log(
+            format_args!("attach with version {version} of the protocol, not {VERSION}"),
+            format_args!("process {}", self.peer),
+            "the call is refused; use postern and posternd of one version",
+        );
+        Errno::PROTONOSUPPORT
+    }
+
     async fn attach(&mut self, request: PosternAttachRequest) -> Result<PosternAttached, Errno> {
         let descriptors: Result<[OwnedFd; 4], _> = std::mem::take(&mut self.descriptors).try_into();
         let Ok([memory, doorbell, driver, service]) = descriptors else {
             return self.refuse_call("attach without its four descriptors", Errno::INVAL);
         };
         if request.version != VERSION {
-            let what = format_args!("attach with version {}, not {VERSION}", request.version);
-            return self.refuse_call(what, Errno::PROTONOSUPPORT);
+            return Err(self.refuse_version(request.version.into()));
         }
         if self.attached.is_some() {
             return self.refuse_call("second attach on a connection", Errno::ALREADY);
@@ -133,10 +149,12 @@ impl Caller {
         let sessions = &self.daemon.sessions;
         let joins =
             Joins { session: request.session, token: request.token, handles: request.handles };
-        let attached = match sessions.attach(joins, port).await {
+        let attached = match sessions.attach(joins, port, self.peer).await {
             Ok(attached) => attached,
             // Of a daemon before, most likely: its enclave makes a new one.
             Err(Errno::STALE) => return Err(Errno::STALE),
+            // Said already, with its limit.
+            Err(errno @ (Errno::MFILE | Errno::NOBUFS | Errno::USERS)) => return Err(errno),
             Err(errno) => {
                 let what = format_args!("attach to session {} ({errno})", request.session);
                 return self.refuse_call(what, errno);
@@ -226,6 +244,15 @@ impl Caller {
         }
         Ok(PosternStatsReply { text, length })
     }
+}
+
+/// The version that an attach of another version of the protocol names. Its fields may be others;
+/// that it is the first call, and the version its first field, stays.
+fn other_version(message: &[u8]) -> Option<u64> {
+    const ATTACH: u64 = 1;
+    let mut words = message.chunks_exact(8).map(|w| w.try_into().map_or(0, u64::from_le_bytes));
+    let (call, version) = (words.next()?, words.next()?);
+    (call == ATTACH && version != u64::from(VERSION)).then_some(version)
 }
 
 /// What the enclave is told of an open file.

@@ -16,9 +16,10 @@ use crate::confinement;
 use crate::connection;
 use crate::files::Catalog;
 use crate::lease::Terms;
+use crate::limits::{Limits, MAX_LANES};
 use crate::problem::{Problem, log};
 use crate::report::{Source, report};
-use crate::session::{MAX_LANES, Sessions};
+use crate::session::Sessions;
 use crate::socket::{Listener, may_connect};
 
 /// Most control connections at once: one for each lane, and some that only ask.
@@ -74,6 +75,9 @@ pub struct Options {
     /// milliseconds: its writes fail from then on.
     #[arg(long, value_name = "MS", default_value_t = 5000)]
     pub lease_timeout_ms: u32,
+    /// What one session may take of what all share.
+    #[command(flatten)]
+    pub limits: Limits,
 }
 
 /// A daemon, from bound socket to last statistics.
@@ -119,6 +123,7 @@ impl Daemon {
                     hold: Duration::from_millis(options.lease_hold_ms.into()),
                     patience: Duration::from_millis(options.lease_timeout_ms.into()),
                 },
+                options.limits.clone(),
             ),
             catalog: Arc::new(catalog),
             source,
@@ -229,7 +234,7 @@ fn no_stats(path: &Path, error: &std::io::Error) -> Problem {
     )
 }
 
-/// A lane takes about eight descriptors; the usual soft limit is 1024. A host file is larger than
+/// A lane takes about ten descriptors; the usual soft limit is 1024. A host file is larger than
 /// the guest's, whose limit of file sizes a daemon of its own inherits.
 fn raise_limits() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};

@@ -22,6 +22,10 @@ use crate::problem::log;
 use crate::socket::watch as watch_fd;
 use crate::stats::LaneStats;
 
+/// Most threads of a lane beside its own, for flushes and discards that the kernel does not do by
+/// itself; further ones wait.
+const MOST_THREADS: usize = 4;
+
 /// What a session asks of a lane.
 #[derive(Debug)]
 pub enum Command {
@@ -88,7 +92,10 @@ impl LaneHandle {
 /// # Errors
 /// The host has no thread or descriptor left.
 pub fn start(parts: LaneParts) -> std::io::Result<LaneHandle> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(MOST_THREADS)
+        .build()?;
     let (commands, inbox) = mpsc::unbounded_channel();
     let (alive, ended) = watch::channel(());
     let LaneParts { engine, doorbell, stats, spin, number } = parts;
@@ -252,6 +259,11 @@ impl Lane {
         let mut command = None;
         if self.engine.prepare_sleep() {
             self.stats.add(|c| &c.sleeps, 1);
+            let held = self.engine.held_until();
+            let pause = held.map_or(Duration::ZERO, |until| {
+                // The runtime's clock has steps of a millisecond.
+                Duration::from_nanos(until.saturating_sub(now_ns())).max(Duration::from_millis(1))
+            });
             // Edge-triggered: an eventfd need not be read for its next signal to be seen.
             tokio::select! {
                 biased;
@@ -266,6 +278,7 @@ impl Lane {
                         guard.clear_ready();
                     }
                 }
+                () = tokio::time::sleep(pause), if held.is_some() => {}
                 // `None`: the session forgot this lane without a word, which is a stop.
                 received = self.inbox.recv() => command = Some(received.unwrap_or(Command::Stop)),
             }

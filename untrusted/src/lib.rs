@@ -4,7 +4,7 @@
 //! descriptor is copied once and checked before anything is done with it.
 //!
 //! [`socket`] and [`connection`] carry the calls of `postern.edl`; [`session`] and [`files`] own
-//! what a call opens, [`mod@lease`] says for how long; [`region`], [`lane`] and [`engine`] are the data path; [`stats`] and
+//! what a call opens, [`mod@lease`] says for how long, [`limits`] how much of it; [`region`], [`lane`] and [`engine`] are the data path; [`stats`] and
 //! [`report`] tell what happened; [`confinement`] is the cage around all of it.
 
 pub mod confinement;
@@ -16,6 +16,7 @@ pub mod files;
 pub mod histogram;
 pub mod lane;
 pub mod lease;
+pub mod limits;
 pub mod probes;
 pub mod problem;
 pub mod region;

@@ -5,10 +5,15 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use posternd::daemon::{Daemon, Options};
+use posternd::probes::loader;
 use posternd::problem::{EXIT_CONFIG, Problem, log};
 use tokio::signal::unix::{SignalKind, signal};
 
 fn main() -> ExitCode {
+    let mut arguments = std::env::args_os().skip(1);
+    if arguments.next().is_some_and(|first| first == loader::ARGUMENT) {
+        return ExitCode::from(loader::main(arguments));
+    }
     let options = Options::parse();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let result = runtime

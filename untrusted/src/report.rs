@@ -16,13 +16,13 @@ pub enum Source {
 }
 
 impl Source {
-    /// Loads the probes for this process, unless `wanted` is false.
+    /// Has the probes loaded for this process, unless `wanted` is false.
     #[must_use]
     pub fn load(wanted: bool, object: Option<&Path>) -> Self {
         if !wanted {
             return Self::Daemon("probes are off; start posternd without --no-probes".to_owned());
         }
-        match crate::probes::Probes::load(object, std::process::id()) {
+        match crate::probes::Probes::start(object) {
             Ok(probes) => Self::Probes(Box::new(probes)),
             Err(unavailable) => {
                 log("no eBPF probes", &unavailable, "stages are taken by the daemon's own clock");
@@ -36,6 +36,7 @@ impl Source {
 #[must_use]
 pub fn report(sessions: &Sessions, source: &Source) -> StatsReport {
     let (daemon_stages, mut counters) = sessions.hub().merged();
+    let each_session = sessions.rows();
     let (sessions, lanes) = sessions.counts();
     let (name, note, stages): (_, _, Vec<StageRow>) = match source {
         Source::Probes(probes) => {
@@ -54,5 +55,6 @@ pub fn report(sessions: &Sessions, source: &Source) -> StatsReport {
         counters,
         sessions,
         lanes,
+        each_session,
     }
 }

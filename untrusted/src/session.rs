@@ -19,16 +19,13 @@ use crate::engine::{Doorbells, Engine, MAX_FILES, slot_of};
 use crate::files::{Catalog, HostFile, Opening};
 use crate::lane::{self, Command, LaneHandle, LaneParts};
 use crate::lease::{Lease, Terms};
+use crate::limits::{Account, LaneShare, Limits, MAX_LANES, SessionRow};
 use crate::problem::log;
 use crate::region::Region;
 use crate::stats::{LaneStats, StatsHub};
 
 /// Most sessions at once.
 pub const MAX_SESSIONS: usize = 64;
-/// Most lanes of all sessions at once.
-pub const MAX_LANES: usize = 256;
-/// Most lanes of a session at once.
-pub const MAX_LANES_PER_SESSION: usize = 64;
 /// Most leases that a session waits for at once.
 pub const MAX_WISHES: usize = 64;
 
@@ -39,6 +36,7 @@ pub struct Sessions {
     hub: StatsHub,
     spin: Duration,
     terms: Terms,
+    limits: Arc<Limits>,
 }
 
 #[derive(Debug, Default)]
@@ -56,6 +54,8 @@ pub struct Session {
     pub number: u64,
     /// The secret that lets a lane join.
     pub token: [u64; 2],
+    /// What it has of what all share.
+    pub account: Arc<Account>,
     /// Held across opening, closing, joining and leaving, so that every lane knows every file.
     state: tokio::sync::Mutex<State>,
     terms: Terms,
@@ -145,10 +145,17 @@ impl Attached {
 }
 
 impl Sessions {
-    /// No sessions; lanes spin for `spin` at most, leases are held on `terms`.
+    /// No sessions; lanes spin for `spin` at most, leases are held on `terms`, each session has no
+    /// more than `limits`.
     #[must_use]
-    pub fn new(spin: Duration, terms: Terms) -> Self {
-        Self { spin, terms, ..Self::default() }
+    pub fn new(spin: Duration, terms: Terms, limits: Limits) -> Self {
+        Self { spin, terms, limits: Arc::new(limits), ..Self::default() }
+    }
+
+    /// What each session has and had, by number.
+    #[must_use]
+    pub fn rows(&self) -> Vec<SessionRow> {
+        self.lock().sessions.values().map(|session| session.account.row()).collect()
     }
 
     /// The statistics of all lanes.
@@ -168,15 +175,19 @@ impl Sessions {
         (registry.sessions.len() as u64, registry.lanes.len() as u64)
     }
 
-    /// Attaches a lane: to a new session, or to one that is there.
+    /// Attaches a lane for `process`: to a new session, or to one that is there.
     ///
     /// # Errors
-    /// `ESTALE` for a session that is not there, `EACCES` for another token, `EMFILE` at a limit, `EAGAIN`
-    /// when the host has no native AIO requests left, else the host's.
-    pub async fn attach(&self, joins: Joins, port: Port) -> Result<Attached, Errno> {
-        let (session, lane) = self.reserve(joins)?;
+    /// `ESTALE` for a session that is not there, `EACCES` for another token, `EMFILE` or `ENOBUFS`
+    /// at a limit of the session, `EUSERS` at one of the daemon, `EAGAIN` when the host has no
+    /// native AIO requests left, else the host's. The log names what can be done.
+    pub async fn attach(&self, joins: Joins, port: Port, process: i32) -> Result<Attached, Errno> {
+        let (session, lane) = self.reserve(joins, process)?;
         let first = joins.session == 0;
-        let attached = self.join(&session, lane, first, port).await;
+        let attached = match session.account.enter(port.region.geometry().region_bytes() as u64) {
+            Ok(share) => self.join(&session, lane, first, port, share).await,
+            Err(refused) => Err(refused),
+        };
         let mut registry = self.lock();
         registry.reserved.remove(&lane);
         match &attached {
@@ -191,19 +202,27 @@ impl Sessions {
         attached
     }
 
-    fn reserve(&self, joins: Joins) -> Result<(Arc<Session>, u64), Errno> {
+    fn reserve(&self, joins: Joins, process: i32) -> Result<(Arc<Session>, u64), Errno> {
+        let full = |what: std::fmt::Arguments<'_>| {
+            let remedy = "end some programs, or give this one a daemon of its own";
+            log(format_args!("{what} are attached, no more are given"), "this daemon", remedy);
+            Errno::USERS
+        };
         let Joins { session: number, token, handles } = joins;
         let mut registry = self.lock();
         let taken = |n: &u64| registry.lanes.contains_key(n) || registry.reserved.contains(n);
-        let lane = (0..MAX_LANES as u64).find(|n| !taken(n)).ok_or(Errno::MFILE)?;
+        let lane = (0..MAX_LANES as u64)
+            .find(|n| !taken(n))
+            .ok_or_else(|| full(format_args!("{MAX_LANES} lanes")))?;
         let session = if number == 0 {
             if registry.sessions.len() >= MAX_SESSIONS {
-                return Err(Errno::MFILE);
+                return Err(full(format_args!("{MAX_SESSIONS} sessions")));
             }
             registry.last += 1;
             let session = Arc::new(Session {
                 number: registry.last,
                 token: random_token()?,
+                account: Arc::new(Account::new(Arc::clone(&self.limits), registry.last, process)),
                 state: tokio::sync::Mutex::new(State {
                     former: serial_of(handles),
                     serial: serial_of(handles),
@@ -231,21 +250,19 @@ impl Sessions {
         lane: u64,
         first: bool,
         port: Port,
+        share: LaneShare,
     ) -> Result<Attached, Errno> {
         let errno = |e: std::io::Error| Errno::from_io_error(&e).unwrap_or(Errno::IO);
         let mut state = session.state.lock().await;
         if state.ended {
             return Err(Errno::ACCESS);
         }
-        if state.lanes.len() >= MAX_LANES_PER_SESSION {
-            return Err(Errno::MFILE);
-        }
         let driver = port.driver.try_clone().map_err(errno)?;
         let service = port.service.try_clone().map_err(errno)?;
         let doorbells = Doorbells { driver: port.driver, service: port.service };
         let stats = self.hub.lane(first);
-        let started =
-            Engine::new(port.region, lane, doorbells, Arc::clone(&stats)).and_then(|mut engine| {
+        let started = Engine::new(port.region, lane, doorbells, Arc::clone(&stats), share)
+            .and_then(|mut engine| {
                 for open in &state.files {
                     if let Some(file) = &open.file {
                         engine.add_file(open.handle, Arc::clone(file));
@@ -328,8 +345,9 @@ impl Session {
     ///
     /// # Errors
     /// As [`Catalog::open`]; `EAGAIN` while its holder is asked for the lease; `EMFILE` beyond
-    /// [`MAX_FILES`] and [`MAX_WISHES`]; `EBUSY` for a name that is open for reading only and now
-    /// wanted for writing; `EINVAL` for a handle that no daemon before gave out, or another file's.
+    /// the session's limit of files and [`MAX_WISHES`]; `EBUSY` for a name that is open for reading
+    /// only and now wanted for writing; `EINVAL` for a handle that no daemon before gave out, or
+    /// another file's.
     pub async fn open(
         &self,
         catalog: &Arc<Catalog>,
@@ -355,7 +373,8 @@ impl Session {
             0 => None,
             _ => Some(state.former(handle)?),
         };
-        let slot = handle.map_or_else(|| state.free_slot(), |handle| Ok(slot_of(handle)))?;
+        let slot = state.free_slot(&self.account)?;
+        let slot = handle.map_or(slot, slot_of);
         let now = Instant::now();
         let wish = state.wishes.iter().position(|wish| wish.file.name == name);
         if wish.is_none() && flags & OPEN_ASK != 0 && state.wishes.len() >= MAX_WISHES {
@@ -373,7 +392,9 @@ impl Session {
         match opened.await?? {
             Opening::Leased(file) => {
                 let handle = handle.unwrap_or_else(|| state.next_handle(slot));
-                Ok(state.enter(handle, file, &self.terms).await)
+                let entered = state.enter(handle, file, &self.terms).await;
+                self.account.set_files(state.files.len());
+                Ok(entered)
             }
             Opening::Asked(file) => {
                 state.wishes.push(Wish { file, since, seen: now });
@@ -385,7 +406,7 @@ impl Session {
     /// Makes a file for the session and opens it.
     ///
     /// # Errors
-    /// As [`Catalog::create`]; `EMFILE` beyond [`MAX_FILES`].
+    /// As [`Catalog::create`]; `EMFILE` beyond the session's limit of files.
     pub async fn create(
         &self,
         catalog: &Arc<Catalog>,
@@ -393,11 +414,13 @@ impl Session {
         blocks: u64,
     ) -> Result<(u32, Arc<HostFile>), Errno> {
         let mut state = self.state.lock().await;
-        let slot = state.free_slot()?;
+        let slot = state.free_slot(&self.account)?;
         let catalog = Arc::clone(catalog);
         let file = in_background(move || catalog.create(&name, blocks)).await??;
         let handle = state.next_handle(slot);
-        Ok(state.enter(handle, file, &self.terms).await)
+        let entered = state.enter(handle, file, &self.terms).await;
+        self.account.set_files(state.files.len());
+        Ok(entered)
     }
 
     /// Closes a file once; the last close waits for what is in flight on it and releases it.
@@ -411,6 +434,7 @@ impl Session {
         if state.files[at].opens == 0 {
             state.tell(|done| Command::Close { handle, done }).await;
             let file = state.files.swap_remove(at);
+            self.account.set_files(state.files.len());
             release(vec![file]).await;
         }
         Ok(())
@@ -419,16 +443,12 @@ impl Session {
 
 impl State {
     /// A slot of the lanes' file tables that no open file has.
-    fn free_slot(&self) -> Result<usize, Errno> {
+    fn free_slot(&self, account: &Account) -> Result<usize, Errno> {
+        account.admit_file(self.files.len())?;
         let mut used = [false; MAX_FILES];
         self.files.iter().for_each(|open| used[slot_of(open.handle)] = true);
-        used.iter().position(|used| !used).ok_or(Errno::MFILE).inspect_err(|e| {
-            log(
-                format_args!("open refused ({e}): {MAX_FILES} files are open"),
-                "one session",
-                "the program must close some first",
-            );
-        })
+        // At most MAX_FILES are admitted.
+        used.iter().position(|used| !used).ok_or(Errno::MFILE)
     }
 
     /// A handle that was never given out, for a free slot.

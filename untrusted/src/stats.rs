@@ -13,6 +13,7 @@ use postern_ebpf_common::OPERATIONS;
 use serde::{Deserialize, Serialize};
 
 use crate::histogram::{Histogram, bump};
+use crate::limits::SessionRow;
 
 /// One stage of one operation.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -69,6 +70,9 @@ pub struct StatsReport {
     pub sessions: u64,
     /// Lanes now.
     pub lanes: u64,
+    /// What each session has and had, by number.
+    #[serde(default)]
+    pub each_session: Vec<SessionRow>,
 }
 
 /// The daemon's own stages.

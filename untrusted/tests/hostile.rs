@@ -291,29 +291,3 @@ fn a_lane_held_in_a_full_doorbell_is_released_when_its_connection_closes() {
     drop(next);
     daemon.stop().unwrap();
 }
-
-#[test]
-fn limits_refuse_and_what_ends_makes_room() {
-    let dir = directory();
-    let daemon = InProcess::start(dir.path(), &[]);
-    let first = FakeLane::attach(&daemon.socket, 2, 4096);
-    let (session, token) = (first.attached.session, first.attached.token);
-    let join = || FakeLane::join(&daemon.socket, 2, 4096, session, token);
-    let mut lanes = vec![first];
-    loop {
-        match join() {
-            Ok(lane) => lanes.push(lane),
-            Err(refused) => {
-                assert_eq!(refused, CallError::Refused(24), "EMFILE");
-                break;
-            }
-        }
-    }
-    assert_eq!(lanes.len(), posternd::session::MAX_LANES_PER_SESSION);
-    let freed = lanes.swap_remove(5);
-    let number = freed.attached.lane;
-    freed.end();
-    assert_eq!(join().unwrap().attached.lane, number, "the lowest free number");
-    drop(lanes);
-    daemon.stop().unwrap();
-}

@@ -81,3 +81,16 @@ fn fingerprint_is_the_published_fnv_1a_of_the_normal_form() {
     let interface = parse("a", SMALL).unwrap();
     assert_eq!(fingerprint(&interface), fnv(&interface.to_string()));
 }
+
+/// A pointer that nobody copies for the callee is the port's and no other.
+#[test]
+fn only_the_port_is_handed_over_unchecked() {
+    let interface = parse("postern.edl", include_str!("../../postern.edl")).unwrap();
+    let unchecked = |function: &postern_edl_gen::ast::Function| {
+        let parameters = function.parameters.iter().filter(|it| it.attributes.user_check);
+        parameters.map(|it| format!("{}.{}", function.name, it.name)).collect::<Vec<_>>()
+    };
+    let all: Vec<String> = interface.untrusted.iter().flat_map(unchecked).collect();
+    assert_eq!(all, ["postern_attach.port"]);
+    assert!(interface.trusted.is_empty(), "the host calls nothing in the enclave");
+}

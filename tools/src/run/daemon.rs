@@ -51,6 +51,8 @@ pub struct Orders<'a> {
     pub allow_buffered: bool,
     /// Load no probes.
     pub no_probes: bool,
+    /// Options for what the program may take, and their values.
+    pub limits: &'a [(&'static str, String)],
     /// The run file: removed when no other daemon is to come.
     pub run_file: PathBuf,
     /// One that died is started again.
@@ -274,6 +276,9 @@ fn spawn(orders: &Orders<'_>, signals: &Signals, first: bool) -> Result<Child, F
     if orders.no_probes {
         command.arg("--no-probes");
     }
+    for (option, value) in orders.limits {
+        command.arg(option).arg(value);
+    }
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log).process_group(0);
     signals.restore_in(&mut command);
     let launcher = rustix::process::getpid();
@@ -299,5 +304,7 @@ fn spawn(orders: &Orders<'_>, signals: &Signals, first: bool) -> Result<Child, F
 fn last_words(log: &Path) -> Option<String> {
     let bytes = std::fs::read(log).ok()?;
     let text = String::from_utf8_lossy(&bytes);
-    text.lines().rev().map(str::trim).find(|line| !line.is_empty()).map(str::to_owned)
+    // Of wrong usage the last line only points to the help.
+    let says = |line: &&str| !line.is_empty() && !line.starts_with("For more information");
+    text.lines().rev().map(str::trim).find(says).map(str::to_owned)
 }

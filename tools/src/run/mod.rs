@@ -13,6 +13,7 @@ mod key_memory;
 mod parts;
 mod plan;
 mod program;
+mod seal;
 mod signals;
 mod warden;
 
@@ -35,6 +36,7 @@ use self::{
     directory::RunDirectory,
     key_memory::KeyMemory,
     plan::{Plan, PlannedVolume},
+    seal::Seal,
     signals::{Arrived, Signals},
     warden::Warden,
 };
@@ -83,6 +85,7 @@ pub fn run(args: &RunArgs, wait: u32) -> Result<u8, Failure> {
             log: args.daemon_log.clone().unwrap_or_else(|| directory.join("daemon.log")),
             allow_buffered: args.allow_buffered,
             no_probes: args.no_probes,
+            limits: &args.limit,
             // Without this file nobody waits for a daemon any more.
             run_file: directory.join(RUN_FILE),
             restarts: args.daemon_wait > 0,
@@ -367,6 +370,9 @@ fn start(
     });
     // Until the program has been started.
     let _memory = KeyMemory::hand_to(&mut command, stretched)?;
+    if args.no_host_writes {
+        Seal::make(&args.allow_write)?.install_in(&mut command);
+    }
     let channel = filter::install_in(&mut command)
         .map_err(|error| Failure::io("cannot make a channel to", "the program", &error))?;
     let mut guest = command.spawn().map_err(|error| {

@@ -37,6 +37,16 @@ const ENTRIES: usize = 512;
 const IN_VAIN: u32 = 20;
 /// Transfer area per process; pages cost memory only once used.
 const DATA_BYTES: usize = 16 << 20;
+/// Refusals of an attach: the session has all the lanes, or all the memory, that it may have; the
+/// daemon has; the machine has no native AIO requests left.
+const NO_LANE: u32 = libc::EMFILE as u32;
+const NO_MEMORY: u32 = libc::ENOBUFS as u32;
+const DAEMON_FULL: u32 = libc::EUSERS as u32;
+const NO_AIO: u32 = libc::EAGAIN as u32;
+/// Another one: the daemon speaks another version of the protocol.
+pub(crate) const OTHER_VERSION: u32 = libc::EPROTONOSUPPORT as u32;
+/// To ask again is of no use.
+pub(crate) const LIMITS: [u32; 5] = [NO_LANE, NO_MEMORY, DAEMON_FULL, NO_AIO, OTHER_VERSION];
 
 /// What a process hands to the daemon: a lane's memory and doorbells.
 pub struct Port {
@@ -141,7 +151,10 @@ impl Link {
                 Ok(joined) => break joined,
                 Err(missed) => missed,
             };
-            let over = !waits || !family.may_have_successor() || wait::now_ns() > until;
+            let over = !waits
+                || !family.may_have_successor()
+                || wait::now_ns() > until
+                || matches!(missed, Missed::AtLimit(_));
             if over && missed != Missed::Later {
                 say_missed(family, &missed);
                 port.discard(lane);
@@ -203,7 +216,7 @@ impl Link {
                     let waited = wait::now_ns().saturating_sub(lost_ns);
                     let over = waited > family.config.daemon_wait_ms.saturating_mul(1_000_000);
                     if over || !family.may_have_successor() {
-                        if let Missed::Refused(_) = missed {
+                        if let Missed::Refused(_) | Missed::AtLimit(_) = missed {
                             say_missed(family, &missed);
                         }
                         self.lane.poison(HostFault::DaemonGone);
@@ -410,7 +423,7 @@ fn say_missed(family: &Family, missed: &Missed) {
         Missed::NoDaemon(errno) => {
             message::say(&format!("{path}: no daemon answers: {errno}; is posternd running?"));
         }
-        Missed::Refused(what) => message::say(&format!("{path}: {what}")),
+        Missed::Refused(what) | Missed::AtLimit(what) => message::say(&format!("{path}: {what}")),
     }
 }
 
@@ -423,6 +436,23 @@ fn refused(what: &str, call: &str, error: &CallError<Errno>) -> Errno {
 /// Why the daemon did not do what it was asked.
 pub(crate) fn reason(error: &CallError<Errno>) -> String {
     match error {
+        CallError::Refused(NO_LANE) => "more processes of this run are at work on protected files \
+            than the daemon's --session-lanes allows: run fewer at a time, or raise it \
+            (postern run --limit lanes=N)"
+            .into(),
+        CallError::Refused(NO_MEMORY) => "the processes of this run have all the port memory that \
+            the daemon's --session-memory allows: run fewer at a time, or raise it \
+            (postern run --limit memory=SIZE)"
+            .into(),
+        CallError::Refused(DAEMON_FULL) => "the daemon has all the programs and processes that it \
+            serves at once: end some, or give this one a daemon of its own"
+            .into(),
+        CallError::Refused(OTHER_VERSION) => "the daemon speaks another version of the protocol: \
+            use postern and posternd of one version"
+            .into(),
+        CallError::Refused(NO_AIO) => "the machine has no native AIO requests left: raise \
+            fs.aio-max-nr (sysctl), or end what uses them (fs.aio-nr)"
+            .into(),
         CallError::Refused(errno) => {
             format!("the daemon refused: {}", Errno(i32::try_from(*errno).unwrap_or(5)))
         }

@@ -43,7 +43,7 @@ use crate::{
     control::Connection,
     family::{Family, host_files::HostFile, standing::Core},
     files, identity,
-    link::{Port, reason},
+    link::{LIMITS, OTHER_VERSION, Port, reason},
     process::{SimPlatform, keep},
     sys, wait,
 };
@@ -85,6 +85,8 @@ pub enum Missed {
     Later,
     /// There is no room for a lane, or the daemon refuses: what and why.
     Refused(String),
+    /// The same where the daemon will not answer otherwise soon: a limit, another version.
+    AtLimit(String),
 }
 
 /// A lane that is attached.
@@ -101,6 +103,9 @@ pub struct Joined {
 fn missed(error: &CallError<Errno>, call: &str) -> Missed {
     match error {
         CallError::Carrier(errno) => Missed::NoDaemon(*errno),
+        CallError::Refused(errno) if LIMITS.contains(errno) => {
+            Missed::AtLimit(format!("{call}: {}", reason(error)))
+        }
         error => Missed::Refused(format!("{call}: {}", reason(error))),
     }
 }
@@ -206,7 +211,13 @@ fn attach_by(family: &Family, port: &Port, request: PosternAttachRequest) -> Att
     let [bell, driver, service] = port.bells;
     connection.send_beside([port.memory, bell, driver, service]);
     let mut control = Enclave(connection);
-    match control.postern_attach(&request) {
+    let attached = match control.postern_attach(&request) {
+        Ok(reply) if reply.attached.version != postern_edl::VERSION => {
+            Err(CallError::Refused(OTHER_VERSION))
+        }
+        other => other,
+    };
+    match attached {
         Ok(reply) => Ok((control, reply.attached)),
         Err(error) => {
             files::forget_internal(control.0.descriptor());

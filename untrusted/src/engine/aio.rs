@@ -21,11 +21,21 @@ pub struct AioContext {
 unsafe impl Send for AioContext {}
 
 impl AioContext {
-    /// io_setup(2) for `requests` requests in flight.
+    /// io_setup(2) for `requests` requests in flight, or for fewer, down to `least`, where
+    /// fs.aio-max-nr leaves no more.
     ///
     /// # Errors
     /// `EAGAIN` when fs.aio-max-nr is used up, else as io_setup(2).
-    pub fn new(requests: u32) -> Result<Self, Errno> {
+    pub fn new(mut requests: u32, least: u32) -> Result<Self, Errno> {
+        loop {
+            match Self::of(requests) {
+                Err(Errno::AGAIN) if requests > least => requests = (requests / 2).max(least),
+                other => return other,
+            }
+        }
+    }
+
+    fn of(requests: u32) -> Result<Self, Errno> {
         let requests = i32::try_from(requests).map_err(|_| Errno::INVAL)?;
         let mut context: sys::io_context_t = std::ptr::null_mut();
         // SAFETY: 1. `context` is a zeroed place for the handle, as io_setup(2) asks.

@@ -25,6 +25,7 @@ use rustix::time::{ClockId, clock_gettime};
 use tokio::sync::oneshot;
 
 use crate::files::HostFile;
+use crate::limits::{LEAST_AIO, LaneShare, Leave};
 use crate::region::Region;
 use crate::stats::{LaneStats, Stage};
 use aio::{AioContext, REAP};
@@ -86,6 +87,8 @@ struct Slot {
     op: u64,
     /// Slot of the file table.
     file: usize,
+    /// Bytes that count as under way.
+    bytes: u64,
     picked_ns: u64,
     /// When the kernel accepted it.
     submitted_ns: u64,
@@ -160,10 +163,16 @@ pub struct Engine {
     /// Accepted by the kernel and not reaped.
     in_kernel: u64,
     stopped: bool,
+    share: LaneShare,
+    /// Bytes of the staged completions.
+    staged_bytes: u64,
+    /// The session is at a limit: nothing is taken before something of this lane is published, or
+    /// before this time.
+    held: Option<Leave>,
 }
 
 impl Engine {
-    /// A data path over `region` for lane number `lane`.
+    /// A data path over `region` for lane number `lane`, within its session's limits.
     ///
     /// # Errors
     /// `EAGAIN` when fs.aio-max-nr is used up, else what the host says.
@@ -172,11 +181,13 @@ impl Engine {
         lane: u64,
         doorbells: Doorbells,
         stats: Arc<LaneStats>,
+        share: LaneShare,
     ) -> Result<Self, Errno> {
         use rustix::event::{EventfdFlags, eventfd};
         let entries = region.geometry().entries;
         let completed = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let context = AioContext::new(u32::try_from(entries).map_err(|_| Errno::INVAL)?)?;
+        let requests = share.aio_requests(u32::try_from(entries).map_err(|_| Errno::INVAL)?);
+        let context = AioContext::new(requests, LEAST_AIO)?;
         Ok(Self {
             context,
             batch: Batch::new(completed.as_raw_fd()),
@@ -194,6 +205,9 @@ impl Engine {
             in_flight: 0,
             in_kernel: 0,
             stopped: false,
+            share,
+            staged_bytes: 0,
+            held: None,
         })
     }
 
@@ -295,7 +309,27 @@ impl Engine {
     pub fn has_submissions(&self) -> bool {
         !self.stopped
             && !self.batch.is_pending()
+            && !self.is_held()
             && self.word(cursor::SQ_PUBLISHED).load(Ordering::Relaxed) != self.taken
+    }
+
+    /// When descriptors may be taken again that the session's rates hold back, CLOCK_MONOTONIC
+    /// nanoseconds.
+    #[must_use]
+    pub const fn held_until(&self) -> Option<u64> {
+        match self.held {
+            Some(Leave::Until(ns)) if !self.stopped => Some(ns),
+            _ => None,
+        }
+    }
+
+    /// Whether the session is at a limit.
+    fn is_held(&self) -> bool {
+        match self.held {
+            None => false,
+            Some(Leave::Until(ns)) => now_ns() < ns,
+            Some(_) => self.in_flight > 0,
+        }
     }
 
     /// Whether the kernel has completed something that is not yet reaped. Costs no system call.
@@ -342,21 +376,46 @@ impl Engine {
         if waiting > self.slots.len() as u64 {
             return Err(BrokenRing::Cursor { published, taken: self.taken });
         }
-        let count = waiting.min(BATCH as u64);
+        if self.is_held() {
+            return Ok(false);
+        }
         let picked_ns = now_ns();
-        self.in_flight += count;
+        let (most, most_bytes) = match self.share.ask(waiting.min(BATCH as u64), picked_ns) {
+            Leave::Take { requests, bytes } => (requests, bytes),
+            held => {
+                self.held = Some(held);
+                return Ok(false);
+            }
+        };
+        self.held = None;
+        self.in_flight += most;
         self.word(cursor::IN_FLIGHT).store(self.in_flight, Ordering::Relaxed);
-        let mut broken = None;
-        for n in 0..count {
+        let (mut broken, mut count, mut bytes) = (None, most, 0);
+        for n in 0..most {
             let at = self.region.geometry().sqe_word(self.taken.wrapping_add(n));
             let words: [u64; SQE_WORDS] =
                 std::array::from_fn(|i| self.word(at + i).load(Ordering::Relaxed));
-            if let Err(fault) = self.accept(&Submission::from_words(words), picked_ns) {
-                self.in_flight -= count - n;
-                broken = Some(fault);
+            match self.accept(&Submission::from_words(words), picked_ns) {
+                Ok(asked) => bytes += asked,
+                Err(fault) => {
+                    // The one that is broken is taken, and no request.
+                    count = n + 1;
+                    self.in_flight -= 1;
+                    broken = Some(fault);
+                    break;
+                }
+            }
+            if bytes >= most_bytes {
+                count = n + 1;
                 break;
             }
         }
+        self.in_flight -= most - count;
+        if count < most || broken.is_some() {
+            self.word(cursor::IN_FLIGHT).store(self.in_flight, Ordering::Relaxed);
+        }
+        let requests = count - u64::from(broken.is_some());
+        self.share.begin(requests, bytes, picked_ns);
         self.taken = self.taken.wrapping_add(count);
         // Partner: the enclave's Acquire load before it writes a descriptor over an old one.
         self.word(cursor::SQ_TAKEN).store(self.taken, Ordering::Release);
@@ -364,8 +423,9 @@ impl Engine {
         broken.map_or(Ok(true), Err)
     }
 
-    /// Checks one descriptor; puts it into the batch, or stages its refusal.
-    fn accept(&mut self, submission: &Submission, picked_ns: u64) -> Result<(), BrokenRing> {
+    /// Checks one descriptor; puts it into the batch, or stages its refusal. Answers the bytes that
+    /// count as under way.
+    fn accept(&mut self, submission: &Submission, picked_ns: u64) -> Result<u64, BrokenRing> {
         let id = submission.id;
         let geometry = *self.region.geometry();
         let index = check::index_of(id, geometry.entries)
@@ -385,7 +445,7 @@ impl Engine {
             Err(refusal) => {
                 self.stats.add(|c| &c.refused_descriptors, 1);
                 self.staged.push((id, refusal.result(), picked_ns));
-                return Ok(());
+                return Ok(0);
             }
         };
         self.settle_slot(index);
@@ -394,11 +454,13 @@ impl Engine {
         }
         let delivered_ns = self.slots[index].delivered_ns;
         self.stats.record_claimed(Stage::CrossingOut, op, submission.enqueued_ns, picked_ns);
+        let bytes = if matches!(op, op::READ | op::WRITE) { submission.length } else { 0 };
         self.slots[index] = Slot {
             in_flight: true,
             id,
             op,
             file,
+            bytes,
             picked_ns,
             submitted_ns: picked_ns,
             ..Slot::default()
@@ -408,7 +470,7 @@ impl Engine {
             if let Some(file) = self.files.at(file) {
                 self.thread_work.push(ThreadWork { index, file: Arc::clone(file), act });
             }
-            return Ok(());
+            return Ok(bytes);
         }
         let address = if op == op::FLUSH { 0 } else { self.region.address(submission.data) };
         self.batch.push(&Entry {
@@ -421,7 +483,7 @@ impl Engine {
             offset: submission.offset,
             stamps: [submission.enqueued_ns, picked_ns, delivered_ns],
         });
-        Ok(())
+        Ok(bytes)
     }
 
     /// Hands the batch to the kernel, as far as it accepts it. Answers whether anything moved.
@@ -511,7 +573,8 @@ impl Engine {
         let slot = &mut self.slots[index];
         slot.in_flight = false;
         (slot.undelivered_ns, slot.undelivered_op) = (reaped_ns, slot.op);
-        let Slot { id, op, file, submitted_ns, .. } = *slot;
+        let Slot { id, op, file, bytes, submitted_ns, .. } = *slot;
+        self.staged_bytes += bytes;
         self.stats.record(Stage::Device, op, reaped_ns.saturating_sub(submitted_ns));
         match (op, u64::try_from(result)) {
             (op::READ, Ok(bytes)) => self.stats.add(|c| &c.bytes_read, bytes),
@@ -545,6 +608,10 @@ impl Engine {
         self.word(cursor::CQ_PUBLISHED).store(self.published, Ordering::Release);
         self.in_flight -= count;
         self.word(cursor::IN_FLIGHT).store(self.in_flight, Ordering::Release);
+        self.share.end(count, std::mem::take(&mut self.staged_bytes));
+        if !matches!(self.held, Some(Leave::Until(_))) {
+            self.held = None;
+        }
         self.stats.add(|c| &c.completions, count);
         // Partner: the enclave's fence between its store of a sleep word and its last look at
         // CQ_PUBLISHED.

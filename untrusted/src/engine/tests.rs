@@ -12,6 +12,10 @@ struct Bench {
 
 /// An engine over a fresh port, with a 64 KiB buffered file (nothing here depends on O_DIRECT).
 fn bench(entries: usize) -> Bench {
+    bench_with(entries, LaneShare::unlimited())
+}
+
+fn bench_with(entries: usize, share: LaneShare) -> Bench {
     let geometry = Geometry::new(entries, 1 << 20).unwrap();
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let memory = rustix::fs::memfd_create("port", flags).unwrap();
@@ -34,7 +38,7 @@ fn bench(entries: usize) -> Bench {
     let bell = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
     let doorbells = Doorbells { driver: bell(), service: bell() };
     let region = Arc::new(Region::map(&memory, bytes).unwrap());
-    let mut engine = Engine::new(region, 0, doorbells, Arc::default()).unwrap();
+    let mut engine = Engine::new(region, 0, doorbells, Arc::default(), share).unwrap();
     let handle = MAX_FILES as u32;
     let crate::files::Opening::Leased(file) =
         catalog.open("disk", 0, std::time::Instant::now()).unwrap()
@@ -182,4 +186,25 @@ fn dropping_an_engine_waits_for_the_kernel_and_then_lets_files_go() {
     let file = Arc::clone(bench.engine.files.at(0).unwrap());
     drop(bench.engine);
     assert_eq!(Arc::strong_count(&file), 1);
+}
+
+#[test]
+fn an_engine_at_its_sessions_depth_sleeps_over_the_rest_and_takes_it_when_something_ended() {
+    let limits = crate::limits::Limits { depth: 2, ..Default::default() };
+    let account = Arc::new(crate::limits::Account::new(Arc::new(limits), 1, 0));
+    let mut bench = bench_with(8, account.enter(0).unwrap());
+    for n in 0..3 {
+        bench.publish(n, bench.flush(n));
+    }
+    assert!(bench.engine.take().unwrap());
+    let taken = |bench: &Bench| bench.enclave.word(cursor::SQ_TAKEN).load(Ordering::Relaxed);
+    assert_eq!(taken(&bench), 2);
+    assert!(bench.engine.submit());
+    assert!(!bench.engine.take().unwrap());
+    assert!(!bench.engine.has_submissions(), "or it would spin");
+    while bench.published() < 3 {
+        bench.engine.turn().unwrap();
+    }
+    assert!(bench.engine.is_drained());
+    assert_eq!(account.row().in_flight, 0);
 }

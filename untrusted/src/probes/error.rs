@@ -34,6 +34,11 @@ pub enum ProbesUnavailable {
         /// What it lacks.
         what: String,
     },
+    /// The process that loads them did not.
+    Loader {
+        /// Its words, or what became of it.
+        what: String,
+    },
     /// The kernel refused a program or a map.
     Refused {
         /// Which one, and the kernel's words.
@@ -52,8 +57,9 @@ impl fmt::Display for ProbesUnavailable {
             ),
             Self::NotPermitted { what } => write!(
                 f,
-                "not permitted: {what}: run posternd as root, or give it CAP_BPF, CAP_PERFMON, \
-                 CAP_DAC_READ_SEARCH (for tracefs) and CAP_SYSLOG (for device times)"
+                "not permitted: {what}: start posternd as root, or with CAP_BPF, CAP_PERFMON, \
+                 CAP_DAC_READ_SEARCH (for tracefs) and CAP_SYSLOG (for device times), which it \
+                 gives up before it serves"
             ),
             Self::NoTypes { reason } => write!(
                 f,
@@ -69,6 +75,7 @@ impl fmt::Display for ProbesUnavailable {
                 f,
                 "the kernel lacks {what}: use Linux 5.15 or later with CONFIG_FTRACE_SYSCALLS"
             ),
+            Self::Loader { what } => f.write_str(what),
             Self::Refused { what } => write!(
                 f,
                 "the kernel refused {what}: use probes built from the same version as posternd; \

@@ -4,6 +4,9 @@
 //! completion, io_getevents. What they record, and what a stage means, stands in
 //! [`postern_ebpf_common`].
 //!
+//! Loading takes privileges that serving does not need: [`Probes::start`] has a process of its own
+//! do it, which ends before the first enclave connects ([`mod@loader`]).
+//!
 //! Holds: the kernel removes the programs when [`Probes`] is dropped or the process dies; without
 //! probes the daemon works the same, with times of its own. Does not hold: that every kernel can
 //! tell when the device was done; [`Probes::notes`] says when it can not.
@@ -11,12 +14,13 @@
 mod btf;
 mod error;
 mod kernel;
+pub mod loader;
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use aya::maps::{MapData, PerCpuArray};
+use aya::maps::{Map, MapData, PerCpuArray};
 use aya::programs::{BtfTracePoint, ProgramError, TracePoint};
 use aya::{Btf, Ebpf, EbpfError, EbpfLoader};
 use postern_ebpf_common::counter::{COUNTERS, NAMES, WRITERS};
@@ -43,6 +47,10 @@ const PGETEVENTS: (&str, &str) = ("exit_io_pgetevents", "sys_exit_io_pgetevents"
 const BLOCK_LAYER: [(&str, usize, &str); 2] =
     [("block_rq_complete", 0, "request"), ("block_bio_complete", 1, "bio")];
 
+/// The maps that are read, by their names in the object.
+const HISTOGRAMS: &str = "HISTOGRAMS";
+const COUNTERS_MAP: &str = "COUNTERS";
+
 const TRACEFS: &str = "/sys/kernel/tracing";
 
 /// Running probes. Dropping them detaches and unloads them.
@@ -50,7 +58,21 @@ pub struct Probes {
     histograms: PerCpuArray<MapData, [u64; HISTOGRAM_WORDS]>,
     counters: PerCpuArray<MapData, [u64; COUNTERS]>,
     notes: Vec<String>,
-    ebpf: Ebpf,
+    programs: Vec<(String, OwnedFd)>,
+    /// What keeps the programs attached.
+    attached: Attached,
+}
+
+/// Dropped, it detaches.
+enum Attached {
+    Here {
+        _ebpf: Box<Ebpf>,
+        /// The maps, to be handed over.
+        maps: Vec<OwnedFd>,
+    },
+    Elsewhere {
+        _links: Vec<OwnedFd>,
+    },
 }
 
 /// What one probe costs, as far as the kernel counts it.
@@ -112,9 +134,22 @@ impl Probes {
             Ok(()) => attach_block_layer(&mut ebpf, &types, &mut notes),
             Err(reason) => notes.push(no_device(&reason)),
         }
-        let histograms = map(&mut ebpf, "HISTOGRAMS", &path)?;
-        let counters = map(&mut ebpf, "COUNTERS", &path)?;
-        Ok(Self { histograms, counters, notes, ebpf })
+        let maps = [HISTOGRAMS, COUNTERS_MAP].iter().filter_map(|name| match ebpf.map(name) {
+            Some(Map::PerCpuArray(data)) => data.fd().as_fd().try_clone_to_owned().ok(),
+            _ => None,
+        });
+        let maps = maps.collect();
+        let histograms = map(&mut ebpf, HISTOGRAMS, &path)?;
+        let counters = map(&mut ebpf, COUNTERS_MAP, &path)?;
+        let programs = ebpf
+            .programs()
+            .filter_map(|(name, program)| {
+                let fd = program.fd().ok()?.as_fd().try_clone_to_owned().ok()?;
+                Some((name.to_owned(), fd))
+            })
+            .collect();
+        let attached = Attached::Here { _ebpf: Box::new(ebpf), maps };
+        Ok(Self { histograms, counters, notes, programs, attached })
     }
 
     /// Latency by stage and operation since the probes were loaded, in the order of a request's way.
@@ -198,19 +233,17 @@ impl Probes {
     /// Whether a probe of the block layer runs.
     #[must_use]
     pub fn traces_device(&self) -> bool {
-        BLOCK_LAYER
-            .iter()
-            .any(|(name, ..)| self.ebpf.program(name).is_some_and(|program| program.fd().is_ok()))
+        BLOCK_LAYER.iter().any(|(name, ..)| self.programs.iter().any(|(loaded, _)| loaded == name))
     }
 
     /// What each attached program costs, by name.
     #[must_use]
     pub fn costs(&self) -> Vec<ProgramCost> {
         let mut costs: Vec<_> = self
-            .ebpf
-            .programs()
+            .programs
+            .iter()
             .filter_map(|(name, program)| {
-                let fd = program.fd().ok()?.as_fd().as_raw_fd();
+                let fd = program.as_raw_fd();
                 let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).ok()?;
                 Some(cost_of(name, &info))
             })
