@@ -41,7 +41,7 @@ canaries! {
     a_length_that_cannot_be_and_is_believed_is_caught => AnyResult from 115,
     a_part_that_is_taken_for_the_whole_is_caught => ShortIsWhole from 54,
     a_cursor_that_may_run_ahead_is_caught => AnyCursor from 2,
-    a_cursor_that_may_go_back_is_caught => CursorBack from 234,
+    a_cursor_that_may_go_back_is_caught => CursorBack from 1166,
     a_cursor_read_back_from_the_host_is_caught => SharedCursor from 1,
     a_word_that_is_loaded_twice_is_caught => TwiceLoaded from 1,
     a_buffer_that_is_opened_at_a_second_look_is_caught => OpenedTwice from 16,
