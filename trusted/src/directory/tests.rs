@@ -381,8 +381,8 @@ fn a_record_for_which_a_table_of_before_records_is_too_full_is_refused_and_nothi
     table.unlink(ROOT, &name, 1).unwrap();
     let more = (room + 168) / Record::BYTES - fits;
     assert!(more >= 4);
-    for n in fits..fits + more {
-        assert_eq!(table.set_record(files[n], record(1)), Ok(()), "file {n}");
+    for file in &files[fits..fits + more] {
+        assert_eq!(table.set_record(*file, record(1)), Ok(()), "file {file}");
     }
     assert_eq!(table.set_record(files[fits + more], record(1)), Err(Errno::ENOSPC));
     // What has no name is in no image, and needs no room there.
