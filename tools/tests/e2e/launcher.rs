@@ -34,7 +34,9 @@ fn signals_sent_to_the_launcher_reach_the_program() {
             "trap 'echo got-{name}; exit 7' {name}; : > {}; while :; do sleep 0.01; done",
             ready.display()
         );
-        let mut running = begin(&mut world.run(&volume, ["sh", "-c", &script]));
+        // A shell does not trap what was ignored when it began, as nohup and `&` leave it.
+        let program = ["env", "--default-signal", "sh", "-c", &script];
+        let mut running = begin(&mut world.run(&volume, program));
         until("the program is ready", || (ready.exists() || !running.is_running()).then_some(()));
         signal(name, running.pid());
         let ended = running.wait().expect(7);

@@ -9,6 +9,7 @@ mod demo;
 mod fio;
 mod fuzz;
 mod hostile;
+mod pause;
 mod proofs;
 mod setup;
 mod shell;
@@ -43,6 +44,8 @@ enum Task {
     Conformance(test::Conformance),
     /// Measure against raw I/O, in interleaved pairs
     Bench(bench::Options),
+    /// How long a program waits when its daemon is killed, or another one takes its place
+    Pause(pause::Options),
     /// Crash the simulated volume at tens of thousands of points; break each rule on purpose
     Crash(crash::Options),
     /// A sealed volume against a host that breaks every rule, for millions of steps
@@ -65,6 +68,7 @@ fn main() -> ExitCode {
         Task::E2e => test::end_to_end(&tree),
         Task::Conformance(options) => test::conformance(&tree, &options),
         Task::Bench(options) => bench::all(&tree, &options),
+        Task::Pause(options) => pause::all(&tree, &options),
         Task::Crash(options) => crash::all(&tree, &options),
         Task::Hostile(options) => hostile::all(&tree, &options),
         Task::Fuzz(options) => fuzz::all(&tree, &options),

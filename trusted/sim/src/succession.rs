@@ -15,7 +15,6 @@
 //!
 //! Holds: at most one process makes the session; nothing that was in flight reaches a new daemon
 //! before the host file was looked at; a handle never means another file than before.
-#![allow(unsafe_code)]
 
 use core::{
     future::Future,

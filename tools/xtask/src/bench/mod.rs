@@ -16,7 +16,8 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::Args;
 
-use self::numbers::{Spread, cpu_of_children, median};
+pub use self::numbers::Spread;
+use self::numbers::{cpu_of_children, median};
 use crate::{
     build,
     fio::{self, Outcome, Way},
