@@ -67,6 +67,14 @@ fn comments_of_the_edl_stand_in_the_code() {
     assert!(!code.contains("uses everything"), "the file's header belongs to no item");
 }
 
+/// What Rust refuses inside a comment: a carriage return alone, marks of the writing's direction.
+#[test]
+fn comments_carry_no_character_that_rust_refuses_in_them() {
+    let source = "enclave { untrusted { uint32_t f(); // a\rb\u{202e}c\0d\n }; };";
+    let code = generate("a.edl", source).unwrap();
+    assert!(code.contains("    /// a b c d\n    fn f("), "{code}");
+}
+
 /// The 64-bit FNV-1a test vectors of its authors' reference.
 #[test]
 fn fingerprint_is_the_published_fnv_1a_of_the_normal_form() {
