@@ -126,6 +126,13 @@ impl Batch {
         Ok(&self.indexes[first..self.accepted])
     }
 
+    /// The iocbs that wait for the kernel, in order.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub fn waiting(&mut self) -> impl Iterator<Item = [u64; 8]> + '_ {
+        let places = &mut self.iocbs[self.accepted..self.filled];
+        places.iter_mut().map(|place| place.get_mut().iocb)
+    }
+
     /// Takes the first waiting request out; answers its request index.
     pub fn drop_first(&mut self) -> Option<usize> {
         let first = self.is_pending().then(|| self.indexes[self.accepted])?;

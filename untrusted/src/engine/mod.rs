@@ -11,6 +11,8 @@
 mod aio;
 mod batch;
 mod check;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 mod table;
 
 use std::os::fd::{AsRawFd, OwnedFd};
