@@ -11,7 +11,7 @@ use std::{
 use crate::{
     common::{Running, World, begin, children, end, name_of, signal, until},
     kill::{Confirmed, words},
-    launcher::daemon_at_work,
+    launcher::{daemon_at_work, serving},
     lease::{EIO, Server},
 };
 
@@ -89,20 +89,6 @@ fn fio_with_forked_jobs_verifies_in_a_directory_while_daemons_are_killed() {
     }
     assert!(killed > 0);
     running.wait().expect(0);
-}
-
-/// The daemon below `postern`, once it has `file` open; `None`: the program has ended.
-fn serving(running: &mut Running, file: &Path) -> Option<u32> {
-    until("a daemon serves or the program has ended", || {
-        if !running.is_running() {
-            return Some(None);
-        }
-        let all = children(running.pid());
-        let daemon = all.into_iter().find(|&pid| name_of(pid) == "posternd")?;
-        let mut open = std::fs::read_dir(format!("/proc/{daemon}/fd")).ok()?;
-        open.any(|fd| fd.is_ok_and(|fd| fd.path().read_link().is_ok_and(|to| to == file)))
-            .then_some(Some(daemon))
-    })
 }
 
 /// A daemon that is nobody's own.
