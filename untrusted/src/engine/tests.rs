@@ -92,6 +92,29 @@ fn a_flush_the_kernel_has_no_operation_for_goes_to_a_thread_and_completes_once()
 }
 
 #[test]
+fn a_short_flush_is_done_here_if_nothing_else_is_in_flight() {
+    let mut bench = bench(8);
+    bench.engine.flushes.learn(1000);
+    bench.publish(0, bench.flush(1));
+    assert!(bench.engine.turn().unwrap());
+    let alone: Vec<_> = bench.engine.take_thread_work().collect();
+    assert_eq!((alone.len(), alone[0].place, alone[0].act), (1, Place::Here, Act::Flush));
+    assert_eq!((bench.published(), bench.engine.is_drained()), (0, false));
+    // Beside it, another one goes to the kernel.
+    bench.publish(1, bench.flush(2));
+    assert!(bench.engine.turn().unwrap());
+    assert_eq!(bench.engine.take_thread_work().count(), 0);
+    bench.engine.done(alone[0].index, alone[0].run());
+    while bench.published() < 2 {
+        bench.engine.turn().unwrap();
+    }
+    let mut results = [0, 1].map(|n| (bench.completion(n).id, bench.completion(n).result));
+    results.sort_unstable();
+    assert_eq!(results, [(1, 0), (2, 0)]);
+    assert!(bench.engine.is_drained());
+}
+
+#[test]
 fn a_discard_goes_to_a_thread_and_leaves_the_rest_of_the_file_and_its_length() {
     let mut bench = bench(8);
     let (offset, length) = (8192, 16384);
