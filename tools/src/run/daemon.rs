@@ -49,6 +49,8 @@ pub struct Orders<'a> {
     pub log: PathBuf,
     /// Take host files that refuse `O_DIRECT`.
     pub allow_buffered: bool,
+    /// Have host I/O go by io_uring.
+    pub io_uring: bool,
     /// Load no probes.
     pub no_probes: bool,
     /// Options for what the program may take, and their values.
@@ -271,6 +273,9 @@ fn spawn(orders: &Orders<'_>, signals: &Signals, first: bool) -> Result<Child, F
     }
     if orders.allow_buffered {
         command.arg("--allow-buffered");
+    }
+    if orders.io_uring {
+        command.arg("--engine=io_uring");
     }
     if orders.no_probes {
         command.arg("--no-probes");

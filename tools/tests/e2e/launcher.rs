@@ -107,7 +107,9 @@ pub fn daemon_at_work(running: &mut Running, volume: &Path) -> u32 {
 
 /// The launcher's daemon, once it has `volume` open; `None` when the program has ended.
 pub fn serving(running: &mut Running, volume: &Path) -> Option<u32> {
-    let volume = volume.canonicalize().unwrap();
+    // The program may yet have to make it.
+    let place = volume.parent().unwrap().canonicalize().unwrap();
+    let volume = place.join(volume.file_name().unwrap());
     until("a daemon has the volume open or the program has ended", || {
         if !running.is_running() {
             return Some(None);

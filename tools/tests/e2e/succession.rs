@@ -28,6 +28,7 @@ fn a_program_goes_on_and_every_confirmed_write_is_there_however_often_the_daemon
     let mut confirmed = Confirmed::of(&log);
     let write = words(&program, "write", sealed, &log, 4711);
     let mut running = begin(&mut world.run(&volume, write));
+    let mut last = 0;
     for kill in 0..kills() {
         // Some are killed while they take over, some at work.
         let enough = confirmed.now() + kill * 7 % 40;
@@ -36,7 +37,11 @@ fn a_program_goes_on_and_every_confirmed_write_is_there_however_often_the_daemon
             assert!(running.is_running(), "the guest ended by itself");
             (seen >= enough).then_some(())
         });
-        signal("KILL", daemon_at_work(&mut running, &volume));
+        // One that dies has its files open for a moment yet.
+        last = until("another daemon serves", || {
+            Some(daemon_at_work(&mut running, &volume)).filter(|&daemon| daemon != last)
+        });
+        signal("KILL", last);
     }
     let enough = confirmed.now() + 20;
     until("the last daemon serves", || (confirmed.now() >= enough).then_some(()));

@@ -16,6 +16,10 @@ fn bench(entries: usize) -> Bench {
 }
 
 fn bench_with(entries: usize, share: LaneShare) -> Bench {
+    bench_over(entries, share, Interface::Libaio)
+}
+
+fn bench_over(entries: usize, share: LaneShare, interface: Interface) -> Bench {
     let geometry = Geometry::new(entries, 1 << 20).unwrap();
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let memory = rustix::fs::memfd_create("port", flags).unwrap();
@@ -38,7 +42,7 @@ fn bench_with(entries: usize, share: LaneShare) -> Bench {
     let bell = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
     let doorbells = Doorbells { driver: bell(), service: bell() };
     let region = Arc::new(Region::map(&memory, bytes).unwrap());
-    let mut engine = Engine::new(region, 0, doorbells, Arc::default(), share).unwrap();
+    let mut engine = Engine::new(region, 0, doorbells, Arc::default(), share, interface).unwrap();
     let handle = MAX_FILES as u32;
     let crate::files::Opening::Leased(file) =
         catalog.open("disk", 0, std::time::Instant::now()).unwrap()
