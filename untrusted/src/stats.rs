@@ -141,6 +141,9 @@ counters! {
     flushes,
     /// Flushes by fdatasync on a thread, because the file has no asynchronous one.
     flushes_on_thread,
+    /// Flushes by fdatasync in the lane itself, because they are short and nothing else was in
+    /// flight. The probes see only those that io_submit was asked for.
+    flushes_here,
     /// Ranges given back to the host's file system.
     discards,
     /// Descriptors refused: malformed, or for a file that is not open.
