@@ -358,6 +358,9 @@ fn what_the_generator_does_not_carry_is_refused_by_name() {
         (call("[out, size=n] void* p, int n"), "not unsigned"),
         (functions(long), "length of two buffers"),
         (call("[in, wstring] wchar_t* p"), "wchar_t"),
+        (functions("uint32_t f([in] int* p) transition_using_threads;"), "makes no message"),
+        (functions("uint32_t f(int p[4]) transition_using_threads;"), "without a direction"),
+        (functions("void f() transition_using_threads;"), "does not return uint32_t"),
     ] {
         match generate("a.edl", &source) {
             Ok(code) => panic!("carried, though {why}: {source}\n{code}"),

@@ -159,7 +159,10 @@ pub fn request(data: &[u8]) {
             }
             Err(malformed) => {
                 assert_eq!(dispatched, Err(malformed));
-                assert!(host.asked.is_empty() && reply.is_empty(), "a host was asked: {message:x?}");
+                assert!(
+                    host.asked.is_empty() && reply.is_empty(),
+                    "a host was asked: {message:x?}"
+                );
             }
         }
     });
