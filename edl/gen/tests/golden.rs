@@ -48,9 +48,9 @@ fn one_more_member_changes_the_code_and_the_fingerprint() {
 
 #[test]
 fn comments_blanks_and_spellings_of_a_type_do_not_change_the_fingerprint() {
-    let one = "enclave { struct s { long long int a; uint8_t b[2]; }; untrusted { \
+    let one = "enclave { struct s { short int a; uint8_t b[2]; }; untrusted { \
                uint32_t f([in] const struct s* p, unsigned q); }; };";
-    let other = "/* x */ enclave {\n struct s {\n long long a; // a\n uint8_t b [ 2 ]; };\n\
+    let other = "/* x */ enclave {\n struct s {\n short a; // a\n uint8_t b [ 2 ]; };\n\
                  untrusted { /* f */ uint32_t f([in] const s *p, unsigned int q); };\n};\n";
     let (one, other) = (parse("a", one).unwrap(), parse("a", other).unwrap());
     assert_eq!(one.to_string(), other.to_string());
