@@ -89,17 +89,6 @@ record! {
     delivered_ns: u64,
 }
 
-impl Record {
-    /// How long it took, as far as that is known, nanoseconds.
-    #[inline]
-    #[must_use]
-    pub const fn total_ns(&self) -> u64 {
-        let from = if self.enqueued_ns == 0 { self.picked_ns } else { self.enqueued_ns };
-        let to = if self.delivered_ns == 0 { self.reaped_ns } else { self.delivered_ns };
-        to.saturating_sub(from)
-    }
-}
-
 /// What the daemon keeps records of; all its lanes share it.
 #[derive(Debug)]
 pub struct Terms {
@@ -222,10 +211,16 @@ pub struct Chooser {
 }
 
 impl Chooser {
-    /// Looks at a request that has ended.
+    /// Looks at a request that has ended: how long it took, when it was reaped, whether it failed.
+    /// `record` is asked for only if there is a use for it.
     #[inline]
-    pub fn look(&mut self, record: Record, terms: &Terms, ring: &Ring) {
-        let total_ns = record.total_ns();
+    pub fn look(
+        &mut self,
+        (total_ns, reaped_ns, failed): (u64, u64, bool),
+        record: impl Fn() -> Record,
+        terms: &Terms,
+        ring: &Ring,
+    ) {
         let mut why = 0;
         if self.countdown == 0 {
             why |= SAMPLED;
@@ -236,19 +231,19 @@ impl Chooser {
         if total_ns >= terms.least_ns.load(Relaxed) {
             why |= SLOW;
         }
-        if record.result < 0 {
+        if failed {
             why |= FAILED;
         }
         if why != 0 {
-            Self::keep(Record { why, ..record }, terms, ring);
+            Self::keep(Record { why, ..record() }, terms, ring);
         }
-        if record.reaped_ns >= self.interval_ends_ns {
-            self.end_interval(record.reaped_ns, terms, ring);
+        if reaped_ns >= self.interval_ends_ns {
+            self.end_interval(reaped_ns, terms, ring);
         }
         // One that was kept need not be kept again.
         if total_ns > self.slowest_ns {
             self.slowest_ns = total_ns;
-            self.slowest = (why == 0).then_some(record);
+            self.slowest = (why == 0).then(&record);
         }
     }
 
@@ -280,6 +275,12 @@ mod tests {
         Record { id, picked_ns: at_ns, submitted_ns: at_ns, reaped_ns, ..Record::default() }
     }
 
+    fn look(chooser: &mut Chooser, record: Record, terms: &Terms, ring: &Ring) {
+        let total_ns = record.reaped_ns - record.picked_ns;
+        let seen = (total_ns, record.reaped_ns, record.result < 0);
+        chooser.look(seen, || record, terms, ring);
+    }
+
     fn read(ring: &Ring, after: u64) -> Vec<Record> {
         let mut all = Vec::new();
         ring.read(after, &mut all);
@@ -291,7 +292,7 @@ mod tests {
     fn the_sample_the_slowest_the_slow_and_the_failed_are_kept_and_no_others() {
         let (terms, ring, mut chooser) = (Terms::default(), Ring::default(), Chooser::default());
         terms.wish(500, 0, 1);
-        let mut see = |record| chooser.look(record, &terms, &ring);
+        let mut see = |record| look(&mut chooser, record, &terms, &ring);
         see(request(1, 10, 100));
         see(request(2, 20, 300));
         see(request(3, 30, 200));
@@ -323,7 +324,7 @@ mod tests {
         let (terms, ring, mut chooser) = (Terms::default(), Ring::default(), Chooser::default());
         terms.wish(0, 1, 1);
         for n in 0..RING as u64 + 10 {
-            chooser.look(request(n, n, 1), &terms, &ring);
+            look(&mut chooser, request(n, n, 1), &terms, &ring);
         }
         let all = read(&ring, 0);
         assert_eq!(all.len(), RING);
@@ -340,7 +341,7 @@ mod tests {
                 let mut chooser = Chooser::default();
                 for n in 1..200_000u64 {
                     let record = Record { offset: n, length: n, ..request(n, n, 1) };
-                    chooser.look(record, &terms, &ring);
+                    look(&mut chooser, record, &terms, &ring);
                 }
             });
             let mut seen = 0;

@@ -204,10 +204,8 @@ fn the_endpoint_tells_the_daemons_own_counts_and_hostile_peers_do_not_end_it() {
     assert_eq!(sample("postern_completions_total"), Some(report.counters["completions"] as f64));
     assert_eq!(sample("postern_sessions"), Some(1.0));
     for row in &report.daemon_stages {
-        let labels = format!(
-            "{{volume=\"a\",operation=\"{}\",stage=\"{}\"}}",
-            row.operation, row.stage
-        );
+        let labels =
+            format!("{{volume=\"a\",operation=\"{}\",stage=\"{}\"}}", row.operation, row.stage);
         let count = sample(&format!("postern_stage_seconds_count{labels}"));
         assert_eq!(count, Some(row.count as f64), "{row:?}");
         let sum = sample(&format!("postern_stage_seconds_sum{labels}"));
@@ -282,7 +280,10 @@ impl Prometheus {
             drop(free);
             let child = Command::new("prometheus")
                 .arg(format!("--config.file={}", config.display()))
-                .arg(format!("--storage.tsdb.path={}", dir.join(format!("tsdb{attempt}")).display()))
+                .arg(format!(
+                    "--storage.tsdb.path={}",
+                    dir.join(format!("tsdb{attempt}")).display()
+                ))
                 .arg(format!("--web.listen-address={address}"))
                 .args(["--log.level=error", "--enable-feature=exemplar-storage"])
                 .stdout(Stdio::null())
@@ -370,4 +371,42 @@ fn a_real_prometheus_has_the_daemons_counts_after_scraping_it_under_load() {
     prometheus.expect("up", is(1));
     drop(lane);
     daemon.stop().unwrap();
+}
+
+/// Words of a text that name a metric of ours.
+fn metrics_in(text: &str) -> Vec<&str> {
+    let is_name = |c: char| c.is_ascii_lowercase() || c == '_';
+    let words = text.split(|c: char| !is_name(c));
+    words.filter(|word| word.starts_with("postern_")).collect()
+}
+
+#[test]
+fn dashboard_and_alerts_ask_for_metrics_that_are_there() {
+    let dir = directory();
+    let daemon = daemon(dir.path(), &["--metrics", "127.0.0.1:0"]);
+    let mut lane = FakeLane::attach(&daemon.socket, 8, 1 << 16);
+    work(&mut lane, "a", 1);
+    let ask = "GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n";
+    let (_, text) = get(daemon.metrics.unwrap(), ask);
+    let there = metrics_in(&text);
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tools/dashboards");
+    for file in ["grafana.json", "alerts.yml"] {
+        let text = std::fs::read_to_string(folder.join(file)).unwrap();
+        let asked = metrics_in(&text);
+        assert!(asked.len() > 5);
+        for metric in asked.into_iter().filter(|metric| !metric.starts_with("postern_probe_")) {
+            assert!(there.contains(&metric), "{file}: {metric}");
+        }
+    }
+    serde_json::from_str::<Value>(&std::fs::read_to_string(folder.join("grafana.json")).unwrap())
+        .unwrap();
+    drop(lane);
+    daemon.stop().unwrap();
+    let Ok(checked) =
+        Command::new("promtool").args(["check", "rules"]).arg(folder.join("alerts.yml")).output()
+    else {
+        return skip("promtool is not installed (`cargo xtask setup`)");
+    };
+    let said = String::from_utf8_lossy(&checked.stderr);
+    assert!(checked.status.success(), "{said}");
 }

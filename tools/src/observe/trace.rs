@@ -385,12 +385,26 @@ mod tests {
         assert_eq!(
             words,
             [
-                "1.000103", "da?ta", "write", "4096", "8192", "103.5", "-", "2.0", "100.0", "1.5",
-                "-5", "slow", "001002000003"
+                "1.000103",
+                "da?ta",
+                "write",
+                "4096",
+                "8192",
+                "103.5",
+                "-",
+                "2.0",
+                "100.0",
+                "1.5",
+                "-5",
+                "slow",
+                "001002000003"
             ]
         );
         let json = json(&record, "data");
-        assert_eq!((&json["total_ns"], &json["stages"]["device_ns"]), (&103_500.into(), &100_000.into()));
+        assert_eq!(
+            (&json["total_ns"], &json["stages"]["device_ns"]),
+            (&103_500.into(), &100_000.into())
+        );
         assert!(json["stages"].get("crossing_out_ns").is_none());
         assert_eq!(heading().split_whitespace().next(), Some("end"));
     }

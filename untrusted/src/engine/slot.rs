@@ -125,7 +125,7 @@ impl Slot {
     #[inline]
     fn keep(&self, keeper: Keeper<'_>) {
         let Keeper { stats, chooser, lane, index } = keeper;
-        let record = Record {
+        let record = || Record {
             number: 0,
             id: postern_ebpf_common::aio_data(lane, index as u64, self.id >> 32),
             session: stats.session(),
@@ -141,7 +141,16 @@ impl Slot {
             reaped_ns: self.reaped_ns,
             delivered_ns: self.delivered_ns,
         };
-        chooser.look(record, stats.terms(), &stats.records);
+        let seen = (self.total_ns(), self.reaped_ns, self.result < 0);
+        chooser.look(seen, record, stats.terms(), &stats.records);
+    }
+
+    /// How long it took, as far as that is known, nanoseconds.
+    #[inline]
+    const fn total_ns(&self) -> u64 {
+        let from = if self.enqueued_ns == 0 { self.picked_ns } else { self.enqueued_ns };
+        let to = if self.delivered_ns == 0 { self.reaped_ns } else { self.delivered_ns };
+        to.saturating_sub(from)
     }
 }
 
