@@ -7,6 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum, error::ErrorKind};
 use crate::{
     counter::{AccessArgs, CounterArgs, MovesArg},
     error::{Exit, Failure},
+    observe::{top::TopArgs, trace::TraceArgs},
     size,
 };
 
@@ -34,6 +35,14 @@ Examples:
   The same volume again, with a key of one's own and the latency of every stage saved:
     postern run --volume /sealed/data=/srv/data.vol --key-file /etc/postern/data.key \\
       --stats stages.json -- mydatabase --datafile /sealed/data";
+
+const TRACE_EXAMPLES: &str = "\
+Without options: the slowest request of each second and lane, each that failed, and one in 1024.
+Examples:
+  All requests on a volume that take a millisecond or more:
+    postern trace --socket /run/postern/control --volume data --min-latency 1ms
+  Ten seconds of one in 16, for ui.perfetto.dev:
+    postern trace --socket /run/postern/control --one-in 16 --duration 10 --perfetto trace.json";
 
 const COUNTER_EXAMPLES: &str = "\
 Example, after putting back a copy of a volume:
@@ -91,6 +100,14 @@ pub enum Command {
     Rekey(RekeyArgs),
     /// Latency per stage of a running daemon
     Stats(StatsArgs),
+    /// Watch a running daemon: volumes, sessions, percentiles by stage, latency over time
+    #[command(
+        after_help = "Keys: q quit, s sort, r reverse, / filter, up and down choose a volume, Tab sessions, p pause."
+    )]
+    Top(TopArgs),
+    /// Print a line for each request of a running daemon that is slow, failed or of a sample
+    #[command(after_help = TRACE_EXAMPLES)]
+    Trace(TraceArgs),
     /// Monotonic counters, which tell an old state of a volume from the newest
     #[command(after_help = COUNTER_EXAMPLES)]
     Counter {

@@ -12,6 +12,7 @@ mod disk;
 mod error;
 mod key;
 mod key_slots;
+mod observe;
 mod passphrase;
 mod rekey;
 mod rekey_directory;
@@ -60,6 +61,8 @@ fn dispatch() -> Result<u8, Failure> {
         Command::Key(command) => key_slots::run(&command).map(|()| 0),
         Command::Rekey(args) => rekey::run(&args).map(|()| 0),
         Command::Stats(args) => stats::show(&args).map(|()| 0),
+        Command::Top(args) => observe::top::run(&args).map(|()| 0),
+        Command::Trace(args) => observe::trace::run(&args).map(|()| 0),
         Command::Counter { command } => counter::command(&command).map(|()| 0),
     }
 }

@@ -14,6 +14,7 @@ use tokio::task::JoinSet;
 
 use crate::confinement;
 use crate::connection;
+use crate::endpoint::{Endpoint, EndpointOptions};
 use crate::engine::{self, Interface};
 use crate::files::Catalog;
 use crate::lease::Terms;
@@ -84,6 +85,9 @@ pub struct Options {
     /// What one session may take of what all share.
     #[command(flatten)]
     pub limits: Limits,
+    /// Where metrics are served.
+    #[command(flatten)]
+    pub endpoint: EndpointOptions,
 }
 
 /// A daemon, from bound socket to last statistics.
@@ -95,6 +99,8 @@ pub struct Daemon {
     pub catalog: Arc<Catalog>,
     /// Where stage latencies come from.
     pub source: Source,
+    /// Where metrics are served.
+    pub endpoint: Option<Endpoint>,
     uid: u32,
     stats_file: Option<(PathBuf, File)>,
 }
@@ -115,6 +121,7 @@ impl Daemon {
         let interface = usable(options.engine);
         // What takes its time comes before another daemon's place is taken.
         let source = options.succeed.then(|| probes(options, interface));
+        let endpoint = Endpoint::bind(&options.endpoint, options.succeed)?;
         let (listener, before) = Listener::bind(&options.socket, options.succeed)?;
         let source = source.unwrap_or_else(|| probes(options, interface));
         if let Some(before) = before {
@@ -135,6 +142,7 @@ impl Daemon {
             ),
             catalog: Arc::new(catalog),
             source,
+            endpoint,
             uid: rustix::process::geteuid().as_raw(),
             stats_file,
         };
@@ -156,6 +164,12 @@ impl Daemon {
         tokio::pin!(stop);
         let keeper = Arc::clone(&self);
         let keeper = tokio::spawn(async move { keeper.sessions.keep_leases().await });
+        let server = Arc::clone(&self);
+        let server = tokio::spawn(async move {
+            if let Some(endpoint) = &server.endpoint {
+                endpoint.serve(Arc::clone(&server)).await;
+            }
+        });
         loop {
             tokio::select! {
                 () = &mut stop => break,
@@ -193,6 +207,7 @@ impl Daemon {
         let _ = stopping.send(true);
         while connections.join_next().await.is_some() {}
         keeper.abort();
+        server.abort();
         self.write_stats()
     }
 

@@ -8,6 +8,7 @@ mod leases;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -22,7 +23,7 @@ use crate::lease::{Lease, Terms};
 use crate::limits::{Account, LaneShare, Limits, MAX_LANES, SessionRow};
 use crate::problem::log;
 use crate::region::Region;
-use crate::stats::{LaneStats, StatsHub};
+use crate::stats::{LaneStats, LeaseCounts, StatsHub};
 
 /// Most sessions at once.
 pub const MAX_SESSIONS: usize = 64;
@@ -60,6 +61,7 @@ pub struct Session {
     /// Held across opening, closing, joining and leaving, so that every lane knows every file.
     state: tokio::sync::Mutex<State>,
     terms: Terms,
+    leases: Arc<LeaseCounts>,
 }
 
 #[derive(Debug, Default)]
@@ -230,6 +232,7 @@ impl Sessions {
                     ..State::default()
                 }),
                 terms: self.terms,
+                leases: Arc::clone(&self.hub.leases),
             });
             registry.sessions.insert(session.number, Arc::clone(&session));
             session
@@ -261,7 +264,7 @@ impl Sessions {
         let driver = port.driver.try_clone().map_err(errno)?;
         let service = port.service.try_clone().map_err(errno)?;
         let doorbells = Doorbells { driver: port.driver, service: port.service };
-        let stats = self.hub.lane(first);
+        let stats = self.hub.lane(session.number, first);
         let started =
             Engine::new(port.region, lane, doorbells, Arc::clone(&stats), share, self.interface)
                 .and_then(|mut engine| {
@@ -393,6 +396,7 @@ impl Session {
         });
         match opened.await?? {
             Opening::Leased(file) => {
+                self.leases.granted.fetch_add(1, Relaxed);
                 let handle = handle.unwrap_or_else(|| state.next_handle(slot));
                 let entered = state.enter(handle, file, &self.terms).await;
                 self.account.set_files(state.files.len());
@@ -419,6 +423,7 @@ impl Session {
         let slot = state.free_slot(&self.account)?;
         let catalog = Arc::clone(catalog);
         let file = in_background(move || catalog.create(&name, blocks)).await??;
+        self.leases.granted.fetch_add(1, Relaxed);
         let handle = state.next_handle(slot);
         let entered = state.enter(handle, file, &self.terms).await;
         self.account.set_files(state.files.len());

@@ -19,8 +19,9 @@ use crate::calls::{
     CallError, Carrier, Enclave, Host, PosternAttachReply, PosternAttachRequest, PosternCloseReply,
     PosternCloseRequest, PosternCreateReply, PosternCreateRequest, PosternKeepReply,
     PosternKeepRequest, PosternLeaseReply, PosternLeaseRequest, PosternListReply,
-    PosternListRequest, PosternOpenReply, PosternOpenRequest, PosternRemoveReply,
-    PosternRemoveRequest, PosternStatsReply, PosternStatsRequest, Request, dispatch,
+    PosternListRequest, PosternMeasuredReply, PosternMeasuredRequest, PosternOpenReply,
+    PosternOpenRequest, PosternRemoveReply, PosternRemoveRequest, PosternStatsReply,
+    PosternStatsRequest, Request, dispatch,
 };
 
 std::thread_local! {
@@ -75,6 +76,7 @@ calls! {
     postern_list, PosternList, PosternListRequest, PosternListReply;
     postern_lease, PosternLease, PosternLeaseRequest, PosternLeaseReply;
     postern_keep, PosternKeep, PosternKeepRequest, PosternKeepReply;
+    postern_measured, PosternMeasured, PosternMeasuredRequest, PosternMeasuredReply;
 }
 
 /// Runs a future that has nothing to wait for.

@@ -97,7 +97,7 @@ fn fio_with_forked_jobs_verifies_in_a_directory_while_daemons_are_killed() {
 }
 
 /// A daemon that is nobody's own.
-fn daemon(world: &World, socket: &Path, options: &[&str]) -> Running {
+pub fn daemon(world: &World, socket: &Path, options: &[&str]) -> Running {
     let mut command = Command::new(world.part("posternd"));
     command.arg("--socket").arg(socket).arg("--root").arg(world.directory()).arg("--no-probes");
     let mut running = begin(command.args(options));
@@ -116,7 +116,7 @@ fn surroundings() -> Option<(World, PathBuf, PathBuf)> {
 }
 
 /// `serve` on the volume `v` of the daemon that listens on `socket`.
-fn served(world: &World, program: &Path, socket: &Path, options: &[&str]) -> Server {
+pub fn served(world: &World, program: &Path, socket: &Path, options: &[&str]) -> Server {
     let mut command = world.postern(["run", "--key-file", "v.key", "--volume", "/sealed/data=v"]);
     command.arg("--socket").arg(socket).args(options).arg("--").arg(program);
     let (server, first) = Server::start(command.args(["/sealed/data", "rw"]));

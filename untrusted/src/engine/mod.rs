@@ -14,6 +14,7 @@ pub mod fuzz;
 mod libaio;
 mod pace;
 mod queue;
+mod slot;
 mod table;
 mod uring;
 mod waiting;
@@ -31,12 +32,14 @@ use tokio::sync::oneshot;
 
 use crate::files::HostFile;
 use crate::limits::{LEAST_AIO, LaneShare, Leave};
+use crate::records::Chooser;
 use crate::region::Region;
-use crate::stats::{LaneStats, Stage};
+use crate::stats::LaneStats;
 use check::Refusal;
 use pace::Pace;
 use queue::{BATCH, Entry, Queue, REAP, Wanted};
 pub use queue::{Interface, probe};
+use slot::{Keeper, Slot};
 use table::FileTable;
 pub use table::{MAX_FILES, slot_of};
 
@@ -83,26 +86,6 @@ impl std::fmt::Display for BrokenRing {
             Self::Id { id } => write!(f, "request id {id:#x} is out of range or in flight"),
         }
     }
-}
-
-/// A request index of the lane.
-#[derive(Clone, Copy, Debug, Default)]
-struct Slot {
-    in_flight: bool,
-    id: u64,
-    op: u64,
-    /// Slot of the file table.
-    file: usize,
-    /// Bytes that count as under way.
-    bytes: u64,
-    picked_ns: u64,
-    /// When the kernel accepted it.
-    submitted_ns: u64,
-    /// When the last request of this index was reaped, until its delivery was recorded; else 0.
-    undelivered_ns: u64,
-    undelivered_op: u64,
-    /// When the last request of this index was delivered (claimed), if that is known; else 0.
-    delivered_ns: u64,
 }
 
 /// A request that the kernel is not asked for by io_submit: to be done elsewhere, then told by
@@ -168,6 +151,7 @@ pub struct Engine {
     lane: u64,
     stats: Arc<LaneStats>,
     slots: Box<[Slot]>,
+    chooser: Chooser,
     files: FileTable,
     /// Completions not yet written to the ring: id, result, when reaped.
     staged: Vec<(u64, i64, u64)>,
@@ -224,6 +208,7 @@ impl Engine {
             lane,
             stats,
             slots: vec![Slot::default(); entries].into(),
+            chooser: Chooser::default(),
             files: FileTable::default(),
             staged: Vec::with_capacity(entries),
             thread_work: Vec::new(),
@@ -247,7 +232,8 @@ impl Engine {
 
     /// Makes a file known under `handle`.
     pub fn add_file(&mut self, handle: u32, file: Arc<HostFile>) {
-        self.files.add(handle, file);
+        let volume = self.stats.place_of(&file.volume);
+        self.files.add(handle, file, volume);
     }
 
     /// Refuses further descriptors for `handle`; `done` hears when the last one in flight has
@@ -366,24 +352,27 @@ impl Engine {
 
     /// Records deliveries that no later request of the same index has brought to light.
     pub fn settle(&mut self) {
+        let now_ns = now_ns();
         for index in 0..self.slots.len() {
-            self.settle_slot(index);
+            self.settle_slot(index, now_ns);
         }
+        self.chooser.end_interval(now_ns, self.stats.terms(), &self.stats.records);
     }
 
     /// Records when the last request of an index was delivered, if the enclave has said so.
-    fn settle_slot(&mut self, index: usize) {
-        let slot = &mut self.slots[index];
-        if slot.undelivered_ns == 0 {
-            return;
+    fn settle_slot(&mut self, index: usize, now_ns: u64) {
+        if self.slots[index].undelivered {
+            let stamp = self.region.geometry().stamp_word(index);
+            let stamp = self.region.word(stamp).load(Ordering::Relaxed);
+            let (slot, keeper) = self.slot(index);
+            // If not: not delivered yet, or the stamp of the request before, or none at all.
+            slot.deliver(stamp, now_ns, keeper);
         }
-        let stamp_word = self.region.geometry().stamp_word(index);
-        let stamp = self.region.word(stamp_word).load(Ordering::Relaxed);
-        // Below: not delivered yet, or the stamp of the request before.
-        if stamp >= slot.undelivered_ns {
-            self.stats.record(Stage::CrossingIn, slot.undelivered_op, stamp - slot.undelivered_ns);
-            (slot.undelivered_ns, slot.delivered_ns) = (0, stamp);
-        }
+    }
+
+    fn slot(&mut self, index: usize) -> (&mut Slot, Keeper<'_>) {
+        let Self { slots, stats, chooser, lane, .. } = self;
+        (&mut slots[index], Keeper { stats, chooser, lane: *lane, index })
     }
 
     fn word(&self, index: usize) -> &std::sync::atomic::AtomicU64 {
@@ -458,14 +447,14 @@ impl Engine {
             .ok_or(BrokenRing::Id { id })?;
         let op = u64::from(submission.op);
         let file = check::check(submission, &geometry).and_then(|()| {
-            let (at, file) = self.files.get(submission.handle).ok_or(Refusal::BadFile)?;
+            let (at, file, volume) = self.files.get(submission.handle).ok_or(Refusal::BadFile)?;
             if matches!(op, op::WRITE | op::DISCARD) && !file.writable {
                 return Err(Refusal::BadFile);
             }
-            Ok((at, file.raw()))
+            Ok(((at, volume), file.raw()))
         });
         let act = Act::Discard { offset: submission.offset, length: submission.length };
-        let (file, fd) = match file {
+        let (at, fd) = match file {
             Ok(file) => file,
             Err(refusal) => {
                 self.stats.add(|c| &c.refused_descriptors, 1);
@@ -473,23 +462,15 @@ impl Engine {
                 return Ok(0);
             }
         };
-        self.settle_slot(index);
-        if self.slots[index].undelivered_ns != 0 {
-            self.stats.add(|c| &c.claims_refused, 1);
+        self.settle_slot(index, picked_ns);
+        if self.slots[index].undelivered {
+            let (slot, keeper) = self.slot(index);
+            slot.give_up(keeper);
         }
         let delivered_ns = self.slots[index].delivered_ns;
-        self.stats.record_claimed(Stage::CrossingOut, op, submission.enqueued_ns, picked_ns);
-        let bytes = if matches!(op, op::READ | op::WRITE) { submission.length } else { 0 };
-        self.slots[index] = Slot {
-            in_flight: true,
-            id,
-            op,
-            file,
-            bytes,
-            picked_ns,
-            submitted_ns: picked_ns,
-            ..Slot::default()
-        };
+        self.slots[index] = Slot::begin(submission, at, picked_ns, &self.stats);
+        let bytes = self.slots[index].bytes();
+        let (file, _) = at;
         self.files.begin(file);
         if op == op::DISCARD {
             self.elsewhere(index, Place::Thread, act);
@@ -537,10 +518,7 @@ impl Engine {
                 Ok(accepted) => {
                     let submitted_ns = now_ns();
                     for &index in accepted {
-                        let slot = &mut self.slots[index];
-                        slot.submitted_ns = submitted_ns;
-                        let spent = submitted_ns.saturating_sub(slot.picked_ns);
-                        self.stats.record(Stage::HostSubmit, slot.op, spent);
+                        self.slots[index].submitted(submitted_ns, &self.stats);
                     }
                     self.in_kernel += accepted.len() as u64;
                     self.stats.add(|c| &c.batches, 1);
@@ -594,6 +572,8 @@ impl Engine {
                     && self.slots.get(index).is_some_and(|slot| slot.in_flight)
                 {
                     self.complete(index, result, reaped_ns);
+                } else {
+                    self.stats.add(|c| &c.unmatched_completions, 1);
                 }
             }
             if count < REAP {
@@ -606,22 +586,12 @@ impl Engine {
     /// Ends a request that is in flight: counts it and stages its completion.
     fn complete(&mut self, index: usize, result: i64, reaped_ns: u64) {
         let slot = &mut self.slots[index];
-        slot.in_flight = false;
-        (slot.undelivered_ns, slot.undelivered_op) = (reaped_ns, slot.op);
-        let Slot { id, op, file, bytes, submitted_ns, .. } = *slot;
-        self.staged_bytes += bytes;
-        let spent = reaped_ns.saturating_sub(submitted_ns);
-        self.stats.record(Stage::Device, op, spent);
-        if op == op::FLUSH {
-            self.flushes.learn(spent);
+        slot.end(result, reaped_ns, &self.stats);
+        self.staged_bytes += slot.bytes();
+        if slot.op == op::FLUSH {
+            self.flushes.learn(reaped_ns.saturating_sub(slot.submitted_ns));
         }
-        match (op, u64::try_from(result)) {
-            (op::READ, Ok(bytes)) => self.stats.add(|c| &c.bytes_read, bytes),
-            (op::WRITE, Ok(bytes)) => self.stats.add(|c| &c.bytes_written, bytes),
-            (op::DISCARD, Ok(_)) => self.stats.add(|c| &c.discards, 1),
-            (_, Ok(_)) => self.stats.add(|c| &c.flushes, 1),
-            (_, Err(_)) => self.stats.add(|c| &c.errors, 1),
-        }
+        let (id, file) = (slot.id, slot.file);
         self.files.end(file);
         self.staged.push((id, result, reaped_ns));
     }
