@@ -7,7 +7,7 @@ pub use crate::wire::{CallError, Carrier, Malformed};
 
 /// FNV-1a of the interface's normal form. Equal on both sides if and only if (collisions
 /// aside) they were built from the same interface; no protection against a forger.
-pub const FINGERPRINT: u64 = 0x533fb29b9e9ab969;
+pub const FINGERPRINT: u64 = 0xe35347b7d9cd6e59;
 
 /// What a daemon answers when an enclave attaches.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -273,6 +273,32 @@ pub struct PosternKeepRequest {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PosternKeepReply;
 
+/// What [`Host::postern_measured`] is asked.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PosternMeasuredRequest {
+    /// `POSTERN_MEASURED_*`.
+    pub what: u32,
+    /// Number of the first item wanted.
+    pub first: u64,
+    /// Records: that slow; all ones: no wish.
+    pub least_ns: u64,
+    /// Records: a sample of that; 0: no wish.
+    pub one_in: u64,
+    /// Room for text in bytes, any number.
+    pub capacity: u64,
+}
+
+/// What [`Host::postern_measured`] answers.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PosternMeasuredReply {
+    /// UTF-8, no NUL.
+    ///
+    /// At most as many elements as the request's `capacity`.
+    pub text: Vec<u8>,
+    /// Bytes of `text` that were written.
+    pub length: u64,
+}
+
 /// A request as it travels: its number, then its fields.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Request {
@@ -294,6 +320,8 @@ pub enum Request {
     PosternLease(PosternLeaseRequest),
     /// Call 9, `postern_keep`.
     PosternKeep(PosternKeepRequest),
+    /// Call 10, `postern_measured`.
+    PosternMeasured(PosternMeasuredRequest),
 }
 
 impl Request {
@@ -341,6 +369,13 @@ impl Request {
             }),
             9 => Self::PosternKeep(PosternKeepRequest {
                 handle: Wire::get(&mut reader)?,
+            }),
+            10 => Self::PosternMeasured(PosternMeasuredRequest {
+                what: Wire::get(&mut reader)?,
+                first: Wire::get(&mut reader)?,
+                least_ns: Wire::get(&mut reader)?,
+                one_in: Wire::get(&mut reader)?,
+                capacity: Wire::get(&mut reader)?,
             }),
             call => return Err(Malformed::UnknownCall { call }),
         };
@@ -402,6 +437,14 @@ impl Request {
             Self::PosternKeep(request) => {
                 9_u64.put(&mut writer);
                 request.handle.put(&mut writer);
+            }
+            Self::PosternMeasured(request) => {
+                10_u64.put(&mut writer);
+                request.what.put(&mut writer);
+                request.first.put(&mut writer);
+                request.least_ns.put(&mut writer);
+                request.one_in.put(&mut writer);
+                request.capacity.put(&mut writer);
             }
         }
         writer.end()
@@ -473,6 +516,14 @@ pub trait Host {
         &mut self,
         request: PosternKeepRequest,
     ) -> impl Future<Output = Result<PosternKeepReply, u32>> + Send;
+
+    /// A part of what the daemon has measured, as JSON text: items from number `first` on as far
+    /// as they fit, and the number of the one after them (0: none). With records, for some seconds
+    /// more requests than usual are recorded: those that take at least so long, and one in so many.
+    fn postern_measured(
+        &mut self,
+        request: PosternMeasuredRequest,
+    ) -> impl Future<Output = Result<PosternMeasuredReply, u32>> + Send;
 }
 
 /// Decodes a request, calls the host, and writes the answer in place of what `reply` held.
@@ -568,6 +619,18 @@ pub async fn dispatch<H: Host + Send>(
         Request::PosternKeep(request) => {
             match host.postern_keep(request).await {
                 Ok(PosternKeepReply) => Writer::reply(reply).end_reply(),
+                Err(errno) => Writer::refusal(reply, errno),
+            }
+        }
+        Request::PosternMeasured(request) => {
+            let limit_text = request.capacity;
+            match host.postern_measured(request).await {
+                Ok(answer) => {
+                    let mut writer = Writer::reply(reply);
+                    writer.bytes(&answer.text, limit_text);
+                    answer.length.put(&mut writer);
+                    writer.end_reply();
+                }
                 Err(errno) => Writer::refusal(reply, errno),
             }
         }
@@ -763,6 +826,30 @@ impl<C: Carrier> Enclave<C> {
         let reader = Reader::reply(&answer)?;
         reader.end()?;
         Ok(PosternKeepReply)
+    }
+
+    /// A part of what the daemon has measured, as JSON text: items from number `first` on as far
+    /// as they fit, and the number of the one after them (0: none). With records, for some seconds
+    /// more requests than usual are recorded: those that take at least so long, and one in so many.
+    ///
+    /// # Errors
+    /// [`CallError`]: the carrier failed, the host refused, or the answer (or this request)
+    /// is malformed.
+    pub fn postern_measured(
+        &mut self,
+        request: &PosternMeasuredRequest,
+    ) -> Result<PosternMeasuredReply, CallError<C::Error>> {
+        let limit_text = request.capacity;
+        let (mut asked, mut answer) = (Vec::new(), Vec::new());
+        Request::PosternMeasured(request.clone()).encode(&mut asked)?;
+        self.0.call(&asked, &mut answer).map_err(CallError::Carrier)?;
+        let mut reader = Reader::reply(&answer)?;
+        let reply = PosternMeasuredReply {
+            text: reader.bytes(limit_text)?,
+            length: Wire::get(&mut reader)?,
+        };
+        reader.end()?;
+        Ok(reply)
     }
 }
 
