@@ -9,6 +9,8 @@
 //! Does not hold: that claimed stamps are true.
 
 mod check;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 mod libaio;
 mod pace;
 mod queue;
