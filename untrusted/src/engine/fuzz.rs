@@ -119,6 +119,7 @@ impl Bench {
         let mut engine = Engine::new(region, LANE, doorbells, stats, share, interface).unwrap();
         let pushed = Pushed::default();
         engine.queue = Box::new(pushed.clone());
+        engine.serve_discards();
 
         let number = MADE.fetch_add(1, Ordering::Relaxed);
         let name = format!("posternd-fuzz-{}-{number}", std::process::id());
