@@ -91,6 +91,13 @@ pub enum Command {
     Rekey(RekeyArgs),
     /// Latency per stage of a running daemon
     Stats(StatsArgs),
+    /// SGX enclave images: look at one, sign it, run it
+    #[command(after_help = crate::enclave::EXAMPLES)]
+    Enclave {
+        /// What to do.
+        #[command(subcommand)]
+        command: crate::enclave::EnclaveCommand,
+    },
     /// Monotonic counters, which tell an old state of a volume from the newest
     #[command(after_help = COUNTER_EXAMPLES)]
     Counter {
@@ -520,6 +527,10 @@ fn help_for(error: &clap::Error) -> String {
         "key",
         "rekey",
         "stats",
+        "enclave inspect",
+        "enclave sign",
+        "enclave run",
+        "enclave",
         "counter show",
         "counter reset",
         "counter",

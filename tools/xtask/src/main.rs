@@ -6,6 +6,7 @@ mod build;
 mod check;
 mod crash;
 mod demo;
+mod enclave;
 mod fio;
 mod fuzz;
 mod hostile;
@@ -52,6 +53,9 @@ enum Task {
     Hostile(hostile::Options),
     /// Fuzz every parser of what the host stores (nightly, cargo-fuzz)
     Fuzz(fuzz::Options),
+    /// Programs inside a genuine SGX enclave image: build, run, test
+    #[command(subcommand)]
+    Enclave(enclave::Task),
     /// Build the release parts side by side in target/release
     Build,
     /// Check format, lints and documentation
@@ -72,6 +76,7 @@ fn main() -> ExitCode {
         Task::Crash(options) => crash::all(&tree, &options),
         Task::Hostile(options) => hostile::all(&tree, &options),
         Task::Fuzz(options) => fuzz::all(&tree, &options),
+        Task::Enclave(task) => enclave::all(&tree, task),
         Task::Build => build::all(&tree),
         Task::Check => check::all(&tree),
         Task::Setup => setup::all(&tree),

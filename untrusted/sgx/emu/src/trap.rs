@@ -208,10 +208,11 @@ extern "C" fn on_signal(signal: c_int, info: *mut libc::siginfo_t, context: *mut
     // 2. A set guest lives until `with_guest` of this same thread goes on, which is below us.
     let (info, context, guest) =
         unsafe { (&*info, &mut *context.cast::<libc::ucontext_t>(), GUEST.get().as_mut()) };
-    // SAFETY: the frame lives as long as the guest, and the thread that uses it is stopped here.
-    if let Some(guest) = guest
-        && unsafe { (*guest.frame).inside } == 1
-    {
+    let is_inside = |guest: &Guest<'_>| {
+        // SAFETY: the frame lives as long as the guest, and the thread that uses it stands here.
+        unsafe { (*guest.frame).inside == 1 }
+    };
+    if let Some(guest) = guest.filter(|guest| is_inside(guest)) {
         from_inside(signal, info, context, guest);
     } else if signal == libc::SIGSEGV && code_at(*reg(context, libc::REG_RIP) as u64) == CPUID {
         cpuid_for_host(context);

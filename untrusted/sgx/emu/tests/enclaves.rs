@@ -2,6 +2,8 @@
 //!
 //! What must come out follows from the manual's description of the instructions.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::{sync::Mutex, thread};
 
 use sgx_emu::{
