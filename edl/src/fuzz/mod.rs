@@ -42,6 +42,7 @@ macro_rules! calls {
     ($($method:ident, $variant:ident, $request:ident, $reply:ident;)*) => {
         /// A reply of any call.
         #[derive(Clone, Debug)]
+        #[allow(clippy::enum_variant_names, reason = "the names are those of postern.edl")]
         enum Any {
             $($variant($reply),)*
         }

@@ -6,6 +6,7 @@ mod build;
 mod check;
 mod crash;
 mod demo;
+mod enclave;
 mod fio;
 mod fuzz;
 mod hostile;
@@ -56,6 +57,9 @@ enum Task {
     Hostile(hostile::Options),
     /// Fuzz every parser of what the other side says (nightly, cargo-fuzz)
     Fuzz(fuzz::Options),
+    /// Programs inside a genuine SGX enclave image: build, run, test
+    #[command(subcommand)]
+    Enclave(enclave::Task),
     /// Run the tests of what has `unsafe` under sanitizers and valgrind
     Sanitize(sanitize::Options),
     /// Build the release parts side by side in target/release
@@ -79,6 +83,7 @@ fn main() -> ExitCode {
         Task::Crash(options) => crash::all(&tree, &options),
         Task::Hostile(options) => hostile::all(&tree, &options),
         Task::Fuzz(options) => fuzz::all(&tree, &options),
+        Task::Enclave(task) => enclave::all(&tree, task),
         Task::Sanitize(options) => sanitize::all(&tree, &options),
         Task::Build => build::all(&tree),
         Task::Check => check::all(&tree),
