@@ -312,6 +312,9 @@ pub struct RunArgs {
     /// (in a second). `posternd --help` has more on each --session-LIMIT
     #[arg(long, value_name = "LIMIT=VALUE", value_parser = limit, conflicts_with = "socket")]
     pub limit: Vec<(&'static str, String)>,
+    /// The kernel's interface that the run's daemon uses for host I/O. The probes follow libaio only
+    #[arg(long, value_name = "ENGINE", value_enum, default_value_t, conflicts_with = "socket")]
+    pub engine: EngineArg,
     /// Load no eBPF probes; stages are then timed by the daemon's own clock
     #[arg(long)]
     pub no_probes: bool,
@@ -325,6 +328,17 @@ pub struct RunArgs {
     /// The program and its arguments
     #[arg(last = true, required = true, value_name = "PROGRAM")]
     pub program: Vec<OsString>,
+}
+
+/// The kernel's interface for host I/O.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum EngineArg {
+    /// io_submit(2).
+    #[default]
+    Libaio,
+    /// io_uring(7).
+    #[value(name = "io_uring")]
+    Uring,
 }
 
 /// Limits of a session, and the daemon's option for each.

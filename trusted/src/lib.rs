@@ -13,6 +13,20 @@ extern crate alloc;
 #[cfg(any(test, feature = "fuzzing"))]
 extern crate std;
 
+/// Whether a check is left out on purpose, to see that a test notices.
+#[cfg(test)]
+macro_rules! left_out {
+    ($canary:ident) => {
+        $crate::volume::tests::canary() == $crate::volume::tests::Canary::$canary
+    };
+}
+#[cfg(not(test))]
+macro_rules! left_out {
+    ($canary:ident) => {
+        false
+    };
+}
+
 pub mod aio;
 pub mod counter;
 pub mod directory;

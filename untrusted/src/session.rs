@@ -16,7 +16,7 @@ use postern_edl::{OPEN_ASK, OPEN_READ_ONLY};
 use rustix::io::Errno;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::engine::{Doorbells, Engine, MAX_FILES, slot_of};
+use crate::engine::{Doorbells, Engine, Interface, MAX_FILES, slot_of};
 use crate::files::{Catalog, HostFile, Opening};
 use crate::lane::{self, Command, LaneHandle, LaneParts};
 use crate::lease::{Lease, Terms};
@@ -38,6 +38,7 @@ pub struct Sessions {
     spin: Duration,
     terms: Terms,
     limits: Arc<Limits>,
+    interface: Interface,
 }
 
 #[derive(Debug, Default)]
@@ -147,11 +148,11 @@ impl Attached {
 }
 
 impl Sessions {
-    /// No sessions; lanes spin for `spin` at most, leases are held on `terms`, each session has no
-    /// more than `limits`.
+    /// No sessions; lanes spin for `spin` at most and do their I/O by `interface`, leases are held on
+    /// `terms`, each session has no more than `limits`.
     #[must_use]
-    pub fn new(spin: Duration, terms: Terms, limits: Limits) -> Self {
-        Self { spin, terms, limits: Arc::new(limits), ..Self::default() }
+    pub fn new(spin: Duration, terms: Terms, limits: Limits, interface: Interface) -> Self {
+        Self { spin, terms, limits: Arc::new(limits), interface, ..Self::default() }
     }
 
     /// What each session has and had, by number.
@@ -264,22 +265,23 @@ impl Sessions {
         let service = port.service.try_clone().map_err(errno)?;
         let doorbells = Doorbells { driver: port.driver, service: port.service };
         let stats = self.hub.lane(session.number, first);
-        let started = Engine::new(port.region, lane, doorbells, Arc::clone(&stats), share)
-            .and_then(|mut engine| {
-                for open in &state.files {
-                    if let Some(file) = &open.file {
-                        engine.add_file(open.handle, Arc::clone(file));
+        let started =
+            Engine::new(port.region, lane, doorbells, Arc::clone(&stats), share, self.interface)
+                .and_then(|mut engine| {
+                    for open in &state.files {
+                        if let Some(file) = &open.file {
+                            engine.add_file(open.handle, Arc::clone(file));
+                        }
                     }
-                }
-                lane::start(LaneParts {
-                    engine,
-                    doorbell: port.doorbell,
-                    stats: Arc::clone(&stats),
-                    spin: self.spin,
-                    number: lane,
-                })
-                .map_err(errno)
-            });
+                    lane::start(LaneParts {
+                        engine,
+                        doorbell: port.doorbell,
+                        stats: Arc::clone(&stats),
+                        spin: self.spin,
+                        number: lane,
+                    })
+                    .map_err(errno)
+                });
         let handle = match started {
             Ok(handle) => handle,
             Err(e) => {

@@ -127,6 +127,9 @@ counters! {
     sleeps,
     /// Flushes by fdatasync on a thread, because the file has no asynchronous one.
     flushes_on_thread,
+    /// Flushes by fdatasync in the lane itself, because they are short and nothing else was in
+    /// flight. The probes see only those that io_submit was asked for.
+    flushes_here,
     /// Descriptors refused: malformed, or for a file that is not open.
     refused_descriptors,
     /// Requests without a claimed time of publication.

@@ -165,19 +165,18 @@ fn make(family: &'static Family, port: &Port, incarnation: u64) -> Result<Joined
         return Ok(Joined { control, attached, incarnation });
     }
     let mut scout = Scout::attach(family, handles)?;
-    let mut seen = BTreeSet::new();
     // What was being opened when the first look began may be in memory when it ends.
-    while scout.take_back(family, &mut seen)? {}
+    while scout.take_back(family)? {}
     let session = (scout.attached.session, scout.attached.token);
     let (control, attached) = attach(family, port, session).map_err(not_attached)?;
     *family.footing.lock() = known(&scout.attached);
     // From here on who opens something sees that the daemon is another one.
-    scout.take_back(family, &mut seen)?;
+    scout.take_back(family)?;
     let kept: BTreeSet<u32> = family.host_files.all().iter().map(|file| file.handle).collect();
     for handle in core::mem::take(&mut scout.opened).difference(&kept) {
         scout.close(*handle);
     }
-    for handle in core::mem::take(&mut scout.lost) {
+    for &handle in &scout.lost {
         family.has_lost(handle, "somebody else had the volume while there was no daemon");
     }
     Ok(Joined { control, attached, incarnation })
@@ -236,7 +235,7 @@ struct Scout {
     /// Handles that the daemon has opened again.
     opened: BTreeSet<u32>,
     /// Those that could not be had, or were changed.
-    lost: Vec<u32>,
+    lost: BTreeSet<u32>,
     /// Directories whose index is as the family left it.
     indexes: BTreeSet<usize>,
     until_ns: u64,
@@ -256,7 +255,7 @@ impl Scout {
                 control,
                 attached,
                 opened: BTreeSet::new(),
-                lost: Vec::new(),
+                lost: BTreeSet::new(),
                 indexes: BTreeSet::new(),
                 until_ns: wait::now_ns() + RELEASED_WITHIN_NS,
             }),
@@ -267,9 +266,9 @@ impl Scout {
         }
     }
 
-    /// Opens what the family has open and was not `seen` yet, volumes before the files of
-    /// directories, and looks at it. Answers whether there was anything.
-    fn take_back(&mut self, family: &Family, seen: &mut BTreeSet<u32>) -> Result<bool, Missed> {
+    /// Opens what the family has open and is neither opened nor lost yet, volumes before the files
+    /// of directories, and looks at it. Answers whether there was anything.
+    fn take_back(&mut self, family: &Family) -> Result<bool, Missed> {
         let directory_of = |file: &HostFile| {
             let mut all = family.directories.iter();
             all.position(|directory| {
@@ -279,14 +278,14 @@ impl Scout {
         };
         let is_index = |file: &HostFile| file.name.ends_with(&format!("/{INDEX_NAME}"));
         let mut all = family.host_files.all();
-        all.retain(|file| !seen.contains(&file.handle));
+        all.retain(|file| ![&self.opened, &self.lost].iter().any(|s| s.contains(&file.handle)));
         let (members, volumes): (Vec<_>, Vec<_>) =
             all.into_iter().partition(|file| directory_of(file).is_some() && !is_index(file));
-        let mut any = false;
+        let mut any = !members.is_empty();
         for file in volumes {
             // One that is only being opened: who does begins anew when its requests fail.
             let Some(core) = file.core.upgrade() else { continue };
-            any |= seen.insert(file.handle);
+            any = true;
             let kept = self.open(&file)? && self.look_at(&core)?;
             self.note(file.handle, kept);
             if let Some(directory) = directory_of(&file).filter(|_| kept) {
@@ -294,7 +293,6 @@ impl Scout {
             }
         }
         for file in members {
-            any |= seen.insert(file.handle);
             // Nobody opens a directory's file who does not have its index.
             let index = directory_of(&file).is_some_and(|number| self.indexes.contains(&number));
             let kept = index && self.open(&file)?;
@@ -315,7 +313,7 @@ impl Scout {
             self.opened.insert(handle);
         } else {
             self.close(handle);
-            self.lost.push(handle);
+            self.lost.insert(handle);
         }
     }
 

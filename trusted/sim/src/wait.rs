@@ -278,46 +278,49 @@ pub fn ring(eventfd: i32) {
 /// Whether a write to `descriptor` would not block.
 #[must_use]
 pub fn is_writable(descriptor: i32) -> bool {
-    let mut poll = libc::pollfd { fd: descriptor, events: libc::POLLOUT, revents: 0 };
-    // SAFETY: one pollfd that lives through the call; a zero timeout does not wait.
-    let answer = unsafe {
-        let at = (&raw mut poll) as usize;
-        sys::syscall6(libc::SYS_poll, at, 1, 0, 0, 0, 0)
-    };
-    answer > 0 && poll.revents & libc::POLLOUT != 0
+    let mut poll = [asked(descriptor, libc::POLLOUT)];
+    look_at(&mut poll, 0);
+    poll[0].revents & libc::POLLOUT != 0
 }
 
 /// Waits a moment for a ring of `bell`, an eventfd; answers whether `socket` has hung up.
 #[must_use]
 pub fn for_bell(bell: i32, socket: i32) -> bool {
     const MOMENT_MS: usize = 100;
-    let mut polls = [
-        libc::pollfd { fd: socket, events: libc::POLLRDHUP, revents: 0 },
-        libc::pollfd { fd: bell, events: libc::POLLIN, revents: 0 },
-    ];
-    let mut word = 0_u64;
-    // SAFETY: pollfds and word live through the calls; the eventfd does not block.
-    unsafe {
-        let at = (&raw mut polls) as usize;
-        sys::syscall6(libc::SYS_poll, at, polls.len(), MOMENT_MS, 0, 0, 0);
-        if polls[1].revents & libc::POLLIN != 0 {
+    let mut polls = [asked(socket, libc::POLLRDHUP), asked(bell, libc::POLLIN)];
+    look_at(&mut polls, MOMENT_MS);
+    if polls[1].revents & libc::POLLIN != 0 {
+        let mut word = 0_u64;
+        // SAFETY: eight writable bytes; the eventfd does not block.
+        unsafe {
             let to = (&raw mut word) as usize;
             sys::syscall6(libc::SYS_read, bell as usize, to, 8, 0, 0, 0);
         }
     }
-    polls[0].revents & (libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR) != 0
+    polls[0].revents & HUNG_UP != 0
 }
 
 /// Whether `socket` has hung up.
 #[must_use]
 pub fn has_hung_up(socket: i32) -> bool {
-    let mut poll = libc::pollfd { fd: socket, events: libc::POLLRDHUP, revents: 0 };
-    // SAFETY: one pollfd that lives through the call; a zero timeout does not wait.
-    let answer = unsafe {
-        let at = (&raw mut poll) as usize;
-        sys::syscall6(libc::SYS_poll, at, 1, 0, 0, 0, 0)
+    let mut poll = [asked(socket, libc::POLLRDHUP)];
+    look_at(&mut poll, 0);
+    poll[0].revents & HUNG_UP != 0
+}
+
+/// What poll(2) says of a connection whose peer has gone.
+const HUNG_UP: i16 = libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR;
+
+const fn asked(fd: i32, events: i16) -> libc::pollfd {
+    libc::pollfd { fd, events, revents: 0 }
+}
+
+/// poll(2), for at most so many milliseconds; where it fails nothing has happened.
+fn look_at(polls: &mut [libc::pollfd], limit_ms: usize) {
+    // SAFETY: the pollfds live through the call, which writes nothing else.
+    unsafe {
+        sys::syscall6(libc::SYS_poll, polls.as_mut_ptr() as usize, polls.len(), limit_ms, 0, 0, 0)
     };
-    answer > 0 && poll.revents & (libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR) != 0
 }
 
 /// Closes a descriptor of our own.

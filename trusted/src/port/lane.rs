@@ -118,12 +118,6 @@ impl Lane {
         self.0.state.lock().withheld = true;
     }
 
-    /// Whether submissions wait for [`Self::release`].
-    #[must_use]
-    pub fn is_withheld(&self) -> bool {
-        self.0.state.lock().withheld
-    }
-
     /// Lays the rings out anew for the next daemon, which attaches afterwards. Only while submissions
     /// are withheld and when nobody uses the region any more; one that does all the same is a
     /// hostile host like any other.
@@ -146,20 +140,16 @@ impl Lane {
     /// with `EIO` instead.
     pub fn release(&self, refuse: impl Fn(u32) -> bool) {
         for start in (0..self.0.geometry.entries).step_by(BATCH) {
-            let mut refused = [const { Released { waker: None, extent: None } }; BATCH];
+            let mut wakers = [const { None }; BATCH];
             {
                 let mut state = self.0.state.lock();
-                for (n, place) in refused.iter_mut().enumerate() {
+                for (n, waker) in wakers.iter_mut().enumerate() {
                     let lost = |s: &Submission| u64::from(s.op) == op::FLUSH && refuse(s.handle);
-                    *place = state.table.refuse(start + n, Errno::EIO.0, lost);
-                    if let Some(descriptor) = state.table.publish_again(start + n) {
-                        self.publish(&mut state, &descriptor);
-                    }
+                    *waker = state.table.refuse(start + n, Errno::EIO.0, lost);
                 }
             }
-            refused.into_iter().filter_map(|one| one.waker).for_each(Waker::wake);
+            wakers.into_iter().flatten().for_each(Waker::wake);
         }
-        // What came in between was withheld behind those that were looked at.
         let mut state = self.0.state.lock();
         for index in 0..self.0.geometry.entries {
             if let Some(descriptor) = state.table.publish_again(index) {

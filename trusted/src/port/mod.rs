@@ -22,20 +22,6 @@
 //! Only `words` touches shared memory, and only by whole aligned 8-byte words. Locks are private,
 //! held for tens of nanoseconds, never across a copy, a wake-up or a doorbell.
 
-/// Whether a check is left out on purpose, to see that a test notices.
-#[cfg(test)]
-macro_rules! left_out {
-    ($canary:ident) => {
-        $crate::volume::tests::canary() == $crate::volume::tests::Canary::$canary
-    };
-}
-#[cfg(not(test))]
-macro_rules! left_out {
-    ($canary:ident) => {
-        false
-    };
-}
-
 mod buddy;
 mod file;
 mod lane;

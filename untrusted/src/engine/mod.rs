@@ -1,25 +1,28 @@
-//! The data path of a lane over native AIO: takes descriptors from the submission ring, hands them
+//! The data path of a lane over native AIO or io_uring: takes descriptors from the submission ring, hands them
 //! to the kernel in batches, reaps, publishes completions. Knows nothing of tokio: its owner calls
 //! [`Engine::turn`] until that has nothing to do, then sleeps between [`Engine::prepare_sleep`] and
 //! [`Engine::awake`].
 //!
 //! Holds whatever the enclave does: each shared word is loaded once; a descriptor reaches the
 //! kernel only after every check; an index is in flight at most once; the kernel uses the transfer
-//! area only while the mapping is alive (the AIO context is dropped, and so drained, first).
+//! area only while the mapping is alive (the queue is dropped, and so drained, first).
 //! Does not hold: that claimed stamps are true.
 
-mod aio;
-mod batch;
 mod check;
+mod libaio;
+mod pace;
+mod queue;
 mod slot;
 mod table;
+mod uring;
+mod waiting;
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use postern_ebpf_common::aio_data;
-use postern_edl::port::{CQE_WORDS, Completion, SQE_WORDS, Submission, cursor, op};
+use postern_edl::port::{CQE_WORDS, Completion, Geometry, SQE_WORDS, Submission, cursor, op};
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 use rustix::time::{ClockId, clock_gettime};
@@ -30,9 +33,10 @@ use crate::limits::{LEAST_AIO, LaneShare, Leave};
 use crate::records::Chooser;
 use crate::region::Region;
 use crate::stats::LaneStats;
-use aio::{AioContext, REAP};
-use batch::{BATCH, Batch, Entry};
 use check::Refusal;
+use pace::Pace;
+use queue::{BATCH, Entry, Queue, REAP, Wanted};
+pub use queue::{Interface, probe};
 use slot::{Keeper, Slot};
 use table::FileTable;
 pub use table::{MAX_FILES, slot_of};
@@ -82,16 +86,27 @@ impl std::fmt::Display for BrokenRing {
     }
 }
 
-/// A request for which the kernel has no asynchronous operation: to be done on a thread, then told
-/// by [`Engine::done`].
+/// A request that the kernel is not asked for by io_submit: to be done elsewhere, then told by
+/// [`Engine::done`].
 #[derive(Debug)]
 pub struct ThreadWork {
     /// Request index.
     pub index: usize,
+    /// Where.
+    pub place: Place,
     /// The file.
     pub file: Arc<HostFile>,
     /// What is to be done with it.
     pub act: Act,
+}
+
+/// Where a request is done that io_submit is not asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// On a thread: it takes a while.
+    Thread,
+    /// Here and now: it is short, and nothing else is in flight.
+    Here,
 }
 
 /// What a thread does.
@@ -125,9 +140,8 @@ impl ThreadWork {
 
 /// One lane's data path.
 pub struct Engine {
-    // Dropped in this order: the context first, which waits for the kernel.
-    context: AioContext,
-    batch: Batch,
+    // Dropped in this order: the queue first, which waits for the kernel.
+    queue: Box<dyn Queue>,
     /// The kernel signals it at each completion.
     completed: OwnedFd,
     region: Arc<Region>,
@@ -140,6 +154,7 @@ pub struct Engine {
     /// Completions not yet written to the ring: id, result, when reaped.
     staged: Vec<(u64, i64, u64)>,
     thread_work: Vec<ThreadWork>,
+    flushes: Pace,
     taken: u64,
     published: u64,
     /// Taken and not published.
@@ -166,15 +181,25 @@ impl Engine {
         doorbells: Doorbells,
         stats: Arc<LaneStats>,
         share: LaneShare,
+        interface: Interface,
     ) -> Result<Self, Errno> {
         use rustix::event::{EventfdFlags, eventfd};
         let entries = region.geometry().entries;
         let completed = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let requests = share.aio_requests(u32::try_from(entries).map_err(|_| Errno::INVAL)?);
-        let context = AioContext::new(requests, LEAST_AIO)?;
+        let wanted = Wanted {
+            requests,
+            least: LEAST_AIO,
+            wake: completed.as_raw_fd(),
+            memory: {
+                let Geometry { data_offset, data_bytes, .. } = *region.geometry();
+                (region.address(data_offset as u64), data_bytes as u64)
+            },
+        };
+        // SAFETY: the region is mapped as long as `self.region`, which outlives `self.queue`.
+        let queue = unsafe { queue::open(interface, &wanted) }?;
         Ok(Self {
-            context,
-            batch: Batch::new(completed.as_raw_fd()),
+            queue,
             completed,
             region,
             doorbells,
@@ -185,6 +210,7 @@ impl Engine {
             files: FileTable::default(),
             staged: Vec::with_capacity(entries),
             thread_work: Vec::new(),
+            flushes: Pace::default(),
             taken: 0,
             published: 0,
             in_flight: 0,
@@ -241,9 +267,6 @@ impl Engine {
 
     /// A request handed out by [`Self::take_thread_work`] is done: 0 or a negative errno.
     pub fn done(&mut self, index: usize, result: i64) {
-        if self.slots[index].op == op::FLUSH {
-            self.stats.add(|c| &c.flushes_on_thread, 1);
-        }
         self.complete(index, result, now_ns());
         self.publish();
     }
@@ -257,14 +280,14 @@ impl Engine {
         let mut busy = self.reap();
         // Before the batch is handed over: that takes a while.
         self.publish();
-        if self.batch.is_pending() {
+        if self.queue.is_pending() {
             busy |= self.submit();
         }
         let mut taken = Ok(false);
-        if !self.stopped && !self.batch.is_pending() {
+        if !self.stopped && !self.queue.is_pending() {
             taken = self.take();
             // Also what was taken before a broken descriptor.
-            if self.batch.is_pending() {
+            if self.queue.is_pending() {
                 self.submit();
             }
         }
@@ -294,7 +317,7 @@ impl Engine {
     #[must_use]
     pub fn has_submissions(&self) -> bool {
         !self.stopped
-            && !self.batch.is_pending()
+            && !self.queue.is_pending()
             && !self.is_held()
             && self.word(cursor::SQ_PUBLISHED).load(Ordering::Relaxed) != self.taken
     }
@@ -322,7 +345,7 @@ impl Engine {
     #[inline]
     #[must_use]
     pub fn has_completions(&self) -> bool {
-        self.in_kernel > 0 && self.context.has_events()
+        self.in_kernel > 0 && self.queue.has_events()
     }
 
     /// Records deliveries that no later request of the same index has brought to light.
@@ -448,13 +471,18 @@ impl Engine {
         let (file, _) = at;
         self.files.begin(file);
         if op == op::DISCARD {
-            if let Some(file) = self.files.at(file) {
-                self.thread_work.push(ThreadWork { index, file: Arc::clone(file), act });
-            }
+            self.elsewhere(index, Place::Thread, act);
+            return Ok(bytes);
+        }
+        // The kernel hands IOCB_CMD_FDSYNC to a thread of its own: two wake-ups, which together
+        // take as long as the flush of a fast disk.
+        if op == op::FLUSH && self.in_flight == 1 && self.flushes.are_short() {
+            self.stats.add(|c| &c.flushes_here, 1);
+            self.elsewhere(index, Place::Here, Act::Flush);
             return Ok(bytes);
         }
         let address = if op == op::FLUSH { 0 } else { self.region.address(submission.data) };
-        self.batch.push(&Entry {
+        self.queue.push(&Entry {
             data: aio_data(self.lane, index as u64, id >> 32),
             index,
             op,
@@ -467,15 +495,22 @@ impl Engine {
         Ok(bytes)
     }
 
+    /// Has the owner of the engine do a request that has just been taken, or refused by the kernel.
+    fn elsewhere(&mut self, index: usize, place: Place, act: Act) {
+        if let Some(file) = self.files.at(self.slots[index].file) {
+            self.thread_work.push(ThreadWork { index, place, file: Arc::clone(file), act });
+        }
+    }
+
     /// Hands the batch to the kernel, as far as it accepts it. Answers whether anything moved.
     fn submit(&mut self) -> bool {
         let mut moved = false;
-        while self.batch.is_pending() {
+        while self.queue.is_pending() {
             // SAFETY: 1. Every entry passed `accept`: its range lies in the transfer area of
-            //    `self.region`, which outlives `self.context` (field order, and drop waits).
+            //    `self.region`, which outlives `self.queue` (field order, and drop waits).
             //    2. Its descriptor belongs to a file the table keeps until the count of its
-            //    requests in flight is zero, or, at drop, longer than the context.
-            let result = unsafe { self.batch.submit(&mut self.context) };
+            //    requests in flight is zero, or, at drop, longer than the queue.
+            let result = unsafe { self.queue.submit() };
             match result {
                 Ok([]) => break,
                 Ok(accepted) => {
@@ -486,7 +521,7 @@ impl Engine {
                     self.in_kernel += accepted.len() as u64;
                     self.stats.add(|c| &c.batches, 1);
                     moved = true;
-                    if self.batch.is_pending() {
+                    if self.queue.is_pending() {
                         self.stats.add(|c| &c.submit_retries, 1);
                     }
                 }
@@ -507,13 +542,11 @@ impl Engine {
 
     /// The kernel refused the first waiting request.
     fn refused_by_kernel(&mut self, errno: Errno) {
-        let Some(index) = self.batch.drop_first() else { return };
+        let Some(index) = self.queue.drop_first() else { return };
         let slot = self.slots[index];
-        if slot.op == op::FLUSH
-            && matches!(errno, Errno::INVAL | Errno::OPNOTSUPP)
-            && let Some(file) = self.files.at(slot.file)
-        {
-            self.thread_work.push(ThreadWork { index, file: Arc::clone(file), act: Act::Flush });
+        if slot.op == op::FLUSH && matches!(errno, Errno::INVAL | Errno::OPNOTSUPP) {
+            self.stats.add(|c| &c.flushes_on_thread, 1);
+            self.elsewhere(index, Place::Thread, Act::Flush);
             return;
         }
         self.complete(index, -i64::from(errno.raw_os_error()), now_ns());
@@ -523,7 +556,7 @@ impl Engine {
     fn reap(&mut self) -> bool {
         let mut any = false;
         while self.in_kernel > 0 {
-            let count = self.context.reap();
+            let count = self.queue.reap();
             if count == 0 {
                 break;
             }
@@ -531,7 +564,7 @@ impl Engine {
             let reaped_ns = now_ns();
             self.in_kernel = self.in_kernel.saturating_sub(count as u64);
             for n in 0..count {
-                let (data, result) = self.context.event(n);
+                let (data, result) = self.queue.event(n);
                 let index = usize::try_from(postern_ebpf_common::index_of(data));
                 if let Ok(index) = index
                     && self.slots.get(index).is_some_and(|slot| slot.in_flight)
@@ -554,6 +587,9 @@ impl Engine {
         slot.end(result, reaped_ns, &self.stats);
         self.staged_bytes += slot.bytes();
         let (id, file) = (slot.id, slot.file);
+        if slot.op == op::FLUSH {
+            self.flushes.learn(reaped_ns.saturating_sub(slot.submitted_ns));
+        }
         self.files.end(file);
         self.staged.push((id, result, reaped_ns));
     }

@@ -223,7 +223,7 @@ impl FakeLane {
                 PosternMeasuredRequest { what, first, least_ns, one_in, capacity: 1 << 17 };
             let reply = self.calls.postern_measured(&request).unwrap();
             let mut page: serde_json::Value = serde_json::from_slice(&reply.text).unwrap();
-            all.extend(page["items"].as_array_mut().unwrap().drain(..));
+            all.append(page["items"].as_array_mut().unwrap());
             first = page["next"].as_u64().unwrap();
             if first == 0 {
                 return all;

@@ -31,7 +31,7 @@ use super::{
     CANARY, Canary,
     crash::{key, tiny},
     model::{Model, SECTOR, content},
-    nonces,
+    nonces, number, words_of,
 };
 use crate::{
     disk::{Disk, Transfer},
@@ -546,17 +546,7 @@ fn check(seed: u64, canary: Canary) -> Result<u64, String> {
     let result = panic::catch_unwind(|| episode(seed));
     CANARY.set(Canary::None);
     probe::set(None);
-    result.map_err(|cause| {
-        cause
-            .downcast::<String>()
-            .map(|text| *text)
-            .or_else(|cause| cause.downcast::<&str>().map(|text| (*text).into()))
-            .unwrap_or_else(|_: Box<_>| "a panic".into())
-    })
-}
-
-fn number(name: &str) -> Option<u64> {
-    std::env::var(name).ok()?.parse().ok()
+    result.map_err(words_of)
 }
 
 #[test]
