@@ -6,7 +6,11 @@
 #![forbid(unsafe_code)]
 
 extern crate alloc;
+#[cfg(any(test, feature = "fuzzing"))]
+extern crate std;
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 pub mod port;
 pub mod wire;
 

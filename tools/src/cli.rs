@@ -100,6 +100,13 @@ pub enum Command {
     Rekey(RekeyArgs),
     /// Latency per stage of a running daemon
     Stats(StatsArgs),
+    /// SGX enclave images: look at one, sign it, run it
+    #[command(after_help = crate::enclave::EXAMPLES)]
+    Enclave {
+        /// What to do.
+        #[command(subcommand)]
+        command: crate::enclave::EnclaveCommand,
+    },
     /// Watch a running daemon: volumes, sessions, percentiles by stage, latency over time
     #[command(
         after_help = "Keys: q quit, s sort, r reverse, / filter, up and down choose a volume, Tab sessions, p pause."
@@ -551,6 +558,10 @@ fn help_for(error: &clap::Error) -> String {
         "key",
         "rekey",
         "stats",
+        "enclave inspect",
+        "enclave sign",
+        "enclave run",
+        "enclave",
         "counter show",
         "counter reset",
         "counter",

@@ -20,8 +20,34 @@ macro_rules! left_out {
         $crate::volume::tests::canary() == $crate::volume::tests::Canary::$canary
     };
 }
-#[cfg(not(test))]
+#[cfg(all(not(test), not(postern_unchecked)))]
 macro_rules! left_out {
+    ($canary:ident) => {
+        false
+    };
+}
+/// A build of `cargo xtask port` alone: the checks that the port makes of what the host wrote are
+/// left out, to count what they cost.
+#[cfg(all(not(test), postern_unchecked))]
+macro_rules! left_out {
+    (AfterPoison) => {
+        true
+    };
+    (AnyCursor) => {
+        true
+    };
+    (CursorBack) => {
+        true
+    };
+    (AnyGeneration) => {
+        true
+    };
+    (TwiceDone) => {
+        true
+    };
+    (AnyResult) => {
+        true
+    };
     ($canary:ident) => {
         false
     };

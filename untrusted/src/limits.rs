@@ -281,7 +281,8 @@ pub struct LaneShare {
 
 impl LaneShare {
     /// The share of a lane without limits, for tests.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzzing"))]
+    #[must_use]
     pub fn unlimited() -> Self {
         let limits = Limits { depth: u32::MAX, in_flight: u64::MAX, ..Limits::default() };
         let account = Arc::new(Account::new(Arc::new(limits), 0, 0));

@@ -52,6 +52,8 @@ use crate::{
 const RELEASED_WITHIN_NS: u64 = 2_000_000_000;
 /// Requests in flight of the lane that looks.
 const SCOUT_ENTRIES: usize = 16;
+/// How long a scout sleeps before it looks whether its daemon is there, nanoseconds.
+const MOMENT_NS: u64 = 20_000_000;
 /// A daemon's refusals of a session that it does not know, and of another family's.
 const ESTALE: u32 = Errno::ESTALE.0.unsigned_abs();
 const EACCES: u32 = Errno::EACCES.0.unsigned_abs();
@@ -354,14 +356,10 @@ impl Scout {
             if lane.poll(SCOUT_ENTRIES) > 0 {
                 continue;
             }
-            if lane.prepare_sleep(Sleeper::Driver) {
-                let hung_up = wait::for_bell(self.port.bells[1], self.control.0.descriptor());
-                if hung_up && !lane.needs_drive() {
-                    lane.cancel_sleep(Sleeper::Driver);
-                    return Err(Missed::NoDaemon(Errno::ECONNRESET));
-                }
+            lane.sleep(Sleeper::Driver, MOMENT_NS);
+            if wait::has_hung_up(self.control.0.descriptor()) && !lane.needs_drive() {
+                return Err(Missed::NoDaemon(Errno::ECONNRESET));
             }
-            lane.cancel_sleep(Sleeper::Driver);
         }
     }
 }

@@ -176,10 +176,7 @@ impl Place<'_> {
     #[must_use]
     pub fn sleep(&self, timeout_ns: Option<u64>, signals: Signals) -> WaitEnd {
         let mut event = libc::epoll_event { events: 0, u64: 0 };
-        let timeout = timeout_ns.map(|ns| libc::timespec {
-            tv_sec: i64::try_from(ns / 1_000_000_000).unwrap_or(i64::MAX),
-            tv_nsec: i64::try_from(ns % 1_000_000_000).unwrap_or(0),
-        });
+        let timeout = timeout_ns.map(timespec);
         let mask = match signals {
             Signals::AsTheyAre => None,
             Signals::Masked(mask) => Some(mask),
@@ -283,21 +280,29 @@ pub fn is_writable(descriptor: i32) -> bool {
     poll[0].revents & libc::POLLOUT != 0
 }
 
-/// Waits a moment for a ring of `bell`, an eventfd; answers whether `socket` has hung up.
-#[must_use]
-pub fn for_bell(bell: i32, socket: i32) -> bool {
-    const MOMENT_MS: usize = 100;
-    let mut polls = [asked(socket, libc::POLLRDHUP), asked(bell, libc::POLLIN)];
-    look_at(&mut polls, MOMENT_MS);
-    if polls[1].revents & libc::POLLIN != 0 {
-        let mut word = 0_u64;
-        // SAFETY: eight writable bytes; the eventfd does not block.
-        unsafe {
+/// Waits until somebody rings `bell`, an eventfd, or has since the last such wait: `limit_ns`
+/// nanoseconds at most, or until a signal was handled.
+pub fn for_ring(bell: i32, limit_ns: u64) {
+    let mut poll = libc::pollfd { fd: bell, events: libc::POLLIN, revents: 0 };
+    let limit = timespec(limit_ns);
+    let mut word = 0_u64;
+    // SAFETY: all objects live through the calls; no mask is set; the eventfd does not block.
+    unsafe {
+        let (at, limit) = ((&raw mut poll) as usize, (&raw const limit) as usize);
+        sys::syscall6(libc::SYS_ppoll, at, 1, limit, 0, 0, 0);
+        if poll.revents & libc::POLLIN != 0 {
             let to = (&raw mut word) as usize;
             sys::syscall6(libc::SYS_read, bell as usize, to, 8, 0, 0, 0);
         }
     }
-    polls[0].revents & HUNG_UP != 0
+}
+
+/// A length of time for the kernel.
+fn timespec(ns: u64) -> libc::timespec {
+    libc::timespec {
+        tv_sec: i64::try_from(ns / 1_000_000_000).unwrap_or(i64::MAX),
+        tv_nsec: i64::try_from(ns % 1_000_000_000).unwrap_or(0),
+    }
 }
 
 /// Whether `socket` has hung up.

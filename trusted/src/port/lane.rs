@@ -329,6 +329,17 @@ impl Lane {
         }
     }
 
+    /// Sleeps until the daemon publishes something, `limit_ns` nanoseconds at most; not at all if
+    /// there is something to poll. May return early: look again. The caller holds no [`Plug`]. Who
+    /// has to be woken by something else too goes by [`Self::prepare_sleep`] and sleeps by itself.
+    pub fn sleep(&self, sleeper: Sleeper, limit_ns: u64) {
+        if self.prepare_sleep(sleeper) {
+            // An errno is an early return.
+            let _ = self.0.bell.postern_sleep(self.0.words.address(), sleeper, limit_ns);
+        }
+        self.cancel_sleep(sleeper);
+    }
+
     /// Why the lane is poisoned, if it is.
     #[must_use]
     pub fn fault(&self) -> Option<HostFault> {
@@ -451,7 +462,8 @@ impl Lane {
     fn ring_if_asleep(&self) {
         if self.0.words.observe(cursor::DAEMON_SLEEPS) != 0 {
             self.0.doorbells.fetch_add(1, Ordering::Relaxed);
-            self.0.bell.ring();
+            // A bell that says no is as good as one that nobody hears: nothing is decided on it.
+            let _ = self.0.bell.postern_wake(self.0.words.address());
         }
     }
 

@@ -433,7 +433,7 @@ impl Core {
     /// Applies one written block; returns whether it is now what the block is.
     pub(crate) fn apply(&mut self, block: u64, ptr: Ptr) -> bool {
         self.counters.data_blocks += 1;
-        let newer = self.frozen.as_ref().and_then(|f| f.maps.get(&block));
+        let newer = self.frozen.as_ref().and_then(|f| f.maps.get(block));
         if newer.is_some_and(|f| f.order > ptr.order) && !self.is(canary!(LastCompletes)) {
             return false;
         }
@@ -477,14 +477,14 @@ impl Core {
 
     #[cfg(test)]
     fn break_apply(&mut self, block: u64, ptr: Ptr) {
-        let old = self.active.maps.get(&block).copied();
+        let old = self.active.maps.get(block).copied();
         if self.is(canary!(EarlyReuse)) {
-            let durable = self.frozen.as_ref().and_then(|f| f.maps.get(&block)).copied();
+            let durable = self.frozen.as_ref().and_then(|f| f.maps.get(block)).copied();
             if let Some(old) = old.or(durable).filter(|old| old.order < ptr.order) {
                 self.space.forget(old.place());
             }
         } else {
-            self.active.maps.remove(&block);
+            self.active.maps.remove(block);
         }
     }
 }

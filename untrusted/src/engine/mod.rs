@@ -9,6 +9,8 @@
 //! Does not hold: that claimed stamps are true.
 
 mod check;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 mod libaio;
 mod pace;
 mod queue;
@@ -162,6 +164,8 @@ pub struct Engine {
     /// Accepted by the kernel and not reaped.
     in_kernel: u64,
     stopped: bool,
+    /// Discards were agreed on at attach.
+    discards: bool,
     share: LaneShare,
     /// Bytes of the staged completions.
     staged_bytes: u64,
@@ -216,6 +220,7 @@ impl Engine {
             in_flight: 0,
             in_kernel: 0,
             stopped: false,
+            discards: false,
             share,
             staged_bytes: 0,
             held: None,
@@ -226,6 +231,11 @@ impl Engine {
     #[must_use]
     pub const fn completed(&self) -> &OwnedFd {
         &self.completed
+    }
+
+    /// Serves discards, which are refused until then.
+    pub const fn serve_discards(&mut self) {
+        self.discards = true;
     }
 
     /// Makes a file known under `handle`.
@@ -445,6 +455,9 @@ impl Engine {
             .ok_or(BrokenRing::Id { id })?;
         let op = u64::from(submission.op);
         let file = check::check(submission, &geometry).and_then(|()| {
+            if op == op::DISCARD && !self.discards {
+                return Err(Refusal::Invalid);
+            }
             let (at, file, volume) = self.files.get(submission.handle).ok_or(Refusal::BadFile)?;
             if matches!(op, op::WRITE | op::DISCARD) && !file.writable {
                 return Err(Refusal::BadFile);
@@ -586,10 +599,10 @@ impl Engine {
         let slot = &mut self.slots[index];
         slot.end(result, reaped_ns, &self.stats);
         self.staged_bytes += slot.bytes();
-        let (id, file) = (slot.id, slot.file);
         if slot.op == op::FLUSH {
             self.flushes.learn(reaped_ns.saturating_sub(slot.submitted_ns));
         }
+        let (id, file) = (slot.id, slot.file);
         self.files.end(file);
         self.staged.push((id, result, reaped_ns));
     }

@@ -38,7 +38,7 @@ use crate::{
     errno::Errno,
     exec::Executor,
     platform::{Memory, NoEntropy, Platform},
-    port::{Doorbell, HostFault, Lane, LaneFile, SharedWords, Sleeper, probe},
+    port::{Doorbell, HostFault, Lane, LaneFile, SharedWords, Sleeper, Switchless, probe},
     volume::{OpenOptions, Volume, VolumeError, format as formats, layout::BLOCK_BYTES},
 };
 
@@ -103,13 +103,21 @@ impl Shown {
     }
 }
 
-impl Doorbell for Bell {
-    fn ring(&self) {
+impl Switchless for Bell {
+    fn postern_wake(&self, _port: u64) -> Result<(), u32> {
         let lane = self.state.lane.lock().unwrap().clone();
         assert!(lane.is_none_or(|lane| !lane.is_locked()), "a doorbell under the lane's lock");
         self.nest();
+        Ok(())
     }
 
+    /// Ends at once, and the host has acted.
+    fn postern_sleep(&self, port: u64, _: Sleeper, _: u64) -> Result<(), u32> {
+        self.postern_wake(port)
+    }
+}
+
+impl Doorbell for Bell {
     /// Any number: nothing is decided on it.
     fn now_ns(&self) -> u64 {
         self.nest();
