@@ -124,6 +124,19 @@ impl<S: Store> Host<S> {
         (self.taken, self.answered, self.silent) = (0, 0, 0);
     }
 
+    /// Answers, if it breaks the contract at all and now and then, what only the daemon before was
+    /// asked.
+    pub fn haunt(&mut self, region: &[AtomicU64]) {
+        let often = self.temper.breaches.saturating_mul(50).min(5000);
+        if !self.past.is_empty() && self.rng.chance(often) {
+            self.deeds.breaches += 1;
+            let back = self.rng.index(self.past.len().min(8));
+            let id = self.past[self.past.len() - 1 - back];
+            let result = self.rng.one_of(&[0, 4096]);
+            self.answer(region, id, result);
+        }
+    }
+
     /// Requests taken and not answered.
     #[must_use]
     pub const fn waiting(&self) -> usize {

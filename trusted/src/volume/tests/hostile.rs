@@ -335,7 +335,12 @@ impl Scene {
         self.watch.borrow_mut().begin_renewal();
         self.lane.renew();
         self.watch.borrow_mut().end_renewal();
-        self.host.lock().unwrap().succeed(self.region);
+        {
+            let mut host = self.host.lock().unwrap();
+            host.succeed(self.region);
+            host.haunt(self.region);
+            self.state.note(host.deeds());
+        }
         self.pass_time();
         if self.lane.fault().is_some() {
             return;
