@@ -6,7 +6,11 @@
 #![forbid(unsafe_code)]
 
 extern crate alloc;
+#[cfg(any(test, feature = "fuzzing"))]
+extern crate std;
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 pub mod port;
 pub mod wire;
 
@@ -32,6 +36,13 @@ pub const OPEN_ASK: u32 = 2;
 pub const LEASE_ASKED: u32 = 1;
 /// State of a lease: taken away. No descriptor of its handle is served any more.
 pub const LEASE_LOST: u32 = 2;
+
+/// What `postern_measured` tells: the volumes, their requests by result, bytes.
+pub const MEASURED_VOLUMES: u32 = 1;
+/// What `postern_measured` tells: latency by volume, operation and stage, as histograms.
+pub const MEASURED_LATENCY: u32 = 2;
+/// What `postern_measured` tells: records of single requests.
+pub const MEASURED_RECORDS: u32 = 3;
 
 /// `postern_file_t` flag: the host file system refused O_DIRECT and the operator allowed buffered I/O.
 pub const FILE_BUFFERED: u32 = 1;

@@ -8,8 +8,9 @@ use postern_edl::calls::{
     PosternAttachRequest, PosternAttached, PosternCloseReply, PosternCloseRequest,
     PosternCreateReply, PosternCreateRequest, PosternFile, PosternKeepReply, PosternKeepRequest,
     PosternLease, PosternLeaseReply, PosternLeaseRequest, PosternListReply, PosternListRequest,
-    PosternOpenReply, PosternOpenRequest, PosternRemoveReply, PosternRemoveRequest,
-    PosternStatsReply, PosternStatsRequest, Request, dispatch,
+    PosternMeasuredReply, PosternMeasuredRequest, PosternOpenReply, PosternOpenRequest,
+    PosternRemoveReply, PosternRemoveRequest, PosternStatsReply, PosternStatsRequest, Request,
+    dispatch,
 };
 use proptest::prelude::*;
 use std::task::{Context, Poll, Waker};
@@ -50,6 +51,7 @@ enum Any {
     List(PosternListReply),
     Lease(PosternLeaseReply),
     Keep(PosternKeepReply),
+    Measured(PosternMeasuredReply),
 }
 
 macro_rules! told {
@@ -76,6 +78,7 @@ told! {
     postern_list, PosternList, PosternListRequest, PosternListReply, List;
     postern_lease, PosternLease, PosternLeaseRequest, PosternLeaseReply, Lease;
     postern_keep, PosternKeep, PosternKeepRequest, PosternKeepReply, Keep;
+    postern_measured, PosternMeasured, PosternMeasuredRequest, PosternMeasuredReply, Measured;
 }
 
 /// A carrier right into a host.
@@ -148,6 +151,11 @@ fn each_request_is_the_words_that_the_format_says() {
 
     Request::PosternKeep(PosternKeepRequest { handle: 12 }).encode(&mut bytes).unwrap();
     assert_eq!(bytes, words(&[9, 12]));
+
+    let measured =
+        PosternMeasuredRequest { what: 1, first: 2, least_ns: 3, one_in: 4, capacity: 5 };
+    Request::PosternMeasured(measured).encode(&mut bytes).unwrap();
+    assert_eq!(bytes, words(&[10, 1, 2, 3, 4, 5]));
 }
 
 #[test]
@@ -182,6 +190,11 @@ fn each_reply_is_the_words_that_the_format_says() {
             words(&[0, 3, 1]),
         ),
         (Any::Keep(PosternKeepReply), words(&[9, 3]), words(&[0])),
+        (
+            Any::Measured(PosternMeasuredReply { text: b"{}".to_vec(), length: 2 }),
+            words(&[10, 1, 0, 0, 0, 2]),
+            words(&[0, 2, u64::from(u16::from_le_bytes(*b"{}")), 2]),
+        ),
         (
             Any::Stats(stats),
             words(&[4, 2]),
@@ -270,7 +283,7 @@ fn the_host_is_not_called_for_a_request_that_is_not_one() {
         (vec![], Malformed::Short { word: 0 }),
         (vec![0; 9], Malformed::Ragged { bytes: 9 }),
         (words(&[0]), Malformed::UnknownCall { call: 0 }),
-        (words(&[10, 0]), Malformed::UnknownCall { call: 10 }),
+        (words(&[11, 0]), Malformed::UnknownCall { call: 11 }),
         (words(&[u64::MAX]), Malformed::UnknownCall { call: u64::MAX }),
         (words(&[3]), Malformed::Short { word: 1 }),
         (words(&[3, 1, 1]), Malformed::Long { word: 2 }),

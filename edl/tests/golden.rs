@@ -14,7 +14,8 @@ mod calls {
 
 use calls::{
     CallError, Carrier, Enclave, Host, Malformed, Order, OrderCopyReply, OrderCopyRequest,
-    OrderPlaceReply, OrderPlaceRequest, PingReply, PingRequest, Place, Request, Urgency, dispatch,
+    OrderPlaceReply, OrderPlaceRequest, PingReply, PingRequest, Place, Request, Switchless,
+    Urgency, dispatch,
 };
 use proptest::prelude::*;
 use std::task::{Context, Poll, Waker};
@@ -175,6 +176,30 @@ fn a_number_that_is_no_enumerator_is_refused() {
             assert_eq!(decoded, Err(Malformed::Range { word: 3 }));
         }
     }
+}
+
+/// Rings by itself, as what runs an enclave would.
+#[derive(Default)]
+struct Runtime(std::sync::Mutex<Vec<(Urgency, u64, i32)>>);
+
+impl Switchless for Runtime {
+    fn ring_bell(&self, urgency: Urgency, r#where: u64, r#type: i32) -> Result<(), u32> {
+        self.0.lock().unwrap().push((urgency, r#where, r#type));
+        Ok(())
+    }
+
+    fn doze(&self) -> Result<(), u32> {
+        Err(4)
+    }
+}
+
+#[test]
+fn switchless_calls_are_plain_calls_of_a_trait_that_can_be_an_object() {
+    let runtime = Runtime::default();
+    let bell: &dyn Switchless = &runtime;
+    assert_eq!(bell.ring_bell(Urgency::Soon, u64::MAX, -1), Ok(()));
+    assert_eq!(bell.doze(), Err(4));
+    assert_eq!(*runtime.0.lock().unwrap(), [(Urgency::Soon, u64::MAX, -1)]);
 }
 
 fn any_place() -> impl Strategy<Value = Place> {

@@ -7,6 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum, error::ErrorKind};
 use crate::{
     counter::{AccessArgs, CounterArgs, MovesArg},
     error::{Exit, Failure},
+    observe::{top::TopArgs, trace::TraceArgs},
     size,
 };
 
@@ -34,6 +35,14 @@ Examples:
   The same volume again, with a key of one's own and the latency of every stage saved:
     postern run --volume /sealed/data=/srv/data.vol --key-file /etc/postern/data.key \\
       --stats stages.json -- mydatabase --datafile /sealed/data";
+
+const TRACE_EXAMPLES: &str = "\
+Without options: the slowest request of each second and lane, each that failed, and one in 1024.
+Examples:
+  All requests on a volume that take a millisecond or more:
+    postern trace --socket /run/postern/control --volume data --min-latency 1ms
+  Ten seconds of one in 16, for ui.perfetto.dev:
+    postern trace --socket /run/postern/control --one-in 16 --duration 10 --perfetto trace.json";
 
 const COUNTER_EXAMPLES: &str = "\
 Example, after putting back a copy of a volume:
@@ -91,6 +100,21 @@ pub enum Command {
     Rekey(RekeyArgs),
     /// Latency per stage of a running daemon
     Stats(StatsArgs),
+    /// SGX enclave images: look at one, sign it, run it
+    #[command(after_help = crate::enclave::EXAMPLES)]
+    Enclave {
+        /// What to do.
+        #[command(subcommand)]
+        command: crate::enclave::EnclaveCommand,
+    },
+    /// Watch a running daemon: volumes, sessions, percentiles by stage, latency over time
+    #[command(
+        after_help = "Keys: q quit, s sort, r reverse, / filter, up and down choose a volume, Tab sessions, p pause."
+    )]
+    Top(TopArgs),
+    /// Print a line for each request of a running daemon that is slow, failed or of a sample
+    #[command(after_help = TRACE_EXAMPLES)]
+    Trace(TraceArgs),
     /// Monotonic counters, which tell an old state of a volume from the newest
     #[command(after_help = COUNTER_EXAMPLES)]
     Counter {
@@ -295,6 +319,9 @@ pub struct RunArgs {
     /// (in a second). `posternd --help` has more on each --session-LIMIT
     #[arg(long, value_name = "LIMIT=VALUE", value_parser = limit, conflicts_with = "socket")]
     pub limit: Vec<(&'static str, String)>,
+    /// The kernel's interface that the run's daemon uses for host I/O. The probes follow libaio only
+    #[arg(long, value_name = "ENGINE", value_enum, default_value_t, conflicts_with = "socket")]
+    pub engine: EngineArg,
     /// Load no eBPF probes; stages are then timed by the daemon's own clock
     #[arg(long)]
     pub no_probes: bool,
@@ -308,6 +335,17 @@ pub struct RunArgs {
     /// The program and its arguments
     #[arg(last = true, required = true, value_name = "PROGRAM")]
     pub program: Vec<OsString>,
+}
+
+/// The kernel's interface for host I/O.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum EngineArg {
+    /// io_submit(2).
+    #[default]
+    Libaio,
+    /// io_uring(7).
+    #[value(name = "io_uring")]
+    Uring,
 }
 
 /// Limits of a session, and the daemon's option for each.
@@ -520,6 +558,10 @@ fn help_for(error: &clap::Error) -> String {
         "key",
         "rekey",
         "stats",
+        "enclave inspect",
+        "enclave sign",
+        "enclave run",
+        "enclave",
         "counter show",
         "counter reset",
         "counter",

@@ -1,6 +1,6 @@
 //! The control connection to a daemon: one request, one reply, over a Unix seqpacket socket.
 //!
-//! Used only to ask for statistics. The daemon is not trusted: a reply is bounded, and decoded
+//! Used only to ask for statistics and measurements. The daemon is not trusted: a reply is bounded, and decoded
 //! strictly by the generated code.
 
 use std::{
@@ -10,7 +10,7 @@ use std::{
 };
 
 use postern_edl::{
-    calls::{Enclave, PosternStatsRequest},
+    calls::{Enclave, PosternMeasuredRequest, PosternStatsRequest},
     wire::{CallError, Carrier},
 };
 use rustix::{
@@ -67,24 +67,52 @@ impl Control {
     /// [`Exit::NoDaemon`] if it does not answer, or not as posternd does.
     pub fn stats(&mut self) -> Result<Vec<u8>, Failure> {
         let request = PosternStatsRequest { capacity: STATS_BYTES as u64 };
-        let failure = |why: &dyn core::fmt::Display| {
-            Failure::new(
-                Exit::NoDaemon,
-                format_args!("the daemon gave no statistics: {why}"),
-                self.path.display(),
-                "use a posternd of this version",
-            )
-        };
-        let reply = self.enclave.postern_stats(&request).map_err(|error| match error {
+        let reply = self.enclave.postern_stats(&request).map_err(|error| self.silent(error))?;
+        self.whole(reply.text, reply.length)
+    }
+
+    /// A page of what the daemon has measured, as JSON text: `what` is one of `MEASURED_*`, the page
+    /// begins with item `first`; `wish` is what further requests are to be recorded: nanoseconds
+    /// that they took, and one in so many.
+    ///
+    /// # Errors
+    /// As [`Self::stats`].
+    pub fn measured(
+        &mut self,
+        what: u32,
+        first: u64,
+        wish: (u64, u64),
+    ) -> Result<Vec<u8>, Failure> {
+        let (least_ns, one_in) = wish;
+        let capacity = STATS_BYTES as u64;
+        let request = PosternMeasuredRequest { what, first, least_ns, one_in, capacity };
+        let reply = self.enclave.postern_measured(&request).map_err(|error| self.silent(error))?;
+        self.whole(reply.text, reply.length)
+    }
+
+    fn silent(&self, error: CallError<Errno>) -> Failure {
+        match error {
             CallError::Refused(errno) => {
-                failure(&io::Error::from_raw_os_error(errno.cast_signed()))
+                self.failure(&io::Error::from_raw_os_error(errno.cast_signed()))
             }
-            other => failure(&other),
-        })?;
-        if reply.length > reply.text.len() as u64 {
-            return Err(failure(&format_args!("{} bytes are too many", reply.length)));
+            other => self.failure(&other),
         }
-        Ok(reply.text)
+    }
+
+    fn whole(&self, text: Vec<u8>, length: u64) -> Result<Vec<u8>, Failure> {
+        if length > text.len() as u64 {
+            return Err(self.failure(&format_args!("{length} bytes are too many")));
+        }
+        Ok(text)
+    }
+
+    fn failure(&self, why: &dyn core::fmt::Display) -> Failure {
+        Failure::new(
+            Exit::NoDaemon,
+            format_args!("the daemon gave no statistics: {why}"),
+            self.path.display(),
+            "use a posternd of this version",
+        )
     }
 }
 

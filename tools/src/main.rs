@@ -9,9 +9,11 @@ mod counter;
 mod directory_records;
 mod directory_volume;
 mod disk;
+mod enclave;
 mod error;
 mod key;
 mod key_slots;
+mod observe;
 mod passphrase;
 mod rekey;
 mod rekey_directory;
@@ -59,7 +61,10 @@ fn dispatch() -> Result<u8, Failure> {
         Command::Snapshot(args) => snapshot::run(&args.command).map(|()| 0),
         Command::Key(command) => key_slots::run(&command).map(|()| 0),
         Command::Rekey(args) => rekey::run(&args).map(|()| 0),
+        Command::Enclave { command } => enclave::run(&command),
         Command::Stats(args) => stats::show(&args).map(|()| 0),
+        Command::Top(args) => observe::top::run(&args).map(|()| 0),
+        Command::Trace(args) => observe::trace::run(&args).map(|()| 0),
         Command::Counter { command } => counter::command(&command).map(|()| 0),
     }
 }

@@ -88,6 +88,32 @@ pub fn show(args: &StatsArgs) -> Result<(), Failure> {
     Ok(())
 }
 
+const SESSION_HEAD: [&str; 11] = [
+    "session",
+    "process",
+    "lanes",
+    "files",
+    "ports MB",
+    "under way",
+    "requests",
+    "MB",
+    "held depth",
+    "held rate",
+    "refused",
+];
+
+/// Adds a line of the sessions' table.
+fn session_line(text: &mut String, cells: [String; SESSION_HEAD.len()]) {
+    let [session, process, lanes, files, ports, under_way, requests, bytes, depth, rate, refused] =
+        cells;
+    // Writing into a String cannot fail.
+    let _ = writeln!(
+        text,
+        "{session:<8} {process:>8} {lanes:>6} {files:>6} {ports:>9} {under_way:>9} {requests:>12} \
+         {bytes:>10} {depth:>10} {rate:>9} {refused:>8}"
+    );
+}
+
 /// The report as lines of text.
 fn table(report: &Report) -> String {
     let mut text = String::new();
@@ -114,28 +140,12 @@ fn table(report: &Report) -> String {
         text.push_str("(no request yet)\n");
     }
     if !report.each_session.is_empty() {
-        let _ = writeln!(
-            text,
-            "{:<8} {:>8} {:>6} {:>6} {:>9} {:>9} {:>12} {:>10} {:>10} {:>9} {:>8}",
-            "session",
-            "process",
-            "lanes",
-            "files",
-            "ports MB",
-            "under way",
-            "requests",
-            "MB",
-            "held depth",
-            "held rate",
-            "refused"
-        );
+        session_line(&mut text, SESSION_HEAD.map(str::to_owned));
     }
     for row in &report.each_session {
-        let _ = writeln!(
-            text,
-            "{:<8} {:>8} {:>6} {:>6} {:>9} {:>9} {:>12} {:>10} {:>10} {:>9} {:>8}",
+        let numbers = [
             row.session,
-            row.process,
+            u64::try_from(row.process).unwrap_or_default(),
             row.lanes,
             row.files,
             row.memory_bytes >> 20,
@@ -144,8 +154,9 @@ fn table(report: &Report) -> String {
             row.bytes >> 20,
             row.held_depth,
             row.held_rate,
-            row.refused
-        );
+            row.refused,
+        ];
+        session_line(&mut text, numbers.map(|number| number.to_string()));
     }
     let source = match report.source.as_str() {
         "ebpf" => "eBPF probes in the kernel",

@@ -2,7 +2,7 @@
 //! --example volume_cost -- WHAT [SIZE]`, SIZE in GiB.
 //!
 //! - `amplification`: host bytes per guest byte under uniform random overwrites of 4 KiB, until
-//!   all is overwritten three times.
+//!   all is overwritten three times; the last number as for `miss`.
 //! - `sync`: host bytes, requests and flushes of one write of 4 KiB and its sync.
 //! - `read`: host requests and bytes of sequential reads, fresh and after three random overwrites.
 //! - `miss`: host reads to find a block, at random; the last number is the MiB of map nodes in
@@ -254,8 +254,9 @@ impl Bench {
     }
 }
 
-fn amplification(gib: u64) {
+fn amplification(gib: u64, cache_mib: usize) {
     let bench = Bench::new(gib * GIB);
+    bench.volume.limit_cache(cache_mib << 20);
     bench.fill(true);
     println!("{gib} GiB; overwritten | host bytes per guest byte | flushes | host reads per write");
     let quarter = bench.blocks / 4;
@@ -400,7 +401,7 @@ fn main() {
     let gib = words.next().map_or(1, |word| word.parse().expect("SIZE is a number of GiB"));
     let cache_mib = words.next().map_or(64, |word| word.parse().expect("CACHE is a number of MiB"));
     match &*what {
-        "amplification" => amplification(gib),
+        "amplification" => amplification(gib, cache_mib),
         "sync" => sync(gib),
         "read" => read(gib),
         "miss" => miss(gib, cache_mib),

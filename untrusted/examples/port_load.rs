@@ -57,7 +57,7 @@ fn main() -> ExitCode {
 fn run(socket: &Path, name: &str, depth: usize, load: &Load) {
     let mut lane = FakeLane::attach(socket, depth.next_power_of_two().max(2), depth * 4096);
     let file = lane.open(name);
-    let latency = Histogram::default();
+    let latency = Histogram::new();
     let mut started = vec![0u64; depth];
     let mut generation = vec![0u64; depth];
     let mut random = 0x9e37_79b9_7f4a_7c15_u64 ^ now_ns();
@@ -118,6 +118,7 @@ fn run(socket: &Path, name: &str, depth: usize, load: &Load) {
         }
     }
     let spent = (now_ns() - begin) as f64 / 1e9;
+    let latency = latency.snapshot();
     println!(
         "depth {depth:4}: {:8.0} requests/s, p50 {:7.1} us, p99 {:7.1} us, {asleep} sleeps",
         latency.count() as f64 / spent,

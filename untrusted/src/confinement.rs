@@ -25,6 +25,7 @@ use seccompiler::{
 };
 
 use crate::daemon::Options;
+use crate::engine::Interface;
 use crate::problem::log;
 
 /// The newest Landlock whose rights are asked for; an older kernel gives what it has.
@@ -118,6 +119,11 @@ const CALLS: &[i64] = &[
     libc::SYS_clone3,
 ];
 
+/// What the io_uring engine calls beside. A filter sees no request in a ring: Landlock is what
+/// remains then of the wall around files and connections.
+const URING: &[i64] =
+    &[libc::SYS_io_uring_setup, libc::SYS_io_uring_enter, libc::SYS_io_uring_register];
+
 /// Its argument lies in memory, where a filter cannot look: told to be missing, so that clone(2)
 /// is taken, which a filter can judge.
 const NO_SUCH_CALL: [i64; 1] = [libc::SYS_clone3];
@@ -128,7 +134,7 @@ const BPF_READS: [u64; 2] = [1, 15];
 
 /// Confines the calling thread and all that it starts. What the kernel does not have is said and
 /// left out.
-pub fn confine(options: &Options) {
+pub fn confine(options: &Options, interface: Interface) {
     let without = |wall: &str, why: &dyn std::fmt::Display| {
         let remedy = "the daemon runs with the rights of its user there; use a newer kernel";
         log(format_args!("{wall} is not in force ({why})"), "this process", remedy);
@@ -141,7 +147,7 @@ pub fn confine(options: &Options) {
         Ok(_) => {}
         Err(e) => without("Landlock", &e),
     }
-    if let Err(e) = filter_calls() {
+    if let Err(e) = filter_calls(interface) {
         without("the filter of system calls", &e);
     }
 }
@@ -218,12 +224,12 @@ fn allow(
     }
 }
 
-fn filter_calls() -> Result<(), Box<dyn std::error::Error>> {
+fn filter_calls(interface: Interface) -> Result<(), Box<dyn std::error::Error>> {
     let errno = |errno: i32| SeccompAction::Errno(errno.unsigned_abs());
     // First, because the other one lets no further filter in.
     let missing = NO_SUCH_CALL.into_iter().map(|call| (call, Vec::new())).collect();
     apply(missing, SeccompAction::Allow, errno(libc::ENOSYS))?;
-    apply(rules()?, errno(libc::EPERM), SeccompAction::Allow)
+    apply(rules(interface)?, errno(libc::EPERM), SeccompAction::Allow)
 }
 
 fn apply(
@@ -237,9 +243,12 @@ fn apply(
     Ok(seccompiler::apply_filter(&program)?)
 }
 
-fn rules() -> Result<BTreeMap<i64, Vec<SeccompRule>>, seccompiler::BackendError> {
+fn rules(
+    interface: Interface,
+) -> Result<BTreeMap<i64, Vec<SeccompRule>>, seccompiler::BackendError> {
+    let more = if interface == Interface::Uring { URING } else { &[] };
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
-        CALLS.iter().map(|call| (*call, Vec::new())).collect();
+        CALLS.iter().chain(more).map(|call| (*call, Vec::new())).collect();
     let argument = |number, how, value| {
         let condition = SeccompCondition::new(number, SeccompCmpArgLen::Dword, how, value)?;
         SeccompRule::new(vec![condition])

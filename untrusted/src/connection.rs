@@ -8,16 +8,19 @@ use postern_edl::calls::{
     self, Host, PosternAttachReply, PosternAttachRequest, PosternAttached, PosternCloseReply,
     PosternCloseRequest, PosternCreateReply, PosternCreateRequest, PosternFile, PosternKeepReply,
     PosternKeepRequest, PosternLease, PosternLeaseReply, PosternLeaseRequest, PosternListReply,
-    PosternListRequest, PosternOpenReply, PosternOpenRequest, PosternRemoveReply,
-    PosternRemoveRequest, PosternStatsReply, PosternStatsRequest,
+    PosternListRequest, PosternMeasuredReply, PosternMeasuredRequest, PosternOpenReply,
+    PosternOpenRequest, PosternRemoveReply, PosternRemoveRequest, PosternStatsReply,
+    PosternStatsRequest,
 };
 use postern_edl::wire::Writer;
-use postern_edl::{FEATURE_DISCARD, VERSION};
+use postern_edl::{FEATURE_DISCARD, MEASURED_RECORDS, VERSION};
 use rustix::io::Errno;
 
 use crate::admission::Place;
 use crate::daemon::Daemon;
+use crate::engine::now_ns;
 use crate::files::HostFile;
+use crate::measured;
 use crate::problem::log;
 use crate::region::Region;
 use crate::report::report;
@@ -252,6 +255,30 @@ impl Caller {
         }
         Ok(PosternStatsReply { text, length })
     }
+
+    async fn measured(
+        &mut self,
+        request: PosternMeasuredRequest,
+    ) -> Result<PosternMeasuredReply, Errno> {
+        self.no_descriptors()?;
+        let PosternMeasuredRequest { what, first, least_ns, one_in, capacity } = request;
+        let sessions = &self.daemon.sessions;
+        if what == MEASURED_RECORDS {
+            sessions.hub().terms().wish(least_ns, one_in, now_ns());
+        }
+        sessions.settle().await;
+        let most = usize::try_from(capacity.min(MAX_STATS)).map_err(|_| Errno::INVAL)?;
+        let daemon = Arc::clone(&self.daemon);
+        let text = tokio::task::spawn_blocking(move || {
+            measured::page(daemon.sessions.hub(), &daemon.source, what, first, most)
+        });
+        let text = text.await.map_err(|_| Errno::IO)?.ok_or(Errno::INVAL)?;
+        let length = text.len() as u64;
+        if length > capacity {
+            return Err(Errno::RANGE);
+        }
+        Ok(PosternMeasuredReply { text, length })
+    }
 }
 
 /// The version that an attach of another version of the protocol names. Its fields may be others;
@@ -338,6 +365,13 @@ impl Host for Caller {
     ) -> Result<PosternLeaseReply, u32> {
         let lease = self.lease(request.first).await.map_err(positive)?;
         Ok(PosternLeaseReply { lease })
+    }
+
+    async fn postern_measured(
+        &mut self,
+        request: PosternMeasuredRequest,
+    ) -> Result<PosternMeasuredReply, u32> {
+        self.measured(request).await.map_err(positive)
     }
 
     async fn postern_keep(&mut self, request: PosternKeepRequest) -> Result<PosternKeepReply, u32> {

@@ -16,6 +16,8 @@ use crate::activation;
 use crate::admission::{Admission, Peer};
 use crate::confinement;
 use crate::connection;
+use crate::endpoint::{Endpoint, EndpointOptions};
+use crate::engine::{self, Interface};
 use crate::files::Catalog;
 use crate::lease::Terms;
 use crate::limits::Limits;
@@ -65,6 +67,11 @@ pub struct Options {
     /// Writes the statistics to FILE as JSON at the end.
     #[arg(long, value_name = "FILE")]
     pub stats_file: Option<PathBuf>,
+    /// The kernel's interface for host I/O. Where the kernel does not let this process use it, it is
+    /// libaio, and the log says so. With io_uring the calls to it are allowed to the daemon: they
+    /// can do more than I/O on open files, so a daemon that an enclave took over could do more.
+    #[arg(long, value_enum, default_value_t)]
+    pub engine: Interface,
     /// Longest time a lane spins for work before it sleeps, microseconds; 0 never spins.
     #[arg(long, value_name = "US", default_value_t = 50)]
     pub spin_us: u32,
@@ -78,6 +85,9 @@ pub struct Options {
     /// What one session may take of what all share.
     #[command(flatten)]
     pub limits: Limits,
+    /// Where metrics are served.
+    #[command(flatten)]
+    pub endpoint: EndpointOptions,
 }
 
 /// A daemon, from bound socket to last statistics.
@@ -89,6 +99,8 @@ pub struct Daemon {
     pub catalog: Arc<Catalog>,
     /// Where stage latencies come from.
     pub source: Source,
+    /// Where metrics are served.
+    pub endpoint: Option<Endpoint>,
     uid: u32,
     stats_file: Option<(PathBuf, File)>,
 }
@@ -106,19 +118,21 @@ impl Daemon {
             &options.directories,
             options.allow_buffered,
         )?;
+        let interface = usable(options.engine);
         // What takes its time comes before another daemon's place is taken.
-        let source = options.succeed.then(|| probes(options));
+        let source = options.succeed.then(|| probes(options, interface));
+        let endpoint = Endpoint::bind(&options.endpoint, options.succeed)?;
         let (listener, before) = match activation::inherited(&options.socket)? {
             Some(fd) => (Listener::take(fd, &options.socket, options.succeed)?, None),
             None => Listener::bind(&options.socket, options.succeed)?,
         };
-        let source = source.unwrap_or_else(|| probes(options));
+        let source = source.unwrap_or_else(|| probes(options, interface));
         if let Some(before) = before {
             end_before(before);
         }
         raise_limits();
         let stats_file = options.stats_file.as_deref().map(stats_file).transpose()?;
-        confinement::confine(options);
+        confinement::confine(options, interface);
         let daemon = Self {
             sessions: Sessions::new(
                 Duration::from_micros(options.spin_us.into()),
@@ -127,9 +141,11 @@ impl Daemon {
                     patience: Duration::from_millis(options.lease_timeout_ms.into()),
                 },
                 options.limits.clone(),
+                interface,
             ),
             catalog: Arc::new(catalog),
             source,
+            endpoint,
             uid: rustix::process::geteuid().as_raw(),
             stats_file,
         };
@@ -152,6 +168,12 @@ impl Daemon {
         let admission = Arc::<Admission>::default();
         let keeper = Arc::clone(&self);
         let keeper = tokio::spawn(async move { keeper.sessions.keep_leases().await });
+        let server = Arc::clone(&self);
+        let server = tokio::spawn(async move {
+            if let Some(endpoint) = &server.endpoint {
+                endpoint.serve(Arc::clone(&server)).await;
+            }
+        });
         loop {
             tokio::select! {
                 () = &mut stop => break,
@@ -195,6 +217,7 @@ impl Daemon {
         let _ = stopping.send(true);
         while connections.join_next().await.is_some() {}
         keeper.abort();
+        server.abort();
         self.write_stats()
     }
 
@@ -214,8 +237,28 @@ impl Daemon {
     }
 }
 
-fn probes(options: &Options) -> Source {
+fn probes(options: &Options, interface: Interface) -> Source {
+    if interface == Interface::Uring && !options.no_probes {
+        return Source::Daemon(
+            "the probes do not follow io_uring; start posternd with --engine libaio".to_owned(),
+        );
+    }
     Source::load(!options.no_probes, options.probe_object.as_deref())
+}
+
+/// The interface that was asked for, or what takes its place where the kernel says no.
+fn usable(wanted: Interface) -> Interface {
+    match engine::probe(wanted) {
+        Ok(()) => wanted,
+        Err(e) => {
+            log(
+                format_args!("no io_uring ({e}): host I/O goes by libaio"),
+                "this process",
+                "set kernel.io_uring_disabled to 0, or start posternd with --engine libaio",
+            );
+            Interface::Libaio
+        }
+    }
 }
 
 /// Has the daemon end whose place was taken. Nobody else has its number: it held the socket a

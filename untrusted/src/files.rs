@@ -98,6 +98,16 @@ impl Catalog {
         Some((self.directories.get(directory)?, file))
     }
 
+    /// Under what name statistics count a file.
+    fn volume_of(&self, name: &str) -> String {
+        match name.split_once('/') {
+            Some((directory, _)) if self.directories.contains_key(directory) => {
+                format!("{directory}/")
+            }
+            _ => name.to_owned(),
+        }
+    }
+
     /// The place behind a name, without opening the file for I/O.
     fn locate(&self, name: &str) -> Result<(OwnedFd, PathBuf), Errno> {
         if let Some(path) = self.files.get(name) {
@@ -150,7 +160,8 @@ impl Catalog {
                 "allow the name with --file NAME=HOST_FILE, or put the file under a --root",
             );
         })?;
-        let opened = HostFile::open(&place, &path, name, flags, self.allow_buffered)
+        let volume = self.volume_of(name);
+        let opened = HostFile::open(&place, &path, (name, volume), flags, self.allow_buffered)
             .and_then(|file| file.lease(flags & OPEN_ASK != 0, since));
         if let Err((errno, remedy)) = &opened {
             let shown = path.display();
@@ -217,6 +228,9 @@ pub struct HostFile {
     fd: OwnedFd,
     /// Name it was opened by.
     pub name: String,
+    /// Name of its volume in statistics: its own, or that of the protected directory it lies in
+    /// with a slash.
+    pub volume: String,
     /// Flags for the enclave ([`FILE_BUFFERED`]).
     pub flags: u32,
     /// Size in whole blocks when the lease was taken.
@@ -233,7 +247,7 @@ impl HostFile {
     fn open(
         place: &OwnedFd,
         path: &Path,
-        name: &str,
+        (name, volume): (&str, String),
         flags: u32,
         allow_buffered: bool,
     ) -> Result<Self, OpenError> {
@@ -280,7 +294,8 @@ impl HostFile {
                 ));
             }
         };
-        Ok(Self { fd, name: name.to_owned(), flags: shown, blocks: 0, alignment, writable })
+        let name = name.to_owned();
+        Ok(Self { fd, name, volume, flags: shown, blocks: 0, alignment, writable })
     }
 
     /// What the lease is for.

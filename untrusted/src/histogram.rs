@@ -2,24 +2,32 @@
 //!
 //! Values below 64 ns have a bucket each; above, every power of two is cut into 64 buckets, so a
 //! quantile is at most 1/64 (1.6 %) above the true value, never below it. Count, sum and maximum
-//! are exact. Values beyond [`LIMIT_NS`] count in the last bucket (their sum and maximum stay true).
+//! are exact. Values beyond [`LIMIT_NS`] have a bucket of their own, [`Snapshot::overflows`] (their
+//! sum and maximum stay true).
 //!
-//! Holds: [`Histogram::record`] costs four plain loads and stores. Does not hold: a reader that
-//! looks while the writer writes may see a count without its sum.
+//! Holds: [`Histogram::record`] costs four plain loads and stores; memory of buckets that were
+//! never used is never touched. Does not hold: a reader that looks while the writer writes may see
+//! a count without its sum.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use zerocopy::FromZeros;
 
 const SUB_BITS: u32 = 6;
 const SUB: usize = 1 << SUB_BITS;
 const TOP_BIT: u32 = 37;
-const BUCKETS: usize = (TOP_BIT - SUB_BITS + 2) as usize * SUB;
+/// The last is for values beyond the limit.
+const BUCKETS: usize = (TOP_BIT - SUB_BITS + 2) as usize * SUB + 1;
 
 /// Largest value with a bucket of its own kind, about 275 seconds.
 pub const LIMIT_NS: u64 = (1 << (TOP_BIT + 1)) - 1;
 
 #[allow(clippy::cast_possible_truncation)]
 const fn bucket(value: u64) -> usize {
-    let value = if value > LIMIT_NS { LIMIT_NS } else { value };
+    if value > LIMIT_NS {
+        return BUCKETS - 1;
+    }
     if value < SUB as u64 {
         return value as usize;
     }
@@ -37,22 +45,42 @@ const fn bucket_top(bucket: usize) -> u64 {
 }
 
 /// A histogram that one thread writes and others read.
-#[derive(Debug)]
+#[derive(FromZeros)]
 pub struct Histogram {
-    buckets: Box<[AtomicU64]>,
+    buckets: [AtomicU64; BUCKETS],
     count: AtomicU64,
     sum: AtomicU64,
     max: AtomicU64,
 }
 
-impl Default for Histogram {
-    fn default() -> Self {
-        Self {
-            buckets: (0..BUCKETS).map(|_| AtomicU64::new(0)).collect(),
-            count: AtomicU64::new(0),
-            sum: AtomicU64::new(0),
-            max: AtomicU64::new(0),
-        }
+impl Histogram {
+    /// One that holds nothing.
+    #[must_use]
+    pub fn new() -> Box<Self> {
+        zeroed()
+    }
+
+    /// What it holds now.
+    #[must_use]
+    pub fn snapshot(&self) -> Snapshot {
+        let mut snapshot = Snapshot::default();
+        self.add_to(&mut snapshot);
+        snapshot
+    }
+}
+
+impl std::fmt::Debug for Histogram {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Histogram").field("count", &self.count).finish_non_exhaustive()
+    }
+}
+
+/// `T` with every word 0, on the heap. The allocator answers large zeroed memory without touching
+/// it.
+pub(crate) fn zeroed<T: FromZeros>() -> Box<T> {
+    match T::new_box_zeroed() {
+        Ok(zeroed) => zeroed,
+        Err(zerocopy::AllocError) => std::alloc::handle_alloc_error(std::alloc::Layout::new::<T>()),
     }
 }
 
@@ -74,49 +102,82 @@ impl Histogram {
         }
     }
 
-    /// Adds what `other` holds to this one, which nobody else may write meanwhile.
-    pub fn absorb(&self, other: &Self) {
-        for (mine, theirs) in self.buckets.iter().zip(&other.buckets) {
-            bump(mine, theirs.load(Relaxed));
+    /// Adds what this histogram holds to `into`.
+    pub fn add_to(&self, into: &mut Snapshot) {
+        if self.count.load(Relaxed) == 0 {
+            return;
         }
-        bump(&self.count, other.count.load(Relaxed));
-        bump(&self.sum, other.sum.load(Relaxed));
-        self.max.store(self.max.load(Relaxed).max(other.max.load(Relaxed)), Relaxed);
+        for (index, word) in self.buckets[..BUCKETS - 1].iter().enumerate() {
+            let count = word.load(Relaxed);
+            if count > 0 {
+                into.add(bucket_top(index), count);
+            }
+        }
+        into.overflows += self.buckets[BUCKETS - 1].load(Relaxed);
+        into.sum_ns = into.sum_ns.wrapping_add(self.sum.load(Relaxed));
+        into.max_ns = into.max_ns.max(self.max.load(Relaxed));
+    }
+}
+
+/// What a histogram held at one time, or several together. Counts are those of the buckets, so
+/// that count, quantiles and buckets never contradict each other.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Largest value of each bucket that is not empty, nanoseconds, and the number of its values.
+    buckets: BTreeMap<u64, u64>,
+    /// Number of values beyond [`LIMIT_NS`].
+    pub overflows: u64,
+    /// Sum of the values, nanoseconds.
+    pub sum_ns: u64,
+    /// Largest value, nanoseconds; 0 if there is none.
+    pub max_ns: u64,
+}
+
+impl Snapshot {
+    /// Adds `count` values of a bucket whose largest value is `top_ns`.
+    pub fn add(&mut self, top_ns: u64, count: u64) {
+        *self.buckets.entry(top_ns).or_default() += count;
+    }
+
+    /// Adds what `other` holds.
+    pub fn absorb(&mut self, other: &Self) {
+        for (&top_ns, &count) in &other.buckets {
+            self.add(top_ns, count);
+        }
+        self.overflows += other.overflows;
+        self.sum_ns = self.sum_ns.wrapping_add(other.sum_ns);
+        self.max_ns = self.max_ns.max(other.max_ns);
     }
 
     /// Number of values.
     #[must_use]
     pub fn count(&self) -> u64 {
-        self.count.load(Relaxed)
+        self.buckets.values().sum::<u64>() + self.overflows
     }
 
-    /// Sum of the values, nanoseconds.
-    #[must_use]
-    pub fn sum(&self) -> u64 {
-        self.sum.load(Relaxed)
-    }
-
-    /// Largest value, nanoseconds; 0 if there is none.
-    #[must_use]
-    pub fn max(&self) -> u64 {
-        self.max.load(Relaxed)
+    /// Largest value of each bucket that is not empty, nanoseconds, ascending, and the number of
+    /// its values.
+    pub fn buckets(&self) -> impl Iterator<Item = (u64, u64)> {
+        self.buckets.iter().map(|(&top_ns, &count)| (top_ns, count))
     }
 
     /// The smallest bucket top that at least `per_mille` of a thousand values do not exceed
     /// (500 = median), nanoseconds; 0 if there is no value.
     #[must_use]
     pub fn quantile(&self, per_mille: u64) -> u64 {
-        let total: u64 = self.buckets.iter().map(|b| b.load(Relaxed)).sum();
+        let total = self.count();
+        if total == 0 {
+            return 0;
+        }
         let wanted = (u128::from(total) * u128::from(per_mille)).div_ceil(1000).max(1);
         let mut seen = 0u128;
-        for (index, word) in self.buckets.iter().enumerate() {
-            seen += u128::from(word.load(Relaxed));
+        for (&top_ns, &count) in &self.buckets {
+            seen += u128::from(count);
             if seen >= wanted {
-                let top = bucket_top(index);
-                return if index == BUCKETS - 1 { self.max() } else { top.min(self.max()) };
+                return top_ns.min(self.max_ns);
             }
         }
-        0
+        self.max_ns
     }
 }
 
@@ -134,14 +195,15 @@ mod tests {
             assert!(at == 0 || value > bucket_top(at - 1), "{value}");
             value += 1 + value / 97;
         }
-        assert_eq!(bucket(LIMIT_NS), BUCKETS - 1);
+        assert_eq!(bucket(LIMIT_NS), BUCKETS - 2);
+        assert_eq!(bucket(LIMIT_NS + 1), BUCKETS - 1);
         assert_eq!(bucket(u64::MAX), BUCKETS - 1);
     }
 
     /// The expected values come from sorting the values themselves.
     #[test]
     fn a_quantile_is_never_below_the_sorted_answer_and_at_most_a_64th_above() {
-        let histogram = Histogram::default();
+        let histogram = Histogram::new();
         let mut values = Vec::new();
         let mut x = 12345u64;
         for _ in 0..10_000 {
@@ -151,35 +213,53 @@ mod tests {
             values.push(value);
         }
         values.sort_unstable();
+        let histogram = snapshot(&[&histogram]);
         for per_mille in [1, 500, 990, 999, 1000] {
             let exact = values[(values.len() * per_mille as usize).div_ceil(1000) - 1];
             let shown = histogram.quantile(per_mille);
             assert!(shown >= exact && shown <= exact + exact / 64 + 1, "{per_mille}: {shown}");
         }
-        assert_eq!(histogram.max(), *values.last().unwrap());
-        assert_eq!(histogram.sum(), values.iter().sum::<u64>());
+        assert_eq!(histogram.max_ns, *values.last().unwrap());
+        assert_eq!(histogram.sum_ns, values.iter().sum::<u64>());
+        assert_eq!(histogram.count(), 10_000);
+    }
+
+    fn snapshot(histograms: &[&Histogram]) -> Snapshot {
+        let mut all = Snapshot::default();
+        for histogram in histograms {
+            all.absorb(&histogram.snapshot());
+        }
+        all
     }
 
     #[test]
-    fn absorbing_two_halves_equals_recording_the_whole() {
-        let (left, right, whole) =
-            (Histogram::default(), Histogram::default(), Histogram::default());
+    fn two_halves_together_equal_the_whole() {
+        let [left, right, whole] = std::array::from_fn(|_| Histogram::new());
         for value in [0, 63, 64, 1_000, 1_000_000, u64::from(u32::MAX)] {
             left.record(value);
             right.record(value * 3);
             whole.record(value);
             whole.record(value * 3);
         }
-        left.absorb(&right);
-        for per_mille in [0, 250, 500, 750, 1000] {
-            assert_eq!(left.quantile(per_mille), whole.quantile(per_mille));
+        assert_eq!(snapshot(&[&left, &right]), snapshot(&[&whole]));
+        let whole = whole.snapshot();
+        assert_eq!((whole.count(), whole.sum_ns), (12, 4 * (1_001_127 + u64::from(u32::MAX))));
+    }
+
+    #[test]
+    fn a_value_beyond_the_limit_is_told_as_such_and_counts() {
+        let histogram = Histogram::new();
+        for value in [5, LIMIT_NS, LIMIT_NS + 1, 1 << 50] {
+            histogram.record(value);
         }
-        assert_eq!((left.count(), left.sum(), left.max()), (12, whole.sum(), whole.max()));
+        let shown = snapshot(&[&histogram]);
+        assert_eq!((shown.count(), shown.overflows, shown.max_ns), (4, 2, 1 << 50));
+        assert_eq!((shown.quantile(500), shown.quantile(990)), (LIMIT_NS, 1 << 50));
     }
 
     #[test]
     fn an_empty_histogram_answers_zero() {
-        let empty = Histogram::default();
-        assert_eq!((empty.quantile(500), empty.max(), empty.count()), (0, 0, 0));
+        let empty = snapshot(&[&Histogram::new()]);
+        assert_eq!((empty.quantile(500), empty.max_ns, empty.count()), (0, 0, 0));
     }
 }

@@ -16,7 +16,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::engine::{Act, Engine, ThreadWork, now_ns};
+use crate::engine::{Act, Engine, Place, ThreadWork, now_ns};
 use crate::files::HostFile;
 use crate::problem::log;
 use crate::socket::watch as watch_fd;
@@ -177,9 +177,10 @@ impl Lane {
         // Of nothing, which is usual, this allocates nothing.
         let work: Vec<_> = self.engine.take_thread_work().collect();
         for work in work {
-            match work.act {
-                Act::Flush => self.on_thread(work, Command::Done),
-                Act::Discard { .. } => self.discards.push_back(work),
+            match (work.place, work.act) {
+                (Place::Here, _) => self.engine.done(work.index, work.run()),
+                (Place::Thread, Act::Flush) => self.on_thread(work, Command::Done),
+                (Place::Thread, Act::Discard { .. }) => self.discards.push_back(work),
             }
         }
         self.discard();

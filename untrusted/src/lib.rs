@@ -4,9 +4,11 @@
 //! descriptor is copied once and checked before anything is done with it.
 //!
 //! [`socket`] and [`connection`] carry the calls of `postern.edl`, for those whom [`admission`] lets
-//! in, on a socket that is made here or is there already ([`activation`]); [`session`] and [`files`] own
-//! what a call opens, [`mod@lease`] says for how long, [`limits`] how much of it; [`region`], [`lane`] and [`engine`] are the data path; [`stats`] and
-//! [`report`] tell what happened; [`confinement`] is the cage around all of it.
+//! in, on a socket that is made here or is there already ([`activation`]); [`session`] and [`files`]
+//! own what a call opens, [`mod@lease`] says for how long, [`limits`] how much of it; [`region`],
+//! [`lane`] and [`engine`] are the data path; [`stats`], [`volumes`], [`records`], [`report`],
+//! [`measured`], [`metrics`] and [`endpoint`] tell what happened; [`confinement`] is the cage around
+//! all of it.
 
 pub mod activation;
 pub mod admission;
@@ -14,16 +16,21 @@ pub mod confinement;
 pub mod connection;
 pub mod daemon;
 pub mod directory;
+pub mod endpoint;
 pub mod engine;
 pub mod files;
 pub mod histogram;
 pub mod lane;
 pub mod lease;
 pub mod limits;
+pub mod measured;
+pub mod metrics;
 pub mod probes;
 pub mod problem;
+pub mod records;
 pub mod region;
 pub mod report;
 pub mod session;
 pub mod socket;
 pub mod stats;
+pub mod volumes;

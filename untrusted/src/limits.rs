@@ -27,7 +27,8 @@ const BURST_NS: u64 = 100_000_000;
 #[command(next_help_heading = "Limits of each session")]
 pub struct Limits {
     /// Most lanes: a program's processes that are at work on protected files have one each. Costs a
-    /// thread, ten descriptors and some 150 KiB of the daemon. A further one is refused.
+    /// thread, ten descriptors and some 150 KiB of the daemon, and 50 KiB for each volume more. A
+    /// further one is refused.
     #[arg(id = "session-lanes", long = "session-lanes", value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=MAX_LANES as i64))]
     pub lanes: u32,
     /// Most memory of its ports together (K, M, G); a lane of `postern run` has 16 MiB, of which
@@ -280,7 +281,8 @@ pub struct LaneShare {
 
 impl LaneShare {
     /// The share of a lane without limits, for tests.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzzing"))]
+    #[must_use]
     pub fn unlimited() -> Self {
         let limits = Limits { depth: u32::MAX, in_flight: u64::MAX, ..Limits::default() };
         let account = Arc::new(Account::new(Arc::new(limits), 0, 0));

@@ -51,6 +51,9 @@ async fn run(options: &Options) -> Result<(), Problem> {
     let mut out = std::io::stdout().lock();
     // Whoever started us without a place to read from does not wait for the line.
     let _ = writeln!(out, "posternd: ready on {}", options.socket.display());
+    if let Some(endpoint) = &daemon.endpoint {
+        let _ = writeln!(out, "posternd: metrics on http://{}/metrics", endpoint.address());
+    }
     let _ = out.flush();
     drop(out);
     let (stop, stopped) = tokio::sync::oneshot::channel();

@@ -35,7 +35,8 @@ impl Source {
 /// The report as of now.
 #[must_use]
 pub fn report(sessions: &Sessions, source: &Source) -> StatsReport {
-    let (daemon_stages, mut counters) = sessions.hub().merged();
+    let merged = sessions.hub().merged();
+    let (daemon_stages, mut counters) = (merged.rows(), merged.counters);
     let each_session = sessions.rows();
     let (sessions, lanes) = sessions.counts();
     let (name, note, stages): (_, _, Vec<StageRow>) = match source {

@@ -8,6 +8,7 @@ mod leases;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -15,14 +16,14 @@ use postern_edl::{FEATURE_DISCARD, OPEN_ASK, OPEN_READ_ONLY};
 use rustix::io::Errno;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::engine::{Doorbells, Engine, MAX_FILES, slot_of};
+use crate::engine::{Doorbells, Engine, Interface, MAX_FILES, slot_of};
 use crate::files::{Catalog, HostFile, Opening};
 use crate::lane::{self, Command, LaneHandle, LaneParts};
 use crate::lease::{Lease, Terms};
 use crate::limits::{Account, LaneShare, Limits, MAX_LANES, SessionRow};
 use crate::problem::log;
 use crate::region::Region;
-use crate::stats::{LaneStats, StatsHub};
+use crate::stats::{LaneStats, LeaseCounts, StatsHub};
 
 /// Most sessions at once.
 pub const MAX_SESSIONS: usize = 64;
@@ -37,6 +38,7 @@ pub struct Sessions {
     spin: Duration,
     terms: Terms,
     limits: Arc<Limits>,
+    interface: Interface,
 }
 
 #[derive(Debug, Default)]
@@ -59,6 +61,7 @@ pub struct Session {
     /// Held across opening, closing, joining and leaving, so that every lane knows every file.
     state: tokio::sync::Mutex<State>,
     terms: Terms,
+    leases: Arc<LeaseCounts>,
 }
 
 #[derive(Debug, Default)]
@@ -147,11 +150,11 @@ impl Attached {
 }
 
 impl Sessions {
-    /// No sessions; lanes spin for `spin` at most, leases are held on `terms`, each session has no
-    /// more than `limits`.
+    /// No sessions; lanes spin for `spin` at most and do their I/O by `interface`, leases are held on
+    /// `terms`, each session has no more than `limits`.
     #[must_use]
-    pub fn new(spin: Duration, terms: Terms, limits: Limits) -> Self {
-        Self { spin, terms, limits: Arc::new(limits), ..Self::default() }
+    pub fn new(spin: Duration, terms: Terms, limits: Limits, interface: Interface) -> Self {
+        Self { spin, terms, limits: Arc::new(limits), interface, ..Self::default() }
     }
 
     /// What each session has and had, by number.
@@ -231,6 +234,7 @@ impl Sessions {
                     ..State::default()
                 }),
                 terms: self.terms,
+                leases: Arc::clone(&self.hub.leases),
             });
             registry.sessions.insert(session.number, Arc::clone(&session));
             session
@@ -262,26 +266,27 @@ impl Sessions {
         let driver = port.driver.try_clone().map_err(errno)?;
         let service = port.service.try_clone().map_err(errno)?;
         let doorbells = Doorbells { driver: port.driver, service: port.service };
-        let stats = self.hub.lane(first);
-        let started = Engine::new(port.region, lane, doorbells, Arc::clone(&stats), share)
-            .and_then(|mut engine| {
-                if port.features & FEATURE_DISCARD != 0 {
-                    engine.serve_discards();
-                }
-                for open in &state.files {
-                    if let Some(file) = &open.file {
-                        engine.add_file(open.handle, Arc::clone(file));
+        let stats = self.hub.lane(session.number, first);
+        let started =
+            Engine::new(port.region, lane, doorbells, Arc::clone(&stats), share, self.interface)
+                .and_then(|mut engine| {
+                    if port.features & FEATURE_DISCARD != 0 {
+                        engine.serve_discards();
                     }
-                }
-                lane::start(LaneParts {
-                    engine,
-                    doorbell: port.doorbell,
-                    stats: Arc::clone(&stats),
-                    spin: self.spin,
-                    number: lane,
-                })
-                .map_err(errno)
-            });
+                    for open in &state.files {
+                        if let Some(file) = &open.file {
+                            engine.add_file(open.handle, Arc::clone(file));
+                        }
+                    }
+                    lane::start(LaneParts {
+                        engine,
+                        doorbell: port.doorbell,
+                        stats: Arc::clone(&stats),
+                        spin: self.spin,
+                        number: lane,
+                    })
+                    .map_err(errno)
+                });
         let handle = match started {
             Ok(handle) => handle,
             Err(e) => {
@@ -396,6 +401,7 @@ impl Session {
         });
         match opened.await?? {
             Opening::Leased(file) => {
+                self.leases.granted.fetch_add(1, Relaxed);
                 let handle = handle.unwrap_or_else(|| state.next_handle(slot));
                 let entered = state.enter(handle, file, &self.terms).await;
                 self.account.set_files(state.files.len());
@@ -422,6 +428,7 @@ impl Session {
         let slot = state.free_slot(&self.account)?;
         let catalog = Arc::clone(catalog);
         let file = in_background(move || catalog.create(&name, blocks)).await??;
+        self.leases.granted.fetch_add(1, Relaxed);
         let handle = state.next_handle(slot);
         let entered = state.enter(handle, file, &self.terms).await;
         self.account.set_files(state.files.len());

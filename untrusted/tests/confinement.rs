@@ -60,7 +60,7 @@ impl Places {
         let options = self.options();
         std::thread::scope(|scope| {
             let thread = scope.spawn(|| {
-                confine(&options);
+                confine(&options, posternd::engine::Interface::default());
                 body()
             });
             thread.join().unwrap()

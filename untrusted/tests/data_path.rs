@@ -6,9 +6,10 @@ mod common;
 use std::sync::atomic::Ordering;
 
 use common::host::InProcess;
-use common::{FakeLane, direct_io_works, directory, now_ns};
+use common::{FakeLane, direct_io_works, directory, now_ns, skip};
 use postern_edl::calls::CallError;
 use postern_edl::port::{Submission, cursor, op};
+use posternd::engine::Interface;
 
 const FILE_BLOCKS: u64 = 256;
 
@@ -40,71 +41,91 @@ fn flush(id: u64, handle: u32) -> Submission {
     Submission { id, op, handle, enqueued_ns: now_ns(), ..Submission::default() }
 }
 
+/// Runs a test with each of the kernel's interfaces that this process may use.
+fn with_each_engine(test: impl Fn(&str)) {
+    test("--engine=libaio");
+    match posternd::engine::probe(Interface::Uring) {
+        Ok(()) => test("--engine=io_uring"),
+        Err(e) => skip(&format!("io_uring is not to be had here ({e})")),
+    }
+}
+
 #[test]
 fn what_is_written_is_in_the_file_and_what_is_read_comes_from_it() {
-    let dir = directory();
-    if !direct_io_works(dir.path()) {
-        return;
-    }
-    let path = dir.path().join("disk");
-    numbered(&path);
-    let daemon = InProcess::start(dir.path(), &["--root", dir.path().to_str().unwrap()]);
-    let mut lane = FakeLane::attach(&daemon.socket, 64, 1 << 20);
-    let file = lane.open("disk");
-    assert_eq!((file.blocks, file.flags), (FILE_BLOCKS, 0));
-    assert!(file.alignment.is_power_of_two() && file.alignment <= 4096, "{file:?}");
+    with_each_engine(|engine| {
+        let dir = directory();
+        if !direct_io_works(dir.path()) {
+            return;
+        }
+        let path = dir.path().join("disk");
+        numbered(&path);
+        let daemon =
+            InProcess::start(dir.path(), &[engine, "--root", dir.path().to_str().unwrap()]);
+        let mut lane = FakeLane::attach(&daemon.socket, 64, 1 << 20);
+        let file = lane.open("disk");
+        assert_eq!((file.blocks, file.flags), (FILE_BLOCKS, 0));
+        assert!(file.alignment.is_power_of_two() && file.alignment <= 4096, "{file:?}");
 
-    let data = lane.block(3);
-    assert_eq!(lane.run(read(7, file.handle, 100, data)), 4096);
-    assert_eq!(lane.get(data), (51200..51712).collect::<Vec<u64>>());
+        let data = lane.block(3);
+        assert_eq!(lane.run(read(7, file.handle, 100, data)), 4096);
+        assert_eq!(lane.get(data), (51200..51712).collect::<Vec<u64>>());
 
-    lane.put(data, 1 << 60);
-    assert_eq!(lane.run(write(1 << 32 | 7, file.handle, 5, data)), 4096);
-    assert_eq!(lane.run(flush(8, file.handle)), 0);
-    let bytes = std::fs::read(&path).unwrap();
-    let word = |n: usize| u64::from_ne_bytes(bytes[n * 8..n * 8 + 8].try_into().unwrap());
-    assert_eq!((word(5 * 512), word(5 * 512 + 511)), (1 << 60, (1 << 60) + 511));
-    assert_eq!((word(5 * 512 - 1), word(6 * 512)), (2559, 3072), "the neighbours are untouched");
+        lane.put(data, 1 << 60);
+        assert_eq!(lane.run(write(1 << 32 | 7, file.handle, 5, data)), 4096);
+        assert_eq!(lane.run(flush(8, file.handle)), 0);
+        let bytes = std::fs::read(&path).unwrap();
+        let word = |n: usize| u64::from_ne_bytes(bytes[n * 8..n * 8 + 8].try_into().unwrap());
+        assert_eq!((word(5 * 512), word(5 * 512 + 511)), (1 << 60, (1 << 60) + 511));
+        assert_eq!(
+            (word(5 * 512 - 1), word(6 * 512)),
+            (2559, 3072),
+            "the neighbours are untouched"
+        );
 
-    // At the end of the file the kernel answers what pread(2) would: fewer bytes, then none.
-    let two = Submission { length: 8192, ..read(9, file.handle, FILE_BLOCKS - 1, data) };
-    assert_eq!(lane.run(two), 4096);
-    assert_eq!(lane.run(read(9, file.handle, FILE_BLOCKS, data)), 0);
-    drop(lane);
-    daemon.stop().unwrap();
+        // At the end of the file the kernel answers what pread(2) would: fewer bytes, then none.
+        let two = Submission { length: 8192, ..read(9, file.handle, FILE_BLOCKS - 1, data) };
+        assert_eq!(lane.run(two), 4096);
+        assert_eq!(lane.run(read(9, file.handle, FILE_BLOCKS, data)), 0);
+        drop(lane);
+        daemon.stop().unwrap();
+    });
 }
 
 #[test]
 fn a_full_ring_of_requests_completes_each_once_over_and_over() {
-    let dir = directory();
-    if !direct_io_works(dir.path()) {
-        return;
-    }
-    numbered(&dir.path().join("disk"));
-    let daemon = InProcess::start(dir.path(), &["--root", dir.path().to_str().unwrap()]);
-    let mut lane = FakeLane::attach(&daemon.socket, 64, 64 * 4096);
-    let handle = lane.open("disk").handle;
-    for generation in 0..50u64 {
-        let blocks: Vec<u64> = (0..64).map(|i| (i * 37 + generation * 11) % FILE_BLOCKS).collect();
-        let requests: Vec<_> = blocks
-            .iter()
-            .enumerate()
-            .map(|(i, &block)| read(generation << 32 | i as u64, handle, block, lane.block(i)))
-            .collect();
-        lane.submit(&requests);
-        let mut done = lane.wait(64);
-        done.sort_unstable_by_key(|c| c.id);
-        let expected: Vec<_> = requests.iter().map(|r| (r.id, 4096)).collect();
-        assert_eq!(done.iter().map(|c| (c.id, c.result)).collect::<Vec<_>>(), expected);
-        for (i, block) in blocks.iter().enumerate() {
-            assert_eq!(lane.get(lane.block(i))[0], block * 512);
+    with_each_engine(|engine| {
+        let dir = directory();
+        if !direct_io_works(dir.path()) {
+            return;
         }
-        assert!(done.iter().all(|c| c.reaped_ns <= c.published_ns && c.reaped_ns != 0));
-    }
-    assert_eq!(lane.region.word(cursor::IN_FLIGHT).load(Ordering::Acquire), 0);
-    assert_eq!(lane.region.word(cursor::SQ_TAKEN).load(Ordering::Acquire), 50 * 64);
-    drop(lane);
-    daemon.stop().unwrap();
+        numbered(&dir.path().join("disk"));
+        let daemon =
+            InProcess::start(dir.path(), &[engine, "--root", dir.path().to_str().unwrap()]);
+        let mut lane = FakeLane::attach(&daemon.socket, 64, 64 * 4096);
+        let handle = lane.open("disk").handle;
+        for generation in 0..50u64 {
+            let blocks: Vec<u64> =
+                (0..64).map(|i| (i * 37 + generation * 11) % FILE_BLOCKS).collect();
+            let requests: Vec<_> = blocks
+                .iter()
+                .enumerate()
+                .map(|(i, &block)| read(generation << 32 | i as u64, handle, block, lane.block(i)))
+                .collect();
+            lane.submit(&requests);
+            let mut done = lane.wait(64);
+            done.sort_unstable_by_key(|c| c.id);
+            let expected: Vec<_> = requests.iter().map(|r| (r.id, 4096)).collect();
+            assert_eq!(done.iter().map(|c| (c.id, c.result)).collect::<Vec<_>>(), expected);
+            for (i, block) in blocks.iter().enumerate() {
+                assert_eq!(lane.get(lane.block(i))[0], block * 512);
+            }
+            assert!(done.iter().all(|c| c.reaped_ns <= c.published_ns && c.reaped_ns != 0));
+        }
+        assert_eq!(lane.region.word(cursor::IN_FLIGHT).load(Ordering::Acquire), 0);
+        assert_eq!(lane.region.word(cursor::SQ_TAKEN).load(Ordering::Acquire), 50 * 64);
+        drop(lane);
+        daemon.stop().unwrap();
+    });
 }
 
 #[test]

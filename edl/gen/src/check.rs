@@ -91,6 +91,10 @@ fn composite<'a>(
 
 fn member(member: &Declaration, composite: &Composite, known: &Known<'_>) -> Checked {
     declared(member, known)?;
+    if member.constant {
+        let remedy = "take `const` out: the grammar has it for parameters only";
+        return refuse(member.at, format!("member `{}` is const", member.name), remedy);
+    }
     let attributes = &member.attributes;
     let directed = attributes.input
         || attributes.output
@@ -114,9 +118,6 @@ fn member(member: &Declaration, composite: &Composite, known: &Known<'_>) -> Che
 
 fn function(function: &Function, known: &Known<'_>) -> Checked {
     let returns = &function.returns;
-    if returns.constant && returns.pointers == 0 {
-        return refuse(returns.at, "`const` on a returned value", "take it out");
-    }
     tag(&returns.base, returns.at, known)?;
     let mut names = BTreeSet::new();
     for parameter in &function.parameters {
@@ -198,8 +199,8 @@ fn parameter(it: &Declaration, all: &[Declaration]) -> Checked {
         let remedy = "take them out: an array has its own size";
         return refuse(at, format!("`{name}` has isary and a size"), remedy);
     }
-    if attributes.readonly && !attributes.isptr && !attributes.isary {
-        let remedy = "add `isptr` or `isary`";
+    if attributes.readonly && !attributes.isptr {
+        let remedy = "add `isptr`: it tells of a pointer that a name hides";
         return refuse(at, format!("`{name}` is readonly and not a pointer"), remedy);
     }
     let points = it.pointers > 0 || array || attributes.isptr || attributes.isary;

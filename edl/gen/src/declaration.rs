@@ -86,11 +86,11 @@ impl Parser {
             }
             "long" => {
                 self.take();
-                return Ok(Base::Plain(self.long("long", "long long", Some("long double"))));
+                return Ok(Base::Plain(self.long("long", "long long", Some("long double"))?));
             }
             "unsigned" => {
                 self.take();
-                return Ok(Base::Plain(self.unsigned()));
+                return Ok(Base::Plain(self.unsigned()?));
             }
             _ => None,
         };
@@ -111,29 +111,35 @@ impl Parser {
         once: &'static str,
         twice: &'static str,
         double: Option<&'static str>,
-    ) -> &'static str {
+    ) -> Parsed<&'static str> {
         if let Some(double) = double
             && self.skips_word("double")
         {
-            return double;
+            return Ok(double);
         }
-        let spelled = if self.skips_word("long") { twice } else { once };
+        if self.skips_word("long") {
+            if self.is_word("int") {
+                let remedy = "take `int` out: the grammar has it behind one `long` only";
+                return refuse(self.at(), "`int` behind `long long`", remedy);
+            }
+            return Ok(twice);
+        }
         self.skips_word("int");
-        spelled
+        Ok(once)
     }
 
-    fn unsigned(&mut self) -> &'static str {
-        if self.skips_word("char") {
+    fn unsigned(&mut self) -> Parsed<&'static str> {
+        Ok(if self.skips_word("char") {
             "unsigned char"
         } else if self.skips_word("short") {
             self.skips_word("int");
             "unsigned short"
         } else if self.skips_word("long") {
-            self.long("unsigned long", "unsigned long long", None)
+            self.long("unsigned long", "unsigned long long", None)?
         } else {
             self.skips_word("int");
             "unsigned int"
-        }
+        })
     }
 
     pub(crate) fn amount(&mut self) -> Parsed<Amount> {

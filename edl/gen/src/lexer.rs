@@ -3,7 +3,8 @@
 //! Every step consumes at least one character, so it ends on any input; it indexes nothing by
 //! byte, so any text is safe.
 //! Follows the lexical rules of the SGX SDK's `sgx_edger8r`: `//` and `/* */` comments that do not
-//! nest, decimal numbers, no preprocessor, no escapes in file names.
+//! nest, decimal numbers, no preprocessor, no escapes in file names; blanks are spaces, tabs and ends
+//! of lines, and a line comment ends with its line, not with the file.
 
 use crate::error::{Fault, Position, refuse};
 
@@ -63,6 +64,17 @@ impl Scanner<'_> {
         Some(c)
     }
 
+    /// Skips spaces, tabs and ends of lines: `\n` or `\r\n`.
+    fn skip_blanks(&mut self) {
+        loop {
+            let mut ahead = self.rest.clone();
+            match (ahead.next(), ahead.next()) {
+                (Some(' ' | '\t' | '\n'), _) | (Some('\r'), Some('\n')) => self.take(),
+                _ => return,
+            };
+        }
+    }
+
     fn take_while(&mut self, mut wanted: impl FnMut(char) -> bool) -> String {
         let mut taken = String::new();
         while let Some(c) = self.peek().filter(|c| wanted(*c)) {
@@ -82,7 +94,7 @@ pub(crate) fn tokens(source: &str) -> Result<Vec<Token>, Fault> {
     // The last line that the token or comment before this place reaches.
     let mut last_line = 0;
     loop {
-        scanner.take_while(char::is_whitespace);
+        scanner.skip_blanks();
         let at = scanner.at;
         let Some(c) = scanner.peek() else {
             tokens.push(Token { kind: Kind::End, at, before, after: String::new() });
@@ -168,6 +180,10 @@ fn comment(scanner: &mut Scanner<'_>, at: Position) -> Result<String, Fault> {
     match scanner.peek() {
         Some('/') => {
             let line = scanner.take_while(|c| c != '\n');
+            if scanner.peek().is_none() {
+                let remedy = "end its line: write a newline at the end of the file";
+                return refuse(at, "the file ends in a line comment", remedy);
+            }
             Ok(line.trim_start_matches('/').trim().to_owned())
         }
         Some('*') => {

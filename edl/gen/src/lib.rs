@@ -16,6 +16,8 @@ pub mod ast;
 mod check;
 mod declaration;
 mod error;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 mod lexer;
 mod model;
 mod names;

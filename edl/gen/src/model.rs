@@ -14,6 +14,7 @@ const LONGEST_ARRAY: u64 = 32;
 pub(crate) struct Model {
     pub types: Vec<Type>,
     pub calls: Vec<Call>,
+    pub switchless: Vec<Switchless>,
 }
 
 pub(crate) enum Type {
@@ -36,6 +37,13 @@ pub(crate) struct Call {
     pub doc: String,
     pub request: Vec<Field>,
     pub reply: Vec<Field>,
+}
+
+/// A call with `transition_using_threads`: no message is made of it.
+pub(crate) struct Switchless {
+    pub method: String,
+    pub doc: String,
+    pub parameters: Vec<Field>,
 }
 
 pub(crate) struct Field {
@@ -108,9 +116,35 @@ pub(crate) fn model(interface: &Interface) -> Made<Model> {
     for composite in &interface.composites {
         types.push(maker.composite(composite, &mut values)?);
     }
-    let calls: Made<Vec<Call>> =
-        interface.untrusted.iter().map(|function| maker.call(function)).collect();
-    Ok(Model { types, calls: calls? })
+    let (mut calls, mut switchless) = (Vec::new(), Vec::new());
+    for function in &interface.untrusted {
+        answers_an_errno(function)?;
+        if function.transition_using_threads {
+            switchless.push(maker.switchless(function)?);
+        } else {
+            calls.push(maker.call(function)?);
+        }
+    }
+    Ok(Model { types, calls, switchless })
+}
+
+/// What every call returns, and what none may have.
+fn answers_an_errno(it: &Function) -> Made<()> {
+    let returns = &it.returns;
+    if returns.base != Base::Plain("uint32_t") || returns.pointers > 0 {
+        let what = format!("`{}` does not return uint32_t", it.name);
+        let remedy = "return uint32_t, 0 or an errno; hand values over by `[out]` parameters";
+        return refuse(returns.at, what, remedy);
+    }
+    if it.propagate_errno {
+        let what = format!("`propagate_errno` on `{}`", it.name);
+        return refuse(it.at, what, "take it out: the returned value is the errno already");
+    }
+    if let Some((_, at)) = it.allow.first() {
+        let remedy = "take it out: calls into the enclave are not carried";
+        return refuse(*at, format!("`allow` on `{}`", it.name), remedy);
+    }
+    Ok(())
 }
 
 fn field_name(name: &str, at: Position) -> Made<String> {
@@ -217,20 +251,6 @@ impl Maker {
     }
 
     fn call(&mut self, it: &Function) -> Made<Call> {
-        let returns = &it.returns;
-        if returns.base != Base::Plain("uint32_t") || returns.pointers > 0 {
-            let what = format!("`{}` does not return uint32_t", it.name);
-            let remedy = "return uint32_t, 0 or an errno; hand values over by `[out]` parameters";
-            return refuse(returns.at, what, remedy);
-        }
-        if it.propagate_errno {
-            let what = format!("`propagate_errno` on `{}`", it.name);
-            return refuse(it.at, what, "take it out: the returned value is the errno already");
-        }
-        if let Some((_, at)) = it.allow.first() {
-            let remedy = "take it out: calls into the enclave are not carried";
-            return refuse(*at, format!("`allow` on `{}`", it.name), remedy);
-        }
         let camel = names::camel(&it.name);
         for message in ["Request", "Reply"] {
             self.type_name(format!("{camel}{message}"), &it.name, it.at)?;
@@ -252,6 +272,28 @@ impl Maker {
             request,
             reply,
         })
+    }
+
+    fn switchless(&self, it: &Function) -> Made<Switchless> {
+        let parameters: Made<Vec<Field>> =
+            it.parameters.iter().map(|parameter| self.in_place(parameter)).collect();
+        let parameters = parameters?;
+        Ok(Switchless { method: field_name(&it.name, it.at)?, doc: it.doc.clone(), parameters })
+    }
+
+    /// A parameter of a switchless call: what goes over in a register.
+    fn in_place(&self, it: &Declaration) -> Made<Field> {
+        let carried = if it.attributes.user_check {
+            Carried::Address
+        } else if it.pointers == 0 && it.bounds.is_empty() {
+            Carried::Value(self.element(it)?)
+        } else {
+            let what = format!("`{}` is copied, and its call makes no message", it.name);
+            let remedy = "take `transition_using_threads` off, or pass a value or a `user_check`";
+            return refuse(it.at, what, remedy);
+        };
+        let (name, plain) = (field_name(&it.name, it.at)?, it.name.clone());
+        Ok(Field { name, plain, doc: it.doc.clone(), carried })
     }
 
     fn parameter(

@@ -76,7 +76,10 @@ pub(crate) fn rustdoc(comment: &str) -> String {
             '[' | ']' | '<' | '>' | '*' if !code => text.push('\\'),
             _ => {}
         }
-        text.push(c);
+        // A bare carriage return or a mark that turns the direction of writing is an error in Rust.
+        let turns = matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+        let plain = c == '\n' || !(c.is_control() || turns);
+        text.push(if plain { c } else { ' ' });
     }
     text
 }

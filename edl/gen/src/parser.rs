@@ -410,7 +410,10 @@ impl Parser {
 
     fn function(&mut self, doc: String) -> Parsed<Function> {
         let at = self.at();
-        let constant = self.skips_word("const");
+        if self.is_word("const") {
+            let remedy = "take it out: the grammar has `const` for parameters only";
+            return refuse(at, "`const` on a returned value", remedy);
+        }
         let base = self.base()?;
         let pointers = self.pointers()?;
         if self.is('[') {
@@ -419,7 +422,7 @@ impl Parser {
         }
         let returns = Declaration {
             attributes: Attributes::default(),
-            constant,
+            constant: false,
             base,
             pointers,
             name: String::new(),

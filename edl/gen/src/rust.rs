@@ -1,6 +1,6 @@
 //! The model as Rust text. What it says of the wire is in the boundary crate's `wire` module.
 
-use crate::model::{Call, Carried, Field, Limit, Model, Type};
+use crate::model::{Call, Carried, Field, Limit, Model, Switchless, Type};
 use crate::names;
 use core::fmt::{self, Write};
 
@@ -33,6 +33,9 @@ pub(crate) fn text(model: &Model, origin: &str, normal: &str) -> Result<String, 
     host(&mut out, model)?;
     dispatch(&mut out, model)?;
     enclave(&mut out, model)?;
+    if !model.switchless.is_empty() {
+        switchless(&mut out, &model.switchless)?;
+    }
     Ok(out)
 }
 
@@ -359,6 +362,41 @@ fn enclave(out: &mut String, model: &Model) -> fmt::Result {
             writeln!(out, "            {}: {},", field.name, getter(field))?;
         }
         writeln!(out, "        }};\n        reader.end()?;\n        Ok(reply)\n    }}")?;
+    }
+    writeln!(out, "}}")
+}
+
+/// The trait of the calls that make no message.
+fn switchless(out: &mut String, calls: &[Switchless]) -> fmt::Result {
+    writeln!(
+        out,
+        "\n/// The calls with `transition_using_threads`. No message is made of them: what runs the"
+    )?;
+    writeln!(
+        out,
+        "/// enclave serves them in its own process, without a transition where it has threads for it."
+    )?;
+    writeln!(
+        out,
+        "///\n/// Holds for their callers: an answer is a claim, and each may return early."
+    )?;
+    writeln!(out, "pub trait Switchless {{")?;
+    for (n, call) in calls.iter().enumerate() {
+        if n > 0 {
+            writeln!(out)?;
+        }
+        doc(out, "    ", &call.doc, &format!("Call `{}`.", call.method))?;
+        for field in call.parameters.iter().filter(|field| !field.doc.is_empty()) {
+            writeln!(out, "    ///")?;
+            doc(out, "    ", &format!("`{}`: {}", field.plain, field.doc), "")?;
+        }
+        writeln!(out, "    ///\n    /// # Errors\n    /// A Linux errno, 1..=4095.")?;
+        writeln!(out, "    fn {}(", call.method)?;
+        writeln!(out, "        &self,")?;
+        for field in &call.parameters {
+            writeln!(out, "        {}: {},", field.name, rust_type(&field.carried))?;
+        }
+        writeln!(out, "    ) -> Result<(), u32>;")?;
     }
     writeln!(out, "}}")
 }

@@ -117,7 +117,7 @@ proptest! {
         words in prop::collection::vec(prop::sample::select(&[
             "int a,", "[in] int* p,", "[out, count=n] uint64_t* q,", "size_t n,",
             "[in, string] const char* t,", "[user_check] void* v,", "[in] char x[4],",
-            "unsigned long long int w,", "[in, size=16] const void* z,", "s y,",
+            "unsigned long long w,", "[in, size=16] const void* z,", "s y,",
         ][..]), 0..6),
     ) {
         let list = words.concat();

@@ -41,7 +41,7 @@ fn parameters_that_the_sdk_accepts_pass() {
     for parameters in [
         "",
         "void",
-        "int a, unsigned b, short int c, long long int d, unsigned long e, unsigned char g",
+        "int a, unsigned b, short int c, long long d, long int i, unsigned long e, unsigned char g",
         "float a, double b, long double c, wchar_t d, size_t e, char g",
         "int8_t a, uint8_t b, int16_t c, uint16_t d, int32_t e, uint32_t g, int64_t h, uint64_t i",
         "struct s a, s b",
@@ -177,6 +177,7 @@ fn parameters_that_the_sdk_refuses_are_refused() {
     }
     for (parameters, why) in [
         ("[in, isptr, isary] handle p", "both isptr and isary"),
+        ("[in, isary, readonly] handle p", "readonly and not a pointer"),
         ("[in, isary, size=4] handle p", "isary and a size"),
         ("[user_check, readonly] handle p", "readonly and not a pointer"),
         ("[in, out, isptr, readonly] handle p", "constant and out"),
@@ -202,7 +203,7 @@ fn functions_and_their_suffixes_pass_and_fail_as_in_the_sdk() {
         ("public int t();", "void f() allow();"),
         ("public int t();", "[cdecl] void f(); [stdcall, dllimport] void g(); [fastcall] int h();"),
         ("include \"t.h\" public handle t();", "include \"u.h\" FILE* f();"),
-        ("public const char* t();", "void* f();"),
+        ("public char* t();", "void* f();"),
     ] {
         accepted(&file(trusted, untrusted));
     }
@@ -227,6 +228,7 @@ fn functions_and_their_suffixes_pass_and_fail_as_in_the_sdk() {
         ("", "[pascal] void f();", "not a calling convention"),
         ("", "int[4] f();", "returns an array"),
         ("", "const int f();", "`const` on a returned value"),
+        ("public const char* t();", "", "`const` on a returned value"),
         ("", "f();", "expected the name of a function"),
         ("", "void f()", "expected `;`"),
         ("", "unknown f();", "not defined"),
@@ -245,7 +247,8 @@ fn definitions_and_files_pass_and_fail_as_in_the_sdk() {
         "from \"other.edl\" import f, g; untrusted { void h() allow(f); };",
         "struct s { int a; char b[4][4]; };",
         "struct s { [size=n] void* p; size_t n; [count=2] int* q; int* r; };",
-        "struct s { const char* text; };",
+        "struct s { char* text; };",
+        "\r\n\tstruct s {\r\n int a; };\r\n",
         "union u { int a; float b; }; struct s { union u u; u v; };",
         "enum e { A, B = 4, C = B, D }; struct s { enum e e; };",
         "enum { A = 1 };",
@@ -273,6 +276,14 @@ fn definitions_and_files_pass_and_fail_as_in_the_sdk() {
         ("struct s { int a[]; };", "without a number"),
         ("struct s { int* a[4]; };", "array of pointers"),
         ("struct s { void a; };", "of type void"),
+        ("struct s { const char* a; };", "`a` is const"),
+        ("union u { const char* a; };", "`a` is const"),
+        ("struct s { long long int a; };", "`int` behind `long long`"),
+        ("struct s { unsigned long long int a; };", "`int` behind `long long`"),
+        // Blanks that are none to the tool: a form feed, a bare carriage return, a wide blank.
+        ("struct s\u{c}{ int a; };", "has no meaning"),
+        ("struct s\r{ int a; };", "has no meaning"),
+        ("struct s\u{a0}{ int a; };", "has no meaning"),
         ("struct s { [in] int* a; };", "attribute of parameters"),
         ("struct s { [user_check] int* a; };", "attribute of parameters"),
         ("struct s { [size=4] int a; };", "`size` or `count` on member"),
@@ -304,6 +315,8 @@ fn definitions_and_files_pass_and_fail_as_in_the_sdk() {
         ("enclave { }", "expected `;`"),
         ("enclave { ", "expected"),
         ("enclave { }; enclave { };", "after the end"),
+        ("enclave { }; // no end of line", "ends in a line comment"),
+        ("enclave { };\n//", "ends in a line comment"),
     ] {
         refused(file, why);
     }
@@ -358,6 +371,9 @@ fn what_the_generator_does_not_carry_is_refused_by_name() {
         (call("[out, size=n] void* p, int n"), "not unsigned"),
         (functions(long), "length of two buffers"),
         (call("[in, wstring] wchar_t* p"), "wchar_t"),
+        (functions("uint32_t f([in] int* p) transition_using_threads;"), "makes no message"),
+        (functions("uint32_t f(int p[4]) transition_using_threads;"), "without a direction"),
+        (functions("void f() transition_using_threads;"), "does not return uint32_t"),
     ] {
         match generate("a.edl", &source) {
             Ok(code) => panic!("carried, though {why}: {source}\n{code}"),

@@ -10,6 +10,7 @@
 //! inside the enclave's own calls to the host: its caller lets it, from the clock and the doorbell).
 
 mod host;
+pub mod inputs;
 pub mod replies;
 mod rng;
 mod store;

@@ -49,6 +49,8 @@ pub struct Orders<'a> {
     pub log: PathBuf,
     /// Take host files that refuse `O_DIRECT`.
     pub allow_buffered: bool,
+    /// Have host I/O go by io_uring.
+    pub io_uring: bool,
     /// Load no probes.
     pub no_probes: bool,
     /// Options for what the program may take, and their values.
@@ -72,7 +74,7 @@ pub struct Daemon<'a> {
     orders: Orders<'a>,
     child: Child,
     /// Kept open so that the daemon can print at any time.
-    _stdout: Option<ChildStdout>,
+    stdout: Option<ChildStdout>,
     ended: Option<ExitStatus>,
     /// What it prints when it listens was read.
     waited_for: bool,
@@ -88,14 +90,13 @@ impl<'a> Daemon<'a> {
     pub fn start(orders: Orders<'a>, signals: &Signals) -> Result<Self, NotStarted> {
         let mut child = spawn(&orders, signals, true).map_err(NotStarted::Failed)?;
         let stdout = child.stdout.take();
-        let mut daemon =
-            Self { orders, child, _stdout: stdout, ended: None, waited_for: true, unready: 0 };
+        let mut daemon = Self { orders, child, stdout, ended: None, waited_for: true, unready: 0 };
         daemon.wait_until_ready(signals)?;
         Ok(daemon)
     }
 
     fn wait_until_ready(&mut self, signals: &Signals) -> Result<(), NotStarted> {
-        let Some(mut stdout) = self._stdout.take() else {
+        let Some(mut stdout) = self.stdout.take() else {
             return Err(NotStarted::Failed(self.failed_to_start("it has no standard output")));
         };
         let started = Instant::now();
@@ -128,7 +129,7 @@ impl<'a> Daemon<'a> {
             }
             let text = String::from_utf8_lossy(&said);
             if text.lines().any(|line| line.starts_with(READY)) && text.contains('\n') {
-                self._stdout = Some(stdout);
+                self.stdout = Some(stdout);
                 return Ok(());
             }
         }
@@ -157,7 +158,7 @@ impl<'a> Daemon<'a> {
         if self.orders.restarts && self.unready < UNREADY_MOST {
             match spawn(&self.orders, signals, false) {
                 Ok(mut child) => {
-                    self._stdout = child.stdout.take();
+                    self.stdout = child.stdout.take();
                     (self.child, self.ended) = (child, None);
                     let told = "the daemon died and is started again; requests go on";
                     eprintln!("{}", Failure::new(Exit::NoDaemon, told, status, words));
@@ -181,9 +182,9 @@ impl<'a> Daemon<'a> {
     /// Whether the one that ended had listened.
     fn was_ready(&mut self) -> bool {
         // The first was waited for.
-        let Some(mut stdout) = self._stdout.take() else { return false };
+        let Some(mut stdout) = self.stdout.take() else { return false };
         let mut said = String::new();
-        // Its end is there: it has ended, and makes no processes.
+        // Its end is there: it has ended, and what it started had no part in this.
         let _ = stdout.read_to_string(&mut said);
         std::mem::take(&mut self.waited_for) || said.contains(READY)
     }
@@ -272,6 +273,9 @@ fn spawn(orders: &Orders<'_>, signals: &Signals, first: bool) -> Result<Child, F
     }
     if orders.allow_buffered {
         command.arg("--allow-buffered");
+    }
+    if orders.io_uring {
+        command.arg("--engine=io_uring");
     }
     if orders.no_probes {
         command.arg("--no-probes");

@@ -41,7 +41,7 @@ use self::{
     warden::Warden,
 };
 use crate::{
-    cli::{DiscardArg, RunArgs},
+    cli::{DiscardArg, EngineArg, RunArgs},
     counter::{Server, Source},
     directory_volume,
     disk::Access,
@@ -84,6 +84,7 @@ pub fn run(args: &RunArgs, wait: u32) -> Result<u8, Failure> {
             stats: &left_stats,
             log: args.daemon_log.clone().unwrap_or_else(|| directory.join("daemon.log")),
             allow_buffered: args.allow_buffered,
+            io_uring: args.engine == EngineArg::Uring,
             no_probes: args.no_probes,
             limits: &args.limit,
             // Without this file nobody waits for a daemon any more.

@@ -183,7 +183,7 @@ impl World {
 
 /// fio and what all its runs here share. A wrong block ends the run (`verify_fatal`): without it
 /// fio only looks at the last verified part of each request.
-fn fio_words(file: &str) -> Vec<String> {
+pub fn fio_words(file: &str) -> Vec<String> {
     [
         "fio",
         "--name=e2e",

@@ -102,14 +102,23 @@ fn the_program_keeps_its_name_its_arguments_and_its_environment() {
 
 /// Waits until the daemon of a run has the host file open; answers its number.
 pub fn daemon_at_work(running: &mut Running, volume: &Path) -> u32 {
-    let volume = volume.canonicalize().unwrap();
-    until("the daemon has the volume open", || {
-        assert!(running.is_running());
+    serving(running, volume).expect("the program has ended")
+}
+
+/// The launcher's daemon, once it has `volume` open; `None` when the program has ended.
+pub fn serving(running: &mut Running, volume: &Path) -> Option<u32> {
+    // The program may yet have to make it.
+    let place = volume.parent().unwrap().canonicalize().unwrap();
+    let volume = place.join(volume.file_name().unwrap());
+    until("a daemon has the volume open or the program has ended", || {
+        if !running.is_running() {
+            return Some(None);
+        }
         let all = children(running.pid());
         let daemon = all.into_iter().find(|&pid| name_of(pid) == "posternd")?;
         let mut open = std::fs::read_dir(format!("/proc/{daemon}/fd")).ok()?;
         open.any(|fd| fd.is_ok_and(|fd| fd.path().read_link().is_ok_and(|to| to == volume)))
-            .then_some(daemon)
+            .then_some(Some(daemon))
     })
 }
 

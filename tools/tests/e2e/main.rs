@@ -20,6 +20,7 @@ mod lease;
 mod limits;
 mod matrix;
 mod memory;
+mod observe;
 mod programs;
 mod reader;
 mod record;

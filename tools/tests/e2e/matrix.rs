@@ -4,7 +4,7 @@
 //! Every 4 KiB (512 bytes in the small shape) carries fio's own header with its offset and
 //! checksum, written by the first pass, so the last pass can read with any block size.
 
-use crate::common::World;
+use crate::common::{World, end, fio_words, skip};
 
 const DEPTHS: [&str; 3] = ["--iodepth=1", "--iodepth=32", "--iodepth=128"];
 const SYNCS: [&str; 3] = ["--fsync=0", "--fsync=1", "--fdatasync=16"];
@@ -74,6 +74,29 @@ fn a_second_process_finds_exactly_what_the_first_wrote() {
     world.fio(&volume, &load).expect(0);
     let again: Vec<&str> = load.iter().copied().chain(["--verify_only"]).collect();
     world.fio(&volume, &again).expect(0);
+}
+
+/// Blocks of every kind, and syncs, by the other engine; then read by the usual one.
+#[test]
+fn what_goes_by_io_uring_verifies_and_is_there_when_the_volume_is_opened_again() {
+    let Some(world) = World::new() else { return };
+    let volume = world.format("v", "64M");
+    let whole = ["--size=32m", "--verify=crc32c", "--verify_interval=4k"];
+    let fill = ["--rw=write", "--bs=64k", "--do_verify=0"];
+    let load = ["--rw=randrw", "--bsrange=4k-256k", "--iodepth=32", "--fsync=16"];
+    for words in [&fill[..], &load] {
+        let program = fio_words("/sealed/data").into_iter();
+        let program = program.chain(words.iter().chain(&whole).map(|&word| word.to_owned()));
+        let options = ["--engine=io_uring", "--stats=stats.json"];
+        end(&mut world.run_with(&volume, &options, program)).expect(0);
+    }
+    let told = std::fs::read(world.path("stats.json")).unwrap();
+    let told: serde_json::Value = serde_json::from_slice(&told).unwrap();
+    if !told["source_note"].as_str().is_some_and(|note| note.contains("io_uring")) {
+        return skip("the kernel does not let the daemon use io_uring");
+    }
+    let [size, verify, piece] = whole;
+    world.fio(&volume, &["--rw=read", "--bs=64k", size, verify, piece]).expect(0);
 }
 
 #[test]

@@ -11,7 +11,7 @@ use std::{
 use crate::{
     common::{Running, World, begin, children, end, name_of, signal, until},
     kill::{Confirmed, words},
-    launcher::daemon_at_work,
+    launcher::{daemon_at_work, serving},
     lease::{EIO, Server},
 };
 
@@ -28,6 +28,7 @@ fn a_program_goes_on_and_every_confirmed_write_is_there_however_often_the_daemon
     let mut confirmed = Confirmed::of(&log);
     let write = words(&program, "write", sealed, &log, 4711);
     let mut running = begin(&mut world.run(&volume, write));
+    let mut last = 0;
     for kill in 0..kills() {
         // Some are killed while they take over, some at work.
         let enough = confirmed.now() + kill * 7 % 40;
@@ -36,7 +37,11 @@ fn a_program_goes_on_and_every_confirmed_write_is_there_however_often_the_daemon
             assert!(running.is_running(), "the guest ended by itself");
             (seen >= enough).then_some(())
         });
-        signal("KILL", daemon_at_work(&mut running, &volume));
+        // One that dies has its files open for a moment yet.
+        last = until("another daemon serves", || {
+            Some(daemon_at_work(&mut running, &volume)).filter(|&daemon| daemon != last)
+        });
+        signal("KILL", last);
     }
     let enough = confirmed.now() + 20;
     until("the last daemon serves", || (confirmed.now() >= enough).then_some(()));
@@ -91,22 +96,8 @@ fn fio_with_forked_jobs_verifies_in_a_directory_while_daemons_are_killed() {
     running.wait().expect(0);
 }
 
-/// The daemon below `postern`, once it has `file` open; `None`: the program has ended.
-fn serving(running: &mut Running, file: &Path) -> Option<u32> {
-    until("a daemon serves or the program has ended", || {
-        if !running.is_running() {
-            return Some(None);
-        }
-        let all = children(running.pid());
-        let daemon = all.into_iter().find(|&pid| name_of(pid) == "posternd")?;
-        let mut open = std::fs::read_dir(format!("/proc/{daemon}/fd")).ok()?;
-        open.any(|fd| fd.is_ok_and(|fd| fd.path().read_link().is_ok_and(|to| to == file)))
-            .then_some(Some(daemon))
-    })
-}
-
 /// A daemon that is nobody's own.
-fn daemon(world: &World, socket: &Path, options: &[&str]) -> Running {
+pub fn daemon(world: &World, socket: &Path, options: &[&str]) -> Running {
     let mut command = Command::new(world.part("posternd"));
     command.arg("--socket").arg(socket).arg("--root").arg(world.directory()).arg("--no-probes");
     let mut running = begin(command.args(options));
@@ -125,7 +116,7 @@ fn surroundings() -> Option<(World, PathBuf, PathBuf)> {
 }
 
 /// `serve` on the volume `v` of the daemon that listens on `socket`.
-fn served(world: &World, program: &Path, socket: &Path, options: &[&str]) -> Server {
+pub fn served(world: &World, program: &Path, socket: &Path, options: &[&str]) -> Server {
     let mut command = world.postern(["run", "--key-file", "v.key", "--volume", "/sealed/data=v"]);
     command.arg("--socket").arg(socket).args(options).arg("--").arg(program);
     let (server, first) = Server::start(command.args(["/sealed/data", "rw"]));

@@ -17,8 +17,8 @@ const ENCLAVE_TARGET: &str = "x86_64-fortanix-unknown-sgx";
 pub fn all(tree: &Tree) -> Result<()> {
     step("format", || {
         run(tree.cargo().args(["fmt", "--all", "--", "--check"]))?;
-        // The probes and the fuzz targets are workspaces of their own.
-        for other in ["ebpf/Cargo.toml", "trusted/fuzz/Cargo.toml"] {
+        // The probes, the fuzz targets and the enclave programs are workspaces of their own.
+        for other in ["ebpf/Cargo.toml", "trusted/fuzz/Cargo.toml", "trusted/enclave/Cargo.toml"] {
             run(tree.cargo().args(["fmt", "--manifest-path", other, "--", "--check"]))?;
         }
         Ok(())

@@ -1,6 +1,7 @@
-//! `cargo xtask fuzz`: libFuzzer on everything that the trusted side reads from the host.
+//! `cargo xtask fuzz`: libFuzzer on everything that one side reads from the other, and on the EDL
+//! parser.
 //!
-//! The targets are functions of the trusted crate (`volume::fuzz`); plain `cargo test` runs the
+//! The targets are functions of the crates themselves (modules `fuzz`); plain `cargo test` runs the
 //! same ones over the seeds. This needs rustup's nightly and cargo-fuzz.
 
 use std::{path::Path, process::Command};
@@ -12,6 +13,8 @@ use crate::shell::{Tree, output, run, step};
 
 /// Longest input: a first few bytes and 64 patches.
 const MAX_LENGTH: u32 = 259;
+/// Seconds of one input that are a hang; none takes a tenth of one.
+const HANG: u32 = 60;
 
 /// Options of `cargo xtask fuzz`.
 #[derive(Args, Debug)]
@@ -44,7 +47,7 @@ pub fn short(tree: &Tree) -> Result<()> {
             eprintln!("    SKIPPED: {missing}; the tests ran the same targets over their seeds");
             Ok(())
         }
-        None => targets(tree, &Options { seconds: 5, target: Vec::new() }),
+        None => targets(tree, &Options { seconds: 3, target: Vec::new() }),
     })
 }
 
@@ -98,6 +101,7 @@ fn target(tree: &Tree, sources: &Path, name: &str, seconds: u32) -> Result<()> {
         .arg("--")
         .arg(format!("-max_total_time={seconds}"))
         .arg(format!("-max_len={MAX_LENGTH}"))
+        .arg(format!("-timeout={HANG}"))
         .arg("-print_final_stats=1")
         .arg(format!("-artifact_prefix={}/", found.display()))
         .current_dir(&tree.root)

@@ -6,11 +6,14 @@ mod build;
 mod check;
 mod crash;
 mod demo;
+mod enclave;
 mod fio;
 mod fuzz;
 mod hostile;
 mod pause;
+mod port;
 mod proofs;
+mod sanitize;
 mod setup;
 mod shell;
 mod stages;
@@ -46,12 +49,19 @@ enum Task {
     Bench(bench::Options),
     /// How long a program waits when its daemon is killed, or another one takes its place
     Pause(pause::Options),
+    /// What crossing the port costs, and its checks; wants a quiet machine with two processors
+    Port,
     /// Crash the simulated volume at tens of thousands of points; break each rule on purpose
     Crash(crash::Options),
     /// A sealed volume against a host that breaks every rule, for millions of steps
     Hostile(hostile::Options),
-    /// Fuzz every parser of what the host stores (nightly, cargo-fuzz)
+    /// Fuzz every parser of what the other side says (nightly, cargo-fuzz)
     Fuzz(fuzz::Options),
+    /// Programs inside a genuine SGX enclave image: build, run, test
+    #[command(subcommand)]
+    Enclave(enclave::Task),
+    /// Run the tests of what has `unsafe` under sanitizers and valgrind
+    Sanitize(sanitize::Options),
     /// Build the release parts side by side in target/release
     Build,
     /// Check format, lints and documentation
@@ -69,9 +79,12 @@ fn main() -> ExitCode {
         Task::Conformance(options) => test::conformance(&tree, &options),
         Task::Bench(options) => bench::all(&tree, &options),
         Task::Pause(options) => pause::all(&tree, &options),
+        Task::Port => port::all(&tree),
         Task::Crash(options) => crash::all(&tree, &options),
         Task::Hostile(options) => hostile::all(&tree, &options),
         Task::Fuzz(options) => fuzz::all(&tree, &options),
+        Task::Enclave(task) => enclave::all(&tree, task),
+        Task::Sanitize(options) => sanitize::all(&tree, &options),
         Task::Build => build::all(&tree),
         Task::Check => check::all(&tree),
         Task::Setup => setup::all(&tree),

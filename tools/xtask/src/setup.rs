@@ -20,9 +20,10 @@ struct Package {
     present: fn() -> bool,
 }
 
-const PACKAGES: [Package; 6] = [
+const PACKAGES: [Package; 7] = [
     Package { name: "fio", purpose: "tests, demo, bench", present: || on_path("fio") },
     Package { name: "strace", purpose: "one test", present: || on_path("strace") },
+    Package { name: "prometheus", purpose: "tests of metrics", present: || on_path("promtool") },
     Package {
         name: "libaio-dev",
         purpose: "building posternd and test programs",

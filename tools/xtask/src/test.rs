@@ -4,7 +4,7 @@ use anyhow::Result;
 use clap::Args;
 
 use crate::{
-    build, check, fuzz, setup,
+    build, check, enclave, fuzz, setup,
     shell::{Tree, run, step},
 };
 
@@ -26,6 +26,7 @@ pub fn all(tree: &Tree) -> Result<()> {
     })?;
     fuzz::short(tree)?;
     end_to_end(tree)?;
+    enclave::if_possible(tree)?;
     step("conformance tests", || conformance_tests(tree, &[]))
 }
 

@@ -3,6 +3,12 @@
 //! The library half: raw system calls, guest memory, the family arena, lanes to the daemon, waits,
 //! open files. `trusted/sim/preload` exports it under libc's and libaio's names.
 
+#[cfg(postern_unchecked)]
+compile_error!(
+    "a build without the port's checks is there to count instructions (cargo xtask port); for data \
+     build without `--cfg postern_unchecked`"
+);
+
 pub mod arena;
 pub mod config;
 pub mod control;

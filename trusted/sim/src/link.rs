@@ -19,7 +19,7 @@ use postern_edl::{
 };
 use postern_trusted::{
     errno::Errno,
-    port::{Doorbell, HostFault, Lane, SharedWords},
+    port::{Doorbell, HostFault, Lane, SharedWords, Sleeper, Switchless},
     sync::Lock,
 };
 
@@ -91,12 +91,23 @@ struct State {
     in_vain: u32,
 }
 
-struct DaemonBell(i32);
+/// A port's eventfds, as [`Port::bells`].
+struct Bells([i32; 3]);
 
-impl Doorbell for DaemonBell {
-    fn ring(&self) {
-        wait::ring(self.0);
+impl Switchless for Bells {
+    fn postern_wake(&self, _port: u64) -> Result<(), u32> {
+        wait::ring(self.0[0]);
+        Ok(())
     }
+
+    fn postern_sleep(&self, _port: u64, sleeper: Sleeper, limit_ns: u64) -> Result<(), u32> {
+        let [_, driver, service] = self.0;
+        wait::for_ring(if sleeper == Sleeper::Driver { driver } else { service }, limit_ns);
+        Ok(())
+    }
+}
+
+impl Doorbell for Bells {
     fn now_ns(&self) -> u64 {
         wait::now_ns()
     }
@@ -116,7 +127,7 @@ impl Port {
                 *bell = keep(wait::eventfd()?);
             }
             let (at, words) = map(memory, bytes)?;
-            let lane = Lane::new(words, geometry, DaemonBell(bells[0]));
+            let lane = Lane::new(words, geometry, Bells(bells));
             lane.map(|lane| (at, lane)).map_err(|_| Errno::EINVAL)
         })();
         match made {

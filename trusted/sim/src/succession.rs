@@ -56,6 +56,8 @@ use crate::{
 const RELEASED_WITHIN_NS: u64 = 2_000_000_000;
 /// Requests in flight of the lane that looks.
 const SCOUT_ENTRIES: usize = 16;
+/// How long a scout sleeps before it looks whether its daemon is there, nanoseconds.
+const MOMENT_NS: u64 = 20_000_000;
 /// A daemon's refusals of a session that it does not know, and of another family's.
 const ESTALE: u32 = Errno::ESTALE.0.unsigned_abs();
 const EACCES: u32 = Errno::EACCES.0.unsigned_abs();
@@ -169,19 +171,18 @@ fn make(family: &'static Family, port: &Port, incarnation: u64) -> Result<Joined
         return Ok(Joined { control, attached, incarnation });
     }
     let mut scout = Scout::attach(family, handles)?;
-    let mut seen = BTreeSet::new();
     // What was being opened when the first look began may be in memory when it ends.
-    while scout.take_back(family, &mut seen)? {}
+    while scout.take_back(family)? {}
     let session = (scout.attached.session, scout.attached.token);
     let (control, attached) = attach(family, port, session).map_err(not_attached)?;
     *family.footing.lock() = known(&scout.attached);
     // From here on who opens something sees that the daemon is another one.
-    scout.take_back(family, &mut seen)?;
+    scout.take_back(family)?;
     let kept: BTreeSet<u32> = family.host_files.all().iter().map(|file| file.handle).collect();
     for handle in core::mem::take(&mut scout.opened).difference(&kept) {
         scout.close(*handle);
     }
-    for handle in core::mem::take(&mut scout.lost) {
+    for &handle in &scout.lost {
         family.has_lost(handle, "somebody else had the volume while there was no daemon");
     }
     Ok(Joined { control, attached, incarnation })
@@ -242,7 +243,7 @@ struct Scout {
     /// How often it was told to, by handle.
     opens: BTreeMap<u32, u32>,
     /// Those that could not be had, or were changed.
-    lost: Vec<u32>,
+    lost: BTreeSet<u32>,
     /// Directories whose index is as the family left it.
     indexes: BTreeSet<usize>,
     until_ns: u64,
@@ -263,7 +264,7 @@ impl Scout {
                 attached,
                 opened: BTreeSet::new(),
                 opens: BTreeMap::new(),
-                lost: Vec::new(),
+                lost: BTreeSet::new(),
                 indexes: BTreeSet::new(),
                 until_ns: wait::now_ns() + RELEASED_WITHIN_NS,
             }),
@@ -274,9 +275,9 @@ impl Scout {
         }
     }
 
-    /// Opens what the family has open and was not `seen` yet, volumes before the files of
-    /// directories, and looks at it. Answers whether there was anything.
-    fn take_back(&mut self, family: &Family, seen: &mut BTreeSet<u32>) -> Result<bool, Missed> {
+    /// Opens what the family has open and is neither opened nor lost yet, volumes before the files
+    /// of directories, and looks at it. Answers whether there was anything.
+    fn take_back(&mut self, family: &Family) -> Result<bool, Missed> {
         let directory_of = |file: &HostFile| {
             let mut all = family.directories.iter();
             all.position(|directory| {
@@ -286,14 +287,14 @@ impl Scout {
         };
         let is_index = |file: &HostFile| file.name.ends_with(&format!("/{INDEX_NAME}"));
         let mut all = family.host_files.all();
-        all.retain(|file| !seen.contains(&file.handle));
+        all.retain(|file| ![&self.opened, &self.lost].iter().any(|s| s.contains(&file.handle)));
         let (members, volumes): (Vec<_>, Vec<_>) =
             all.into_iter().partition(|file| directory_of(file).is_some() && !is_index(file));
-        let mut any = false;
+        let mut any = !members.is_empty();
         for file in volumes {
             // One that is only being opened: who does begins anew when its requests fail.
             let Some(core) = file.core.upgrade() else { continue };
-            any |= seen.insert(file.handle);
+            any = true;
             let kept = self.open(&file)? && self.look_at(&core)?;
             self.note(file.handle, kept);
             if let Some(directory) = directory_of(&file).filter(|_| kept) {
@@ -301,7 +302,6 @@ impl Scout {
             }
         }
         for file in members {
-            any |= seen.insert(file.handle);
             // Nobody opens a directory's file who does not have its index.
             let index = directory_of(&file).is_some_and(|number| self.indexes.contains(&number));
             let kept = index && self.open(&file)?;
@@ -322,7 +322,7 @@ impl Scout {
             self.opened.insert(handle);
         } else {
             self.close(handle);
-            self.lost.push(handle);
+            self.lost.insert(handle);
         }
     }
 
@@ -368,14 +368,10 @@ impl Scout {
             if lane.poll(SCOUT_ENTRIES) > 0 {
                 continue;
             }
-            if lane.prepare_sleep(Sleeper::Driver) {
-                let hung_up = wait::for_bell(self.port.bells[1], self.control.0.descriptor());
-                if hung_up && !lane.needs_drive() {
-                    lane.cancel_sleep(Sleeper::Driver);
-                    return Err(Missed::NoDaemon(Errno::ECONNRESET));
-                }
+            lane.sleep(Sleeper::Driver, MOMENT_NS);
+            if wait::has_hung_up(self.control.0.descriptor()) && !lane.needs_drive() {
+                return Err(Missed::NoDaemon(Errno::ECONNRESET));
             }
-            lane.cancel_sleep(Sleeper::Driver);
         }
     }
 }

@@ -176,10 +176,7 @@ impl Place<'_> {
     #[must_use]
     pub fn sleep(&self, timeout_ns: Option<u64>, signals: Signals) -> WaitEnd {
         let mut event = libc::epoll_event { events: 0, u64: 0 };
-        let timeout = timeout_ns.map(|ns| libc::timespec {
-            tv_sec: i64::try_from(ns / 1_000_000_000).unwrap_or(i64::MAX),
-            tv_nsec: i64::try_from(ns % 1_000_000_000).unwrap_or(0),
-        });
+        let timeout = timeout_ns.map(timespec);
         let mask = match signals {
             Signals::AsTheyAre => None,
             Signals::Masked(mask) => Some(mask),
@@ -278,46 +275,57 @@ pub fn ring(eventfd: i32) {
 /// Whether a write to `descriptor` would not block.
 #[must_use]
 pub fn is_writable(descriptor: i32) -> bool {
-    let mut poll = libc::pollfd { fd: descriptor, events: libc::POLLOUT, revents: 0 };
-    // SAFETY: one pollfd that lives through the call; a zero timeout does not wait.
-    let answer = unsafe {
-        let at = (&raw mut poll) as usize;
-        sys::syscall6(libc::SYS_poll, at, 1, 0, 0, 0, 0)
-    };
-    answer > 0 && poll.revents & libc::POLLOUT != 0
+    let mut poll = [asked(descriptor, libc::POLLOUT)];
+    look_at(&mut poll, 0);
+    poll[0].revents & libc::POLLOUT != 0
 }
 
-/// Waits a moment for a ring of `bell`, an eventfd; answers whether `socket` has hung up.
-#[must_use]
-pub fn for_bell(bell: i32, socket: i32) -> bool {
-    const MOMENT_MS: usize = 100;
-    let mut polls = [
-        libc::pollfd { fd: socket, events: libc::POLLRDHUP, revents: 0 },
-        libc::pollfd { fd: bell, events: libc::POLLIN, revents: 0 },
-    ];
+/// Waits until somebody rings `bell`, an eventfd, or has since the last such wait: `limit_ns`
+/// nanoseconds at most, or until a signal was handled.
+pub fn for_ring(bell: i32, limit_ns: u64) {
+    let mut poll = libc::pollfd { fd: bell, events: libc::POLLIN, revents: 0 };
+    let limit = timespec(limit_ns);
     let mut word = 0_u64;
-    // SAFETY: pollfds and word live through the calls; the eventfd does not block.
+    // SAFETY: all objects live through the calls; no mask is set; the eventfd does not block.
     unsafe {
-        let at = (&raw mut polls) as usize;
-        sys::syscall6(libc::SYS_poll, at, polls.len(), MOMENT_MS, 0, 0, 0);
-        if polls[1].revents & libc::POLLIN != 0 {
+        let (at, limit) = ((&raw mut poll) as usize, (&raw const limit) as usize);
+        sys::syscall6(libc::SYS_ppoll, at, 1, limit, 0, 0, 0);
+        if poll.revents & libc::POLLIN != 0 {
             let to = (&raw mut word) as usize;
             sys::syscall6(libc::SYS_read, bell as usize, to, 8, 0, 0, 0);
         }
     }
-    polls[0].revents & (libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR) != 0
+}
+
+/// A length of time for the kernel.
+fn timespec(ns: u64) -> libc::timespec {
+    libc::timespec {
+        tv_sec: i64::try_from(ns / 1_000_000_000).unwrap_or(i64::MAX),
+        tv_nsec: i64::try_from(ns % 1_000_000_000).unwrap_or(0),
+    }
 }
 
 /// Whether `socket` has hung up.
 #[must_use]
 pub fn has_hung_up(socket: i32) -> bool {
-    let mut poll = libc::pollfd { fd: socket, events: libc::POLLRDHUP, revents: 0 };
-    // SAFETY: one pollfd that lives through the call; a zero timeout does not wait.
-    let answer = unsafe {
-        let at = (&raw mut poll) as usize;
-        sys::syscall6(libc::SYS_poll, at, 1, 0, 0, 0, 0)
+    let mut poll = [asked(socket, libc::POLLRDHUP)];
+    look_at(&mut poll, 0);
+    poll[0].revents & HUNG_UP != 0
+}
+
+/// What poll(2) says of a connection whose peer has gone.
+const HUNG_UP: i16 = libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR;
+
+const fn asked(fd: i32, events: i16) -> libc::pollfd {
+    libc::pollfd { fd, events, revents: 0 }
+}
+
+/// poll(2), for at most so many milliseconds; where it fails nothing has happened.
+fn look_at(polls: &mut [libc::pollfd], limit_ms: usize) {
+    // SAFETY: the pollfds live through the call, which writes nothing else.
+    unsafe {
+        sys::syscall6(libc::SYS_poll, polls.as_mut_ptr() as usize, polls.len(), limit_ms, 0, 0, 0)
     };
-    answer > 0 && poll.revents & (libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR) != 0
 }
 
 /// Closes a descriptor of our own.

@@ -118,12 +118,6 @@ impl Lane {
         self.0.state.lock().withheld = true;
     }
 
-    /// Whether submissions wait for [`Self::release`].
-    #[must_use]
-    pub fn is_withheld(&self) -> bool {
-        self.0.state.lock().withheld
-    }
-
     /// Lays the rings out anew for the next daemon, which attaches afterwards. Only while submissions
     /// are withheld and when nobody uses the region any more; one that does all the same is a
     /// hostile host like any other.
@@ -146,20 +140,16 @@ impl Lane {
     /// with `EIO` instead.
     pub fn release(&self, refuse: impl Fn(u32) -> bool) {
         for start in (0..self.0.geometry.entries).step_by(BATCH) {
-            let mut refused = [const { Released { waker: None, extent: None } }; BATCH];
+            let mut wakers = [const { None }; BATCH];
             {
                 let mut state = self.0.state.lock();
-                for (n, place) in refused.iter_mut().enumerate() {
+                for (n, waker) in wakers.iter_mut().enumerate() {
                     let lost = |s: &Submission| u64::from(s.op) == op::FLUSH && refuse(s.handle);
-                    *place = state.table.refuse(start + n, Errno::EIO.0, lost);
-                    if let Some(descriptor) = state.table.publish_again(start + n) {
-                        self.publish(&mut state, &descriptor);
-                    }
+                    *waker = state.table.refuse(start + n, Errno::EIO.0, lost);
                 }
             }
-            refused.into_iter().filter_map(|one| one.waker).for_each(Waker::wake);
+            wakers.into_iter().flatten().for_each(Waker::wake);
         }
-        // What came in between was withheld behind those that were looked at.
         let mut state = self.0.state.lock();
         for index in 0..self.0.geometry.entries {
             if let Some(descriptor) = state.table.publish_again(index) {
@@ -339,6 +329,17 @@ impl Lane {
         }
     }
 
+    /// Sleeps until the daemon publishes something, `limit_ns` nanoseconds at most; not at all if
+    /// there is something to poll. May return early: look again. The caller holds no [`Plug`]. Who
+    /// has to be woken by something else too goes by [`Self::prepare_sleep`] and sleeps by itself.
+    pub fn sleep(&self, sleeper: Sleeper, limit_ns: u64) {
+        if self.prepare_sleep(sleeper) {
+            // An errno is an early return.
+            let _ = self.0.bell.postern_sleep(self.0.words.address(), sleeper, limit_ns);
+        }
+        self.cancel_sleep(sleeper);
+    }
+
     /// Why the lane is poisoned, if it is.
     #[must_use]
     pub fn fault(&self) -> Option<HostFault> {
@@ -461,7 +462,8 @@ impl Lane {
     fn ring_if_asleep(&self) {
         if self.0.words.observe(cursor::DAEMON_SLEEPS) != 0 {
             self.0.doorbells.fetch_add(1, Ordering::Relaxed);
-            self.0.bell.ring();
+            // A bell that says no is as good as one that nobody hears: nothing is decided on it.
+            let _ = self.0.bell.postern_wake(self.0.words.address());
         }
     }
 

@@ -22,20 +22,6 @@
 //! Only `words` touches shared memory, and only by whole aligned 8-byte words. Locks are private,
 //! held for tens of nanoseconds, never across a copy, a wake-up or a doorbell.
 
-/// Whether a check is left out on purpose, to see that a test notices.
-#[cfg(test)]
-macro_rules! left_out {
-    ($canary:ident) => {
-        $crate::volume::tests::canary() == $crate::volume::tests::Canary::$canary
-    };
-}
-#[cfg(not(test))]
-macro_rules! left_out {
-    ($canary:ident) => {
-        false
-    };
-}
-
 mod buddy;
 mod file;
 mod lane;
@@ -49,6 +35,7 @@ use core::fmt;
 
 pub use file::{LaneFile, LaneTransfer};
 pub use lane::{Lane, Plug};
+pub use postern_edl::calls::{PosternSleeper as Sleeper, Switchless};
 pub use words::SharedWords;
 #[cfg(test)]
 pub(crate) use words::probe;
@@ -56,23 +43,14 @@ pub(crate) use words::probe;
 /// Largest transfer in blocks: 128 KiB.
 pub const MAX_TRANSFER_BLOCKS: usize = 1 << buddy::MAX_ORDER;
 
-/// What a lane asks of the platform.
-pub trait Doorbell: Send + Sync {
-    /// Wakes the daemon. Called only after publishing and only if the daemon says that it sleeps.
-    fn ring(&self);
-
+/// What a lane asks of the platform: the calls of postern.edl that make no message, and a clock.
+///
+/// In SGX each of the two is a switchless ocall; where the enclave's process is its own host they
+/// signal an eventfd and wait for one. Called without a lock held.
+pub trait Doorbell: Switchless + Send + Sync {
     /// Monotonic nanoseconds (CLOCK_MONOTONIC) for the times in descriptors and stamps: claims
     /// for statistics, nothing is decided on them.
     fn now_ns(&self) -> u64;
-}
-
-/// Which thread of the enclave is about to sleep.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Sleeper {
-    /// A thread that waits for completions itself: the daemon rings doorbell A.
-    Driver,
-    /// The service thread: the daemon rings doorbell B, if no driver sleeps.
-    Service,
 }
 
 /// How the host broke the port's contract. The lane is then poisoned for good.

@@ -142,18 +142,12 @@ impl Table {
         index: usize,
         errno: i32,
         holds: impl FnOnce(&Submission) -> bool,
-    ) -> Released {
-        let Some(slot) = self.slots.get_mut(index) else { return Released::default() };
-        let waits = matches!(slot.state, State::InFlight(_)) && !slot.published;
-        if !waits || !holds(&slot.submission) {
-            return Released::default();
+    ) -> Option<Waker> {
+        let slot = self.slots.get_mut(index)?;
+        if slot.published || !holds(&slot.submission) {
+            return None;
         }
-        self.in_flight -= 1;
-        let ended = State::Done(Err(HostError::Errno(errno)));
-        match core::mem::replace(&mut slot.state, ended) {
-            State::InFlight(waker) => Released { waker, extent: None },
-            _ => Released::default(),
-        }
+        self.end_with(index, HostError::Errno(errno))
     }
 
     /// Takes a completion as the host wrote it. Returns the index and what it sets free.
@@ -263,10 +257,14 @@ impl Table {
     /// Ends the request on `index`, if one is in flight, with [`HostError::Gone`]; for a poisoned
     /// table. The buffer of an abandoned one stays kept for ever: the host may still write to it.
     pub(super) fn end(&mut self, index: usize) -> Option<Waker> {
+        self.end_with(index, HostError::Gone)
+    }
+
+    fn end_with(&mut self, index: usize, error: HostError) -> Option<Waker> {
         let slot = self.slots.get_mut(index)?;
         let State::InFlight(waker) = &mut slot.state else { return None };
         let waker = waker.take();
-        slot.state = State::Done(Err(HostError::Gone));
+        slot.state = State::Done(Err(error));
         self.in_flight -= 1;
         waker
     }
@@ -341,12 +339,12 @@ mod tests {
     fn a_request_is_refused_only_before_it_is_handed_over() {
         let mut table = Table::new(2);
         let (index, _) = table.begin(submission(3, 0), Waker::noop(), true).unwrap();
-        assert!(table.refuse(index as usize, 5, |s| s.op == 1).waker.is_none());
-        assert!(table.refuse(index as usize, 5, |s| s.op == 3).waker.is_some());
+        assert!(table.refuse(index as usize, 5, |s| s.op == 1).is_none());
+        assert!(table.refuse(index as usize, 5, |s| s.op == 3).is_some());
         let (answer, _) = table.take(index, Waker::noop());
         assert_eq!(answer, Poll::Ready(Err(HostError::Errno(5))));
         let (index, _) = table.begin(submission(3, 0), Waker::noop(), false).unwrap();
-        assert!(table.refuse(index as usize, 5, |_| true).waker.is_none());
+        assert!(table.refuse(index as usize, 5, |_| true).is_none());
         assert_eq!(table.in_flight(), 1);
     }
 

@@ -74,6 +74,11 @@ impl SharedWords {
         self.words * 8
     }
 
+    /// Address of the region: what names the port to the host.
+    pub(super) fn address(&self) -> u64 {
+        self.base.addr().get() as u64
+    }
+
     #[inline]
     fn cell(&self, index: usize) -> Option<&AtomicU64> {
         debug_assert!(index < self.words, "word {index} of {}", self.words);

@@ -25,18 +25,11 @@ struct Key {
 
 impl Key {
     fn of(ptr: &Ptr) -> Self {
-        #[cfg(test)]
-        if is_by_place() {
+        if left_out!(CacheByPlace) {
             return Self { place: ptr.place(), order: Order(0) };
         }
         Self { place: ptr.place(), order: ptr.order }
     }
-}
-
-/// A canary for the tests: the place alone is looked for.
-#[cfg(test)]
-fn is_by_place() -> bool {
-    super::tests::canary() == canary!(CacheByPlace)
 }
 
 struct Entry {
@@ -87,7 +80,7 @@ impl NodeCache {
         let set = self.set(key);
         let set = &mut self.sets[set];
         #[cfg(test)]
-        if is_by_place() && set.iter().any(|e| e.key == key) {
+        if left_out!(CacheByPlace) && set.iter().any(|e| e.key == key) {
             return;
         }
         set.retain(|e| e.key != key);

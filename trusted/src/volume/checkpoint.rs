@@ -26,6 +26,7 @@ use super::{
     jblock::Record,
     journal::Stopped,
     layout::{Order, Ptr, SUPERBLOCKS, nodes_worst},
+    places::Places,
     snapshots::{Held, Task},
     spacemap::SpaceUpdate,
     superblock::{Epoch, RECENT, Superblock},
@@ -54,8 +55,8 @@ struct Cut {
 /// What the merge made.
 pub(crate) struct Merged {
     pub(crate) root: Ptr,
-    pub(crate) allocs: Vec<u64>,
-    pub(crate) frees: Vec<u64>,
+    pub(crate) allocs: Places,
+    pub(crate) frees: Places,
     /// Changes whose leaf could not be read: they stay in the delta.
     pub(crate) carried: Vec<Record>,
     /// Birth number of the nodes it writes.
@@ -67,11 +68,11 @@ pub(crate) struct Merged {
 }
 
 impl Merged {
-    pub(crate) const fn new(root: Ptr, birth: u32, newest: u32) -> Self {
+    pub(crate) fn new(root: Ptr, birth: u32, newest: u32) -> Self {
         Self {
             root,
-            allocs: Vec::new(),
-            frees: Vec::new(),
+            allocs: Places::default(),
+            frees: Places::default(),
             carried: Vec::new(),
             birth,
             newest,

@@ -142,8 +142,7 @@ impl Journal {
 
     /// Ring places that may be written now.
     pub(crate) fn room(&self, geometry: &Geometry, reserve: u64) -> u64 {
-        #[cfg(test)]
-        if super::tests::canary() == canary!(EarlyRing) {
+        if left_out!(EarlyRing) {
             return geometry.ring_blocks - reserve - self.writing.len() as u64;
         }
         let first = self.writing.iter().min().copied().unwrap_or(self.start).min(self.start);
@@ -434,7 +433,7 @@ impl Core {
     /// Applies one written block; returns whether it is now what the block is.
     pub(crate) fn apply(&mut self, block: u64, ptr: Ptr) -> bool {
         self.counters.data_blocks += 1;
-        let newer = self.frozen.as_ref().and_then(|f| f.maps.get(&block));
+        let newer = self.frozen.as_ref().and_then(|f| f.maps.get(block));
         if newer.is_some_and(|f| f.order > ptr.order) && !self.is(canary!(LastCompletes)) {
             return false;
         }
@@ -478,14 +477,14 @@ impl Core {
 
     #[cfg(test)]
     fn break_apply(&mut self, block: u64, ptr: Ptr) {
-        let old = self.active.maps.get(&block).copied();
+        let old = self.active.maps.get(block).copied();
         if self.is(canary!(EarlyReuse)) {
-            let durable = self.frozen.as_ref().and_then(|f| f.maps.get(&block)).copied();
+            let durable = self.frozen.as_ref().and_then(|f| f.maps.get(block)).copied();
             if let Some(old) = old.or(durable).filter(|old| old.order < ptr.order) {
                 self.space.forget(old.place());
             }
         } else {
-            self.active.maps.remove(&block);
+            self.active.maps.remove(block);
         }
     }
 }

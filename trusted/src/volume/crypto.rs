@@ -149,11 +149,7 @@ impl AeadKey {
             Ok(_) => Ok(()),
             Err(_) => {
                 data.zeroize();
-                #[cfg(test)]
-                if super::tests::canary() == canary!(AnyTag) {
-                    return Ok(());
-                }
-                Err(Forged)
+                if left_out!(AnyTag) { Ok(()) } else { Err(Forged) }
             }
         }
     }

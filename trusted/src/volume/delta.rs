@@ -3,17 +3,17 @@
 //! Holds: the entry of a block is the one with the highest order that was ever applied to it;
 //! order of arrival plays no part.
 
-use alloc::{
-    collections::{BTreeMap, BTreeSet},
-    vec::Vec,
+use alloc::{collections::BTreeSet, vec::Vec};
+
+use super::{
+    layout::{Order, Ptr},
+    records::Records,
 };
 
-use super::layout::{Order, Ptr};
-
 /// Records of one interval after which a checkpoint is due, for memory's sake.
-pub(crate) const CUT_RECORDS: usize = 180_000;
-/// Records of both intervals together after which writers wait: about 32 MiB.
-pub(crate) const MAX_RECORDS: usize = 400_000;
+pub(crate) const CUT_RECORDS: usize = 520_000;
+/// Records of both intervals together after which writers wait: about 33 MiB.
+pub(crate) const MAX_RECORDS: usize = 700_000;
 /// Zero ranges of one interval after which a checkpoint is due; twice that is the limit.
 pub(crate) const CUT_ZEROES: usize = 512;
 
@@ -28,7 +28,7 @@ pub(crate) struct Zero {
 /// One interval's changes.
 #[derive(Default)]
 pub(crate) struct Delta {
-    pub(crate) maps: BTreeMap<u64, Ptr>,
+    pub(crate) maps: Records,
     pub(crate) zeroes: Vec<Zero>,
     /// Blocks whose entry is newer than what the map holds, whatever its order: their leaf could
     /// not be read when they should have been merged.
@@ -52,7 +52,7 @@ impl Delta {
 
     /// The newest change of `block`: its order, and the pointer ([`Ptr::NULL`] for a hole).
     pub(crate) fn get(&self, block: u64) -> Option<(Order, Ptr)> {
-        let map = self.maps.get(&block).map(|ptr| (ptr.order, *ptr));
+        let map = self.maps.get(block).map(|ptr| (ptr.order, *ptr));
         if self.zeroes.is_empty() {
             return map;
         }
@@ -65,7 +65,7 @@ impl Delta {
 
     /// Applies a write; the higher order wins. Returns whether it did.
     pub(crate) fn insert(&mut self, block: u64, ptr: Ptr) -> bool {
-        let entry = self.maps.entry(block).or_insert(ptr);
+        let entry = self.maps.entry(block, ptr);
         if entry.order > ptr.order {
             return false;
         }
@@ -75,8 +75,8 @@ impl Delta {
 
     /// Applies everything of `older` that is not superseded here.
     pub(crate) fn absorb(&mut self, older: &Self) {
-        for (block, ptr) in &older.maps {
-            self.insert(*block, *ptr);
+        for (block, ptr) in older.maps.iter() {
+            self.insert(block, ptr);
         }
         self.zeroes.extend_from_slice(&older.zeroes);
         self.carried.extend(&older.carried);

@@ -12,7 +12,7 @@
 
 use alloc::{collections::BTreeMap, vec::Vec};
 
-use super::{Volume, core::Core, layout::REGION, space::Run};
+use super::{Volume, core::Core, layout::REGION, places::Places, space::Run};
 use crate::disk::Disk;
 
 /// Shortest run worth a host call, in blocks: 1 MiB.
@@ -161,13 +161,12 @@ impl Volume {
     }
 
     /// Runs of the places that the checkpoint in progress frees, for [`Discards::freed`].
-    pub(crate) fn freed_runs(&self, frees: &[u64]) -> Vec<(u64, u64)> {
+    pub(crate) fn freed_runs(&self, frees: &Places) -> Vec<(u64, u64)> {
         if !self.core.lock().discards.wanted() {
             return Vec::new();
         }
         let mut places: Vec<u64> = frees
             .iter()
-            .copied()
             .filter(|place| (self.geometry.home_start..self.geometry.host_blocks).contains(place))
             .collect();
         places.sort_unstable();

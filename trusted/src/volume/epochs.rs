@@ -9,6 +9,7 @@ use super::{
     Volume,
     crypto::{SINGLE, Salt},
     layout::{Order, Ptr, get_array, put},
+    places::Places,
     space::Want,
     superblock::Epoch,
     tree::Bad,
@@ -101,8 +102,8 @@ impl Volume {
         &self,
         disk: &D,
         epochs: &[Epoch],
-        allocs: &mut Vec<u64>,
-        frees: &mut Vec<u64>,
+        allocs: &mut Places,
+        frees: &mut Places,
     ) -> Result<TableUpdate, Errno> {
         let (mut root, mut levels, renewing) = {
             let core = self.core.lock();
@@ -153,9 +154,8 @@ impl Volume {
                 }
                 if !old.is_null() {
                     // A node of this very update is replaced: its place was never durable.
-                    match allocs.iter().position(|place| *place == old.place()) {
-                        Some(mine) => drop(allocs.swap_remove(mine)),
-                        None => frees.push(old.place()),
+                    if !allocs.take(old.place()) {
+                        frees.push(old.place());
                     }
                 }
                 let at = index(first.id, level);
@@ -248,7 +248,7 @@ impl Volume {
         mut node: Box<Block>,
         level: u32,
         index: u64,
-        allocs: &mut Vec<u64>,
+        allocs: &mut Places,
     ) -> Result<Ptr, Errno> {
         let place = self.node_run(disk, 1).await?.place;
         let mut salt: Salt = [0; 24];

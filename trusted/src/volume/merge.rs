@@ -119,7 +119,8 @@ impl Volume {
         merged: &mut Merged,
     ) -> Option<u64> {
         let from = leaves.next;
-        let by_map = leaves.frozen.maps.range(from * FANOUT..).next().map(|(b, _)| b / FANOUT);
+        let by_map =
+            leaves.frozen.maps.range(from * FANOUT..u64::MAX).next().map(|(b, _)| b / FANOUT);
         let mut by_zero = None;
         'ranges: for (first, last) in &leaves.zeroed {
             let last = by_map.map_or(*last, |leaf| leaf.min(*last));
@@ -371,9 +372,9 @@ fn apply(frozen: &Delta, leaf: u64, content: &mut Block, merged: &mut Merged) ->
         }
     }
     for (block, ptr) in frozen.maps.range(base..base + FANOUT) {
-        let slot = slot_in_parent(*block);
+        let slot = slot_in_parent(block);
         let old = child(content, slot);
-        if ptr.order > old.order && zeroed(*block).is_none_or(|zero| zero < ptr.order) {
+        if ptr.order > old.order && zeroed(block).is_none_or(|zero| zero < ptr.order) {
             if !old.is_null() {
                 merged.release(&old);
             }
@@ -389,7 +390,7 @@ fn apply(frozen: &Delta, leaf: u64, content: &mut Block, merged: &mut Merged) ->
 fn carry(frozen: &Delta, leaf: u64, merged: &mut Merged) {
     let base = leaf * FANOUT;
     for (block, ptr) in frozen.maps.range(base..base + FANOUT) {
-        merged.carried.push(Record::Map { block: *block, ptr: *ptr, carried: true });
+        merged.carried.push(Record::Map { block, ptr, carried: true });
     }
     carry_zeroes(frozen, leaf, leaf, merged);
 }

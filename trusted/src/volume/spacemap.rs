@@ -19,6 +19,7 @@ use super::{
         FANOUT, FANOUT_BITS, Geometry, PLACE_BITS, Ptr, REGION, SPACE_SLOTS_0, child, get64, put64,
         slot_in_parent,
     },
+    places::Places,
     read::PIECES,
     space::{Bitmap, Want, fresh},
     tree::Bad,
@@ -186,8 +187,8 @@ impl Volume {
     pub(crate) async fn update_space<D: Disk>(
         &self,
         disk: &D,
-        allocs: Vec<u64>,
-        frees: Vec<u64>,
+        allocs: Places,
+        frees: Places,
     ) -> Result<SpaceUpdate, Errno> {
         self.reshape_space(disk, allocs, frees, None).await
     }
@@ -198,8 +199,8 @@ impl Volume {
     pub(crate) async fn reshape_space<D: Disk>(
         &self,
         disk: &D,
-        mut allocs: Vec<u64>,
-        mut frees: Vec<u64>,
+        allocs: Places,
+        mut frees: Places,
         reshaped: Option<u64>,
     ) -> Result<SpaceUpdate, Errno> {
         let last = reshaped.map(|old| (old.min(self.geometry.host_blocks) - 1) / REGION);
@@ -209,26 +210,22 @@ impl Volume {
             (core.space.root, core.renewing)
         };
         // A pointer may name any place; the map has bits only for those that are given out.
-        frees.retain(|place| self.geometry.is_general(*place));
+        frees.retain(|place| self.geometry.is_general(place));
         let old_pages = if renewing { self.old_pages(disk, root).await? } else { Vec::new() };
-        allocs.sort_unstable();
-        frees.sort_unstable();
         let mut changed = BTreeMap::new();
         let mut updates: Vec<(u64, Ptr)> = Vec::new();
         let mut batch = Vec::new();
-        let (mut a, mut f, mut o) = (&allocs[..], &frees[..], &old_pages[..]);
-        while let Some(region) = [a, f, o]
+        let (mut next, mut old_pages) = (0, old_pages.into_iter().peekable());
+        while let Some(region) = [allocs.next_region(next), frees.next_region(next)]
             .into_iter()
-            .filter_map(|places| places.first())
-            .map(|place| place / REGION)
-            .chain(forced)
+            .chain([old_pages.peek().copied(), forced])
+            .flatten()
             .min()
         {
+            next = region + 1;
             forced = forced.filter(|last| *last != region);
-            o = &o[o.partition_point(|p| p / REGION == region)..];
-            let (mine_a, rest_a) = a.split_at(a.partition_point(|p| p / REGION == region));
-            let (mine_f, rest_f) = f.split_at(f.partition_point(|p| p / REGION == region));
-            (a, f) = (rest_a, rest_f);
+            old_pages.next_if_eq(&region);
+            let (mine_a, mine_f) = (allocs.of(region), frees.of(region));
             let (held, keep, bad) = {
                 let space = &self.core.lock().space;
                 let keep = space.is_loaded(region) || space.is_touched(region);
@@ -266,7 +263,8 @@ impl Volume {
             let mut block = Box::new([0; BLOCK]);
             map.iter().enumerate().for_each(|(i, word)| put64(&mut block[..], i * 8, *word));
             let left = map.iter().map(|word| u64::from(word.count_zeros())).sum();
-            let top = mine_a.last().map_or(0, |p| p % REGION + 1).max(u64::from(old.birth()));
+            let top = mine_a.iter().max().map_or(0, |p| u64::from(*p) + 1);
+            let top = top.max(u64::from(old.birth()));
             changed.insert(region, keep.then_some(map));
             batch.push((region, old, block, left, top));
             if batch.len() == PIECES {
@@ -313,13 +311,13 @@ impl Volume {
         Ok(SpaceUpdate { changed, root, free: total_free(&self.geometry, &root) })
     }
 
-    /// First places of the regions whose pages only a retiring volume key opens.
+    /// The regions whose pages only a retiring volume key opens.
     async fn old_pages<D: Disk>(&self, disk: &D, root: Ptr) -> Result<Vec<u64>, Errno> {
         let mut old = Vec::new();
         for region in 0..self.geometry.regions() {
             let ptr = self.space_ptr(disk, root, 0, region).await.map_err(Bad::errno)?;
             if !ptr.is_null() && self.is_old(disk, &ptr).await.map_err(Bad::errno)? {
-                old.push(region * REGION);
+                old.push(region);
             }
         }
         Ok(old)
@@ -408,10 +406,10 @@ const fn contradicts_on_purpose() -> bool {
 }
 
 /// Sets or clears the bits of `places`; `false` if one was so already.
-fn change(map: &mut Bitmap, places: &[u64], used: bool) -> bool {
+fn change(map: &mut Bitmap, places: &[u16], used: bool) -> bool {
     let mut changed = true;
     for place in places {
-        let word = &mut map[(place % REGION / 64) as usize];
+        let word = &mut map[usize::from(place / 64)];
         let mask = 1 << (place % 64);
         changed &= (*word & mask != 0) != used;
         if used {

@@ -9,6 +9,7 @@ use super::{
     crypto::Kind,
     layout::{BLOCK_BYTES, FANOUT, Geometry, Ptr, REGION, child},
     merge::Met,
+    records::Records,
     space::{Bitmap, fresh},
     tree::{Bad, Miss},
 };
@@ -126,7 +127,7 @@ impl Volume {
     async fn next_written<D: Disk>(&self, disk: &D, from: u64, last: u64) -> Option<u64> {
         let (map, changed) = {
             let core = self.core.lock();
-            let changed = |maps: &BTreeMap<u64, Ptr>| {
+            let changed = |maps: &Records| {
                 maps.range(from * FANOUT..(last + 1) * FANOUT).next().map(|(b, _)| b / FANOUT)
             };
             let frozen = core.frozen.as_ref().and_then(|frozen| changed(&frozen.maps));

@@ -149,6 +149,28 @@ fn answers_in_any_order_reach_the_right_tasks() {
     assert_eq!(*finished.lock().unwrap(), expected);
 }
 
+/// The calls of postern.edl that make no message: made for this port, and only when they are due.
+#[test]
+fn a_lane_sleeps_only_over_an_empty_ring_and_says_whose_port_it_is() {
+    let bell = CountingBell::default();
+    let (mut host, lane) = Host::with_lane(8, 1 << 20, bell.clone());
+    let (executor, disk) = (executor(), file(&lane));
+    let port = host.region.as_ptr().addr() as u64;
+    lane.sleep(Sleeper::Service, 7);
+    assert_eq!(bell.slept(), [(port, Sleeper::Service, 7)]);
+    assert_eq!(host.get(cursor::SERVICE_SLEEPS), 0, "awake again, although the bell said no");
+    host.set(cursor::DAEMON_SLEEPS, 1);
+    executor.spawn(async move { disk.flush().await.unwrap() });
+    while executor.run(usize::MAX) > 0 {}
+    assert_eq!((bell.rings(), bell.rung()), (1, port));
+    assert_eq!(host.serve(), 1);
+    lane.sleep(Sleeper::Driver, u64::MAX);
+    assert_eq!(bell.slept().len(), 1, "there is something to poll");
+    settle(&executor, &lane, &mut host);
+    lane.sleep(Sleeper::Driver, u64::MAX);
+    assert_eq!(bell.slept()[1..], [(port, Sleeper::Driver, u64::MAX)]);
+}
+
 #[test]
 fn the_doorbell_rings_exactly_when_the_daemon_sleeps() {
     let bell = CountingBell::default();

@@ -4,7 +4,7 @@
 use std::{
     collections::{BTreeMap, btree_map::Entry},
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicU64, AtomicUsize, Ordering},
     },
 };
@@ -13,7 +13,7 @@ use postern_edl::port::{Completion, Geometry, SQE_WORDS, Submission, cursor, op}
 use postern_trusted::{
     exec::Executor,
     platform::{NoEntropy, Platform},
-    port::{Doorbell, Lane, LaneFile, SharedWords},
+    port::{Doorbell, Lane, LaneFile, SharedWords, Sleeper, Switchless},
 };
 
 /// Words of a block.
@@ -32,10 +32,15 @@ impl Platform for NoPlatform {
     }
 }
 
-/// Counts rings; its clock ticks by one with each look.
+/// A sleep as the platform is asked for it: the port's address, who sleeps, how long at most.
+pub type Slept = (u64, Sleeper, u64);
+
+/// Counts rings and keeps sleeps, which end at once; its clock ticks by one with each look.
 #[derive(Clone, Default)]
 pub struct CountingBell {
     rings: Arc<AtomicUsize>,
+    rung: Arc<AtomicU64>,
+    slept: Arc<Mutex<Vec<Slept>>>,
     ticks: Arc<AtomicU64>,
 }
 
@@ -44,16 +49,34 @@ impl CountingBell {
         self.rings.load(Ordering::Relaxed)
     }
 
+    /// The port that was named in the last ring.
+    pub fn rung(&self) -> u64 {
+        self.rung.load(Ordering::Relaxed)
+    }
+
+    pub fn slept(&self) -> Vec<Slept> {
+        self.slept.lock().unwrap().clone()
+    }
+
     pub fn ticks(&self) -> u64 {
         self.ticks.load(Ordering::Relaxed)
     }
 }
 
-impl Doorbell for CountingBell {
-    fn ring(&self) {
+impl Switchless for CountingBell {
+    fn postern_wake(&self, port: u64) -> Result<(), u32> {
+        self.rung.store(port, Ordering::Relaxed);
         self.rings.fetch_add(1, Ordering::Relaxed);
+        Ok(())
     }
 
+    fn postern_sleep(&self, port: u64, sleeper: Sleeper, limit_ns: u64) -> Result<(), u32> {
+        self.slept.lock().unwrap().push((port, sleeper, limit_ns));
+        Err(4)
+    }
+}
+
+impl Doorbell for CountingBell {
     fn now_ns(&self) -> u64 {
         self.ticks.fetch_add(1, Ordering::Relaxed) + 1
     }

@@ -13,7 +13,7 @@ use postern_edl::port::cursor;
 use postern_trusted::{
     disk::{Disk, Transfer},
     exec::Executor,
-    port::{Doorbell, Lane, Sleeper},
+    port::{Doorbell, Lane, Sleeper, Switchless},
 };
 
 use crate::host::{Host, file, pattern};
@@ -45,11 +45,19 @@ impl Bell {
 
 struct DaemonBell(Bell, Instant);
 
-impl Doorbell for DaemonBell {
-    fn ring(&self) {
+impl Switchless for DaemonBell {
+    fn postern_wake(&self, _port: u64) -> Result<(), u32> {
         self.0.ring();
+        Ok(())
     }
 
+    /// The drivers here sleep by themselves: they wait for each other too.
+    fn postern_sleep(&self, _port: u64, _sleeper: Sleeper, _limit_ns: u64) -> Result<(), u32> {
+        Err(38)
+    }
+}
+
+impl Doorbell for DaemonBell {
     fn now_ns(&self) -> u64 {
         u64::try_from(self.1.elapsed().as_nanos()).unwrap()
     }

@@ -1,24 +1,30 @@
-//! The data path of a lane over native AIO: takes descriptors from the submission ring, hands them
+//! The data path of a lane over native AIO or io_uring: takes descriptors from the submission ring, hands them
 //! to the kernel in batches, reaps, publishes completions. Knows nothing of tokio: its owner calls
 //! [`Engine::turn`] until that has nothing to do, then sleeps between [`Engine::prepare_sleep`] and
 //! [`Engine::awake`].
 //!
 //! Holds whatever the enclave does: each shared word is loaded once; a descriptor reaches the
 //! kernel only after every check; an index is in flight at most once; the kernel uses the transfer
-//! area only while the mapping is alive (the AIO context is dropped, and so drained, first).
+//! area only while the mapping is alive (the queue is dropped, and so drained, first).
 //! Does not hold: that claimed stamps are true.
 
-mod aio;
-mod batch;
 mod check;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
+mod libaio;
+mod pace;
+mod queue;
+mod slot;
 mod table;
+mod uring;
+mod waiting;
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use postern_ebpf_common::aio_data;
-use postern_edl::port::{CQE_WORDS, Completion, SQE_WORDS, Submission, cursor, op};
+use postern_edl::port::{CQE_WORDS, Completion, Geometry, SQE_WORDS, Submission, cursor, op};
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 use rustix::time::{ClockId, clock_gettime};
@@ -26,11 +32,14 @@ use tokio::sync::oneshot;
 
 use crate::files::HostFile;
 use crate::limits::{LEAST_AIO, LaneShare, Leave};
+use crate::records::Chooser;
 use crate::region::Region;
-use crate::stats::{LaneStats, Stage};
-use aio::{AioContext, REAP};
-use batch::{BATCH, Batch, Entry};
+use crate::stats::LaneStats;
 use check::Refusal;
+use pace::Pace;
+use queue::{BATCH, Entry, Queue, REAP, Wanted};
+pub use queue::{Interface, probe};
+use slot::{Keeper, Slot};
 use table::FileTable;
 pub use table::{MAX_FILES, slot_of};
 
@@ -79,36 +88,27 @@ impl std::fmt::Display for BrokenRing {
     }
 }
 
-/// A request index of the lane.
-#[derive(Clone, Copy, Debug, Default)]
-struct Slot {
-    in_flight: bool,
-    id: u64,
-    op: u64,
-    /// Slot of the file table.
-    file: usize,
-    /// Bytes that count as under way.
-    bytes: u64,
-    picked_ns: u64,
-    /// When the kernel accepted it.
-    submitted_ns: u64,
-    /// When the last request of this index was reaped, until its delivery was recorded; else 0.
-    undelivered_ns: u64,
-    undelivered_op: u64,
-    /// When the last request of this index was delivered (claimed), if that is known; else 0.
-    delivered_ns: u64,
-}
-
-/// A request for which the kernel has no asynchronous operation: to be done on a thread, then told
-/// by [`Engine::done`].
+/// A request that the kernel is not asked for by io_submit: to be done elsewhere, then told by
+/// [`Engine::done`].
 #[derive(Debug)]
 pub struct ThreadWork {
     /// Request index.
     pub index: usize,
+    /// Where.
+    pub place: Place,
     /// The file.
     pub file: Arc<HostFile>,
     /// What is to be done with it.
     pub act: Act,
+}
+
+/// Where a request is done that io_submit is not asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// On a thread: it takes a while.
+    Thread,
+    /// Here and now: it is short, and nothing else is in flight.
+    Here,
 }
 
 /// What a thread does.
@@ -142,9 +142,8 @@ impl ThreadWork {
 
 /// One lane's data path.
 pub struct Engine {
-    // Dropped in this order: the context first, which waits for the kernel.
-    context: AioContext,
-    batch: Batch,
+    // Dropped in this order: the queue first, which waits for the kernel.
+    queue: Box<dyn Queue>,
     /// The kernel signals it at each completion.
     completed: OwnedFd,
     region: Arc<Region>,
@@ -152,10 +151,12 @@ pub struct Engine {
     lane: u64,
     stats: Arc<LaneStats>,
     slots: Box<[Slot]>,
+    chooser: Chooser,
     files: FileTable,
     /// Completions not yet written to the ring: id, result, when reaped.
     staged: Vec<(u64, i64, u64)>,
     thread_work: Vec<ThreadWork>,
+    flushes: Pace,
     taken: u64,
     published: u64,
     /// Taken and not published.
@@ -184,24 +185,36 @@ impl Engine {
         doorbells: Doorbells,
         stats: Arc<LaneStats>,
         share: LaneShare,
+        interface: Interface,
     ) -> Result<Self, Errno> {
         use rustix::event::{EventfdFlags, eventfd};
         let entries = region.geometry().entries;
         let completed = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let requests = share.aio_requests(u32::try_from(entries).map_err(|_| Errno::INVAL)?);
-        let context = AioContext::new(requests, LEAST_AIO)?;
+        let wanted = Wanted {
+            requests,
+            least: LEAST_AIO,
+            wake: completed.as_raw_fd(),
+            memory: {
+                let Geometry { data_offset, data_bytes, .. } = *region.geometry();
+                (region.address(data_offset as u64), data_bytes as u64)
+            },
+        };
+        // SAFETY: the region is mapped as long as `self.region`, which outlives `self.queue`.
+        let queue = unsafe { queue::open(interface, &wanted) }?;
         Ok(Self {
-            context,
-            batch: Batch::new(completed.as_raw_fd()),
+            queue,
             completed,
             region,
             doorbells,
             lane,
             stats,
             slots: vec![Slot::default(); entries].into(),
+            chooser: Chooser::default(),
             files: FileTable::default(),
             staged: Vec::with_capacity(entries),
             thread_work: Vec::new(),
+            flushes: Pace::default(),
             taken: 0,
             published: 0,
             in_flight: 0,
@@ -227,7 +240,8 @@ impl Engine {
 
     /// Makes a file known under `handle`.
     pub fn add_file(&mut self, handle: u32, file: Arc<HostFile>) {
-        self.files.add(handle, file);
+        let volume = self.stats.place_of(&file.volume);
+        self.files.add(handle, file, volume);
     }
 
     /// Refuses further descriptors for `handle`; `done` hears when the last one in flight has
@@ -263,9 +277,6 @@ impl Engine {
 
     /// A request handed out by [`Self::take_thread_work`] is done: 0 or a negative errno.
     pub fn done(&mut self, index: usize, result: i64) {
-        if self.slots[index].op == op::FLUSH {
-            self.stats.add(|c| &c.flushes_on_thread, 1);
-        }
         self.complete(index, result, now_ns());
         self.publish();
     }
@@ -279,14 +290,14 @@ impl Engine {
         let mut busy = self.reap();
         // Before the batch is handed over: that takes a while.
         self.publish();
-        if self.batch.is_pending() {
+        if self.queue.is_pending() {
             busy |= self.submit();
         }
         let mut taken = Ok(false);
-        if !self.stopped && !self.batch.is_pending() {
+        if !self.stopped && !self.queue.is_pending() {
             taken = self.take();
             // Also what was taken before a broken descriptor.
-            if self.batch.is_pending() {
+            if self.queue.is_pending() {
                 self.submit();
             }
         }
@@ -316,7 +327,7 @@ impl Engine {
     #[must_use]
     pub fn has_submissions(&self) -> bool {
         !self.stopped
-            && !self.batch.is_pending()
+            && !self.queue.is_pending()
             && !self.is_held()
             && self.word(cursor::SQ_PUBLISHED).load(Ordering::Relaxed) != self.taken
     }
@@ -344,29 +355,32 @@ impl Engine {
     #[inline]
     #[must_use]
     pub fn has_completions(&self) -> bool {
-        self.in_kernel > 0 && self.context.has_events()
+        self.in_kernel > 0 && self.queue.has_events()
     }
 
     /// Records deliveries that no later request of the same index has brought to light.
     pub fn settle(&mut self) {
+        let now_ns = now_ns();
         for index in 0..self.slots.len() {
-            self.settle_slot(index);
+            self.settle_slot(index, now_ns);
         }
+        self.chooser.end_interval(now_ns, self.stats.terms(), &self.stats.records);
     }
 
     /// Records when the last request of an index was delivered, if the enclave has said so.
-    fn settle_slot(&mut self, index: usize) {
-        let slot = &mut self.slots[index];
-        if slot.undelivered_ns == 0 {
-            return;
+    fn settle_slot(&mut self, index: usize, now_ns: u64) {
+        if self.slots[index].undelivered {
+            let stamp = self.region.geometry().stamp_word(index);
+            let stamp = self.region.word(stamp).load(Ordering::Relaxed);
+            let (slot, keeper) = self.slot(index);
+            // If not: not delivered yet, or the stamp of the request before, or none at all.
+            slot.deliver(stamp, now_ns, keeper);
         }
-        let stamp_word = self.region.geometry().stamp_word(index);
-        let stamp = self.region.word(stamp_word).load(Ordering::Relaxed);
-        // Below: not delivered yet, or the stamp of the request before.
-        if stamp >= slot.undelivered_ns {
-            self.stats.record(Stage::CrossingIn, slot.undelivered_op, stamp - slot.undelivered_ns);
-            (slot.undelivered_ns, slot.delivered_ns) = (0, stamp);
-        }
+    }
+
+    fn slot(&mut self, index: usize) -> (&mut Slot, Keeper<'_>) {
+        let Self { slots, stats, chooser, lane, .. } = self;
+        (&mut slots[index], Keeper { stats, chooser, lane: *lane, index })
     }
 
     fn word(&self, index: usize) -> &std::sync::atomic::AtomicU64 {
@@ -444,14 +458,14 @@ impl Engine {
             if op == op::DISCARD && !self.discards {
                 return Err(Refusal::Invalid);
             }
-            let (at, file) = self.files.get(submission.handle).ok_or(Refusal::BadFile)?;
+            let (at, file, volume) = self.files.get(submission.handle).ok_or(Refusal::BadFile)?;
             if matches!(op, op::WRITE | op::DISCARD) && !file.writable {
                 return Err(Refusal::BadFile);
             }
-            Ok((at, file.raw()))
+            Ok(((at, volume), file.raw()))
         });
         let act = Act::Discard { offset: submission.offset, length: submission.length };
-        let (file, fd) = match file {
+        let (at, fd) = match file {
             Ok(file) => file,
             Err(refusal) => {
                 self.stats.add(|c| &c.refused_descriptors, 1);
@@ -459,32 +473,29 @@ impl Engine {
                 return Ok(0);
             }
         };
-        self.settle_slot(index);
-        if self.slots[index].undelivered_ns != 0 {
-            self.stats.add(|c| &c.claims_refused, 1);
+        self.settle_slot(index, picked_ns);
+        if self.slots[index].undelivered {
+            let (slot, keeper) = self.slot(index);
+            slot.give_up(keeper);
         }
         let delivered_ns = self.slots[index].delivered_ns;
-        self.stats.record_claimed(Stage::CrossingOut, op, submission.enqueued_ns, picked_ns);
-        let bytes = if matches!(op, op::READ | op::WRITE) { submission.length } else { 0 };
-        self.slots[index] = Slot {
-            in_flight: true,
-            id,
-            op,
-            file,
-            bytes,
-            picked_ns,
-            submitted_ns: picked_ns,
-            ..Slot::default()
-        };
+        self.slots[index] = Slot::begin(submission, at, picked_ns, &self.stats);
+        let bytes = self.slots[index].bytes();
+        let (file, _) = at;
         self.files.begin(file);
         if op == op::DISCARD {
-            if let Some(file) = self.files.at(file) {
-                self.thread_work.push(ThreadWork { index, file: Arc::clone(file), act });
-            }
+            self.elsewhere(index, Place::Thread, act);
+            return Ok(bytes);
+        }
+        // The kernel hands IOCB_CMD_FDSYNC to a thread of its own: two wake-ups, which together
+        // take as long as the flush of a fast disk.
+        if op == op::FLUSH && self.in_flight == 1 && self.flushes.are_short() {
+            self.stats.add(|c| &c.flushes_here, 1);
+            self.elsewhere(index, Place::Here, Act::Flush);
             return Ok(bytes);
         }
         let address = if op == op::FLUSH { 0 } else { self.region.address(submission.data) };
-        self.batch.push(&Entry {
+        self.queue.push(&Entry {
             data: aio_data(self.lane, index as u64, id >> 32),
             index,
             op,
@@ -497,29 +508,33 @@ impl Engine {
         Ok(bytes)
     }
 
+    /// Has the owner of the engine do a request that has just been taken, or refused by the kernel.
+    fn elsewhere(&mut self, index: usize, place: Place, act: Act) {
+        if let Some(file) = self.files.at(self.slots[index].file) {
+            self.thread_work.push(ThreadWork { index, place, file: Arc::clone(file), act });
+        }
+    }
+
     /// Hands the batch to the kernel, as far as it accepts it. Answers whether anything moved.
     fn submit(&mut self) -> bool {
         let mut moved = false;
-        while self.batch.is_pending() {
+        while self.queue.is_pending() {
             // SAFETY: 1. Every entry passed `accept`: its range lies in the transfer area of
-            //    `self.region`, which outlives `self.context` (field order, and drop waits).
+            //    `self.region`, which outlives `self.queue` (field order, and drop waits).
             //    2. Its descriptor belongs to a file the table keeps until the count of its
-            //    requests in flight is zero, or, at drop, longer than the context.
-            let result = unsafe { self.batch.submit(&mut self.context) };
+            //    requests in flight is zero, or, at drop, longer than the queue.
+            let result = unsafe { self.queue.submit() };
             match result {
                 Ok([]) => break,
                 Ok(accepted) => {
                     let submitted_ns = now_ns();
                     for &index in accepted {
-                        let slot = &mut self.slots[index];
-                        slot.submitted_ns = submitted_ns;
-                        let spent = submitted_ns.saturating_sub(slot.picked_ns);
-                        self.stats.record(Stage::HostSubmit, slot.op, spent);
+                        self.slots[index].submitted(submitted_ns, &self.stats);
                     }
                     self.in_kernel += accepted.len() as u64;
                     self.stats.add(|c| &c.batches, 1);
                     moved = true;
-                    if self.batch.is_pending() {
+                    if self.queue.is_pending() {
                         self.stats.add(|c| &c.submit_retries, 1);
                     }
                 }
@@ -540,13 +555,11 @@ impl Engine {
 
     /// The kernel refused the first waiting request.
     fn refused_by_kernel(&mut self, errno: Errno) {
-        let Some(index) = self.batch.drop_first() else { return };
+        let Some(index) = self.queue.drop_first() else { return };
         let slot = self.slots[index];
-        if slot.op == op::FLUSH
-            && matches!(errno, Errno::INVAL | Errno::OPNOTSUPP)
-            && let Some(file) = self.files.at(slot.file)
-        {
-            self.thread_work.push(ThreadWork { index, file: Arc::clone(file), act: Act::Flush });
+        if slot.op == op::FLUSH && matches!(errno, Errno::INVAL | Errno::OPNOTSUPP) {
+            self.stats.add(|c| &c.flushes_on_thread, 1);
+            self.elsewhere(index, Place::Thread, Act::Flush);
             return;
         }
         self.complete(index, -i64::from(errno.raw_os_error()), now_ns());
@@ -556,7 +569,7 @@ impl Engine {
     fn reap(&mut self) -> bool {
         let mut any = false;
         while self.in_kernel > 0 {
-            let count = self.context.reap();
+            let count = self.queue.reap();
             if count == 0 {
                 break;
             }
@@ -564,12 +577,14 @@ impl Engine {
             let reaped_ns = now_ns();
             self.in_kernel = self.in_kernel.saturating_sub(count as u64);
             for n in 0..count {
-                let (data, result) = self.context.event(n);
+                let (data, result) = self.queue.event(n);
                 let index = usize::try_from(postern_ebpf_common::index_of(data));
                 if let Ok(index) = index
                     && self.slots.get(index).is_some_and(|slot| slot.in_flight)
                 {
                     self.complete(index, result, reaped_ns);
+                } else {
+                    self.stats.add(|c| &c.unmatched_completions, 1);
                 }
             }
             if count < REAP {
@@ -582,18 +597,12 @@ impl Engine {
     /// Ends a request that is in flight: counts it and stages its completion.
     fn complete(&mut self, index: usize, result: i64, reaped_ns: u64) {
         let slot = &mut self.slots[index];
-        slot.in_flight = false;
-        (slot.undelivered_ns, slot.undelivered_op) = (reaped_ns, slot.op);
-        let Slot { id, op, file, bytes, submitted_ns, .. } = *slot;
-        self.staged_bytes += bytes;
-        self.stats.record(Stage::Device, op, reaped_ns.saturating_sub(submitted_ns));
-        match (op, u64::try_from(result)) {
-            (op::READ, Ok(bytes)) => self.stats.add(|c| &c.bytes_read, bytes),
-            (op::WRITE, Ok(bytes)) => self.stats.add(|c| &c.bytes_written, bytes),
-            (op::DISCARD, Ok(_)) => self.stats.add(|c| &c.discards, 1),
-            (_, Ok(_)) => self.stats.add(|c| &c.flushes, 1),
-            (_, Err(_)) => self.stats.add(|c| &c.errors, 1),
+        slot.end(result, reaped_ns, &self.stats);
+        self.staged_bytes += slot.bytes();
+        if slot.op == op::FLUSH {
+            self.flushes.learn(reaped_ns.saturating_sub(slot.submitted_ns));
         }
+        let (id, file) = (slot.id, slot.file);
         self.files.end(file);
         self.staged.push((id, result, reaped_ns));
     }

@@ -19,6 +19,8 @@ pub const fn slot_of(handle: u32) -> usize {
 struct Entry {
     handle: u32,
     file: Arc<HostFile>,
+    /// Place of its volume in the lane's statistics.
+    volume: usize,
     in_flight: u64,
     closing: Option<oneshot::Sender<()>>,
 }
@@ -39,16 +41,21 @@ impl Default for FileTable {
 impl FileTable {
     /// Makes a file known. Its slot is free: the session gives a slot out again only after every
     /// lane answered the close.
-    pub fn add(&mut self, handle: u32, file: Arc<HostFile>) {
-        self.slots[slot_of(handle)] = Some(Entry { handle, file, in_flight: 0, closing: None });
+    pub fn add(&mut self, handle: u32, file: Arc<HostFile>, volume: usize) {
+        let entry = Entry { handle, file, volume, in_flight: 0, closing: None };
+        self.slots[slot_of(handle)] = Some(entry);
     }
 
-    /// The open file of a handle and its slot; `None` if there is none or it is being closed.
+    /// The open file of a handle, its slot and the place of its volume; `None` if there is none or it is being closed.
     #[inline]
-    pub fn get(&self, handle: u32) -> Option<(usize, &HostFile)> {
+    pub fn get(&self, handle: u32) -> Option<(usize, &HostFile, usize)> {
         let slot = slot_of(handle);
         let entry = self.slots[slot].as_ref()?;
-        (entry.handle == handle && entry.closing.is_none()).then_some((slot, &*entry.file))
+        (entry.handle == handle && entry.closing.is_none()).then_some((
+            slot,
+            &*entry.file,
+            entry.volume,
+        ))
     }
 
     /// The file in a slot.

@@ -16,6 +16,10 @@ fn bench(entries: usize) -> Bench {
 }
 
 fn bench_with(entries: usize, share: LaneShare) -> Bench {
+    bench_over(entries, share, Interface::Libaio)
+}
+
+fn bench_over(entries: usize, share: LaneShare, interface: Interface) -> Bench {
     let geometry = Geometry::new(entries, 1 << 20).unwrap();
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let memory = rustix::fs::memfd_create("port", flags).unwrap();
@@ -38,7 +42,7 @@ fn bench_with(entries: usize, share: LaneShare) -> Bench {
     let bell = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
     let doorbells = Doorbells { driver: bell(), service: bell() };
     let region = Arc::new(Region::map(&memory, bytes).unwrap());
-    let mut engine = Engine::new(region, 0, doorbells, Arc::default(), share).unwrap();
+    let mut engine = Engine::new(region, 0, doorbells, Arc::default(), share, interface).unwrap();
     let handle = MAX_FILES as u32;
     let crate::files::Opening::Leased(file) =
         catalog.open("disk", 0, std::time::Instant::now()).unwrap()
@@ -89,6 +93,29 @@ fn a_flush_the_kernel_has_no_operation_for_goes_to_a_thread_and_completes_once()
     bench.engine.done(flushes[0].index, flushes[0].run());
     assert_eq!((bench.published(), bench.engine.is_drained()), (1, true));
     assert_eq!((bench.completion(0).id, bench.completion(0).result), (5 << 32 | 3, 0));
+}
+
+#[test]
+fn a_short_flush_is_done_here_if_nothing_else_is_in_flight() {
+    let mut bench = bench(8);
+    bench.engine.flushes.learn(1000);
+    bench.publish(0, bench.flush(1));
+    assert!(bench.engine.turn().unwrap());
+    let alone: Vec<_> = bench.engine.take_thread_work().collect();
+    assert_eq!((alone.len(), alone[0].place, alone[0].act), (1, Place::Here, Act::Flush));
+    assert_eq!((bench.published(), bench.engine.is_drained()), (0, false));
+    // Beside it, another one goes to the kernel.
+    bench.publish(1, bench.flush(2));
+    assert!(bench.engine.turn().unwrap());
+    assert_eq!(bench.engine.take_thread_work().count(), 0);
+    bench.engine.done(alone[0].index, alone[0].run());
+    while bench.published() < 2 {
+        bench.engine.turn().unwrap();
+    }
+    let mut results = [0, 1].map(|n| (bench.completion(n).id, bench.completion(n).result));
+    results.sort_unstable();
+    assert_eq!(results, [(1, 0), (2, 0)]);
+    assert!(bench.engine.is_drained());
 }
 
 #[test]

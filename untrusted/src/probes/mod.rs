@@ -24,9 +24,10 @@ use aya::maps::{Map, MapData, PerCpuArray};
 use aya::programs::{BtfTracePoint, ProgramError, TracePoint};
 use aya::{Btf, Ebpf, EbpfError, EbpfLoader};
 use postern_ebpf_common::counter::{COUNTERS, NAMES, WRITERS};
-use postern_ebpf_common::histogram::{HISTOGRAM_WORDS, quantile};
+use postern_ebpf_common::histogram::{HISTOGRAM_WORDS, highest, quantile};
 use postern_ebpf_common::{OPERATIONS, STAGES, config, series};
 
+use crate::histogram::Snapshot;
 use crate::stats::StageRow;
 pub use error::ProbesUnavailable;
 
@@ -165,17 +166,31 @@ impl Probes {
         rows
     }
 
-    fn row(&self, series: u64, stage: &str, operation: &str) -> Option<StageRow> {
-        let each_cpu = self.histograms.get(&u32::try_from(series).ok()?, 0).ok()?;
-        let (mut sum_ns, mut max_ns) = (0u64, 0);
-        let mut buckets = vec![0u64; HISTOGRAM_WORDS - 2];
-        for [sum, max, rest @ ..] in each_cpu.iter() {
-            sum_ns = sum_ns.wrapping_add(*sum);
-            max_ns = max_ns.max(*max);
-            for (total, n) in buckets.iter_mut().zip(rest) {
-                *total += n;
+    /// The histogram of each stage and operation, in the order of a request's way; without those
+    /// that are empty.
+    #[must_use]
+    pub fn latency(&self) -> Vec<(&'static str, &'static str, Snapshot)> {
+        let mut all = Vec::new();
+        for (stage, stage_name) in (0..).zip(STAGES) {
+            for (op, operation) in (1..).zip(&OPERATIONS[1..]) {
+                let Some((sum_ns, max_ns, buckets)) = self.histogram(series(stage, op)) else {
+                    continue;
+                };
+                let mut snapshot = Snapshot::default();
+                (snapshot.sum_ns, snapshot.max_ns) = (sum_ns, max_ns);
+                for (bucket, &count) in (0..).zip(&buckets).filter(|(_, count)| **count > 0) {
+                    snapshot.add(highest(bucket), count);
+                }
+                if snapshot.count() > 0 {
+                    all.push((stage_name, *operation, snapshot));
+                }
             }
         }
+        all
+    }
+
+    fn row(&self, series: u64, stage: &str, operation: &str) -> Option<StageRow> {
+        let (sum_ns, max_ns, buckets) = self.histogram(series)?;
         let count = buckets.iter().sum();
         (count > 0).then(|| StageRow {
             stage: stage.to_owned(),
@@ -187,6 +202,21 @@ impl Probes {
             max_ns,
             sum_ns,
         })
+    }
+
+    /// Sum, maximum and buckets of a histogram, of all processors together.
+    fn histogram(&self, series: u64) -> Option<(u64, u64, Vec<u64>)> {
+        let each_cpu = self.histograms.get(&u32::try_from(series).ok()?, 0).ok()?;
+        let (mut sum_ns, mut max_ns) = (0u64, 0);
+        let mut buckets = vec![0u64; HISTOGRAM_WORDS - 2];
+        for [sum, max, rest @ ..] in each_cpu.iter() {
+            sum_ns = sum_ns.wrapping_add(*sum);
+            max_ns = max_ns.max(*max);
+            for (total, n) in buckets.iter_mut().zip(rest) {
+                *total += n;
+            }
+        }
+        Some((sum_ns, max_ns, buckets))
     }
 
     /// What was counted instead of recorded, by name; also the requests seen and, for each program

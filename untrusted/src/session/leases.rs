@@ -3,12 +3,14 @@
 //! Holds: a lease that is taken away is given up only when nothing is in flight on its file, no lane
 //! takes a descriptor for it any more, and what was written is flushed.
 
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use postern_edl::{LEASE_ASKED, LEASE_LOST};
 use rustix::io::Errno;
 
 use super::{Session, Sessions, State, in_background};
+use crate::engine::now_ns;
 use crate::lane::Command;
 use crate::lease::{Terms, Verdict};
 use crate::problem::log;
@@ -22,17 +24,19 @@ const LOOK_IDLE: Duration = Duration::from_millis(500);
 
 impl Sessions {
     /// Looks after the leases of all sessions for ever: asks holders, and takes from those who do
-    /// not answer.
+    /// not answer. Also ends wishes for records whose time is over.
     pub async fn keep_leases(&self) {
         let mut pause = LOOK_IDLE;
         loop {
             tokio::time::sleep(pause).await;
+            self.hub.terms().forget(now_ns());
             pause = LOOK_IDLE;
             let sessions: Vec<_> = self.lock().sessions.values().cloned().collect();
             for session in sessions {
                 // One that opens or closes something is looked at next time.
                 let Ok(mut state) = session.state.try_lock() else { continue };
-                let lost = state.look(Instant::now(), &self.terms);
+                let (asked, lost) = state.look(Instant::now(), &self.terms);
+                session.leases.asked.fetch_add(asked, Relaxed);
                 if !state.files.is_empty() || !state.wishes.is_empty() {
                     pause = LOOK;
                 }
@@ -73,6 +77,9 @@ impl Session {
         if open.lease.is_lost() {
             return Err(Errno::STALE);
         }
+        if open.lease.is_asked() {
+            self.leases.kept.fetch_add(1, Relaxed);
+        }
         open.lease.kept(Instant::now());
         Ok(())
     }
@@ -87,6 +94,7 @@ impl Session {
             state.tell(|done| Command::Close { handle, done }).await;
             let open = state.files.iter_mut().find(|open| open.handle == handle);
             if let Some(file) = open.and_then(|open| open.file.take()) {
+                self.leases.taken.fetch_add(1, Relaxed);
                 log(
                     "a lease was taken from a program that does not answer",
                     format_args!("session {}, {:?}", self.number, file.name),
@@ -105,22 +113,23 @@ impl Session {
 }
 
 impl State {
-    /// Looks at all leases; tells the lanes if one is asked for. Answers those that are lost.
-    fn look(&mut self, now: Instant, terms: &Terms) -> Vec<u32> {
+    /// Looks at all leases; tells the lanes if one is asked for. Answers how many are asked for now,
+    /// and those that are lost.
+    fn look(&mut self, now: Instant, terms: &Terms) -> (u64, Vec<u32>) {
         self.wishes.retain(|wish| now.duration_since(wish.seen) < WISH_LASTS);
-        let (mut asked, mut lost) = (false, Vec::new());
+        let (mut asked, mut lost) = (0, Vec::new());
         for open in &mut self.files {
             let wanted = open.file.as_ref().is_some_and(|file| file.is_wanted());
             match open.lease.look(wanted, now, terms) {
                 Verdict::Rest => {}
-                Verdict::Ask => asked = true,
+                Verdict::Ask => asked += 1,
                 Verdict::Revoke => lost.push(open.handle),
             }
         }
-        if asked {
+        if asked > 0 {
             self.tell_of_leases();
         }
-        lost
+        (asked, lost)
     }
 
     /// Has every lane's process look at the session's leases.

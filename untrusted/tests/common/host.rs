@@ -1,15 +1,19 @@
 //! A daemon in this process, on a thread of its own.
 #![allow(dead_code, reason = "each test program uses a part of it")]
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 
 use clap::Parser;
 use posternd::daemon::{Daemon, Options};
+use posternd::endpoint::Endpoint;
 use posternd::problem::Problem;
 
 pub struct InProcess {
     pub socket: PathBuf,
+    /// Where it serves metrics, if it does.
+    pub metrics: Option<SocketAddr>,
     stop: Option<tokio::sync::oneshot::Sender<()>>,
     thread: Option<std::thread::JoinHandle<Result<(), Problem>>>,
 }
@@ -32,7 +36,8 @@ impl InProcess {
             runtime.block_on(async {
                 match Daemon::start(&options) {
                     Ok((daemon, listener)) => {
-                        ready.send(Ok(())).unwrap();
+                        let metrics = daemon.endpoint.as_ref().map(Endpoint::address);
+                        ready.send(Ok(metrics)).unwrap();
                         let stop = async {
                             let _ = stopped.await;
                         };
@@ -45,8 +50,8 @@ impl InProcess {
                 }
             })
         });
-        started.recv().unwrap()?;
-        Ok(Self { socket, stop: Some(stop), thread: Some(thread) })
+        let metrics = started.recv().unwrap()?;
+        Ok(Self { socket, metrics, stop: Some(stop), thread: Some(thread) })
     }
 
     /// Stops it gracefully.

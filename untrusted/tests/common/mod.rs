@@ -13,7 +13,7 @@ use std::sync::atomic::{Ordering, fence};
 use postern_edl::VERSION;
 use postern_edl::calls::{
     CallError, Carrier, Enclave, PosternAttachRequest, PosternAttached, PosternCloseRequest,
-    PosternFile, PosternOpenRequest, PosternStatsRequest,
+    PosternFile, PosternMeasuredRequest, PosternOpenRequest, PosternStatsRequest,
 };
 use postern_edl::port::{self, Completion, Geometry, Submission, cursor, header};
 use posternd::region::Region;
@@ -213,6 +213,28 @@ impl FakeLane {
         let reply = self.calls.postern_stats(&PosternStatsRequest { capacity: 1 << 17 }).unwrap();
         assert_eq!(reply.length, reply.text.len() as u64);
         serde_json::from_slice(&reply.text).unwrap()
+    }
+
+    /// All items of `what`, as the daemon pages them.
+    pub fn measured(&mut self, what: u32, least_ns: u64, one_in: u64) -> Vec<serde_json::Value> {
+        let (mut all, mut first) = (Vec::new(), 0);
+        loop {
+            let request =
+                PosternMeasuredRequest { what, first, least_ns, one_in, capacity: 1 << 17 };
+            let reply = self.calls.postern_measured(&request).unwrap();
+            let mut page: serde_json::Value = serde_json::from_slice(&reply.text).unwrap();
+            all.append(page["items"].as_array_mut().unwrap());
+            first = page["next"].as_u64().unwrap();
+            if first == 0 {
+                return all;
+            }
+        }
+    }
+
+    /// Says that the enclave has the answer to a request of this index now.
+    pub fn deliver(&self, index: usize) {
+        let stamp = self.region.geometry().stamp_word(index);
+        self.region.word(stamp).store(posternd::engine::now_ns(), Ordering::Relaxed);
     }
 
     /// Byte offset of the `n`th 4096-byte block of the transfer area.

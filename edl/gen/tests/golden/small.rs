@@ -7,7 +7,7 @@ pub use crate::wire::{CallError, Carrier, Malformed};
 
 /// FNV-1a of the interface's normal form. Equal on both sides if and only if (collisions
 /// aside) they were built from the same interface; no protection against a forger.
-pub const FINGERPRINT: u64 = 0xb07373393ec5d806;
+pub const FINGERPRINT: u64 = 0x213d3d7a5babea30;
 
 /// How urgent an order is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -383,4 +383,31 @@ impl<C: Carrier> Enclave<C> {
         reader.end()?;
         Ok(reply)
     }
+}
+
+/// The calls with `transition_using_threads`. No message is made of them: what runs the
+/// enclave serves them in its own process, without a transition where it has threads for it.
+///
+/// Holds for their callers: an answer is a claim, and each may return early.
+pub trait Switchless {
+    /// Rings for attention.
+    ///
+    /// `urgency`: How loud.
+    ///
+    /// # Errors
+    /// A Linux errno, 1..=4095.
+    fn ring_bell(
+        &self,
+        urgency: Urgency,
+        r#where: u64,
+        r#type: i32,
+    ) -> Result<(), u32>;
+
+    /// Call `doze`.
+    ///
+    /// # Errors
+    /// A Linux errno, 1..=4095.
+    fn doze(
+        &self,
+    ) -> Result<(), u32>;
 }

@@ -1,80 +1,11 @@
 //! Every target over its checked-in seeds, and over mutations of them that a fixed generator draws:
-//! what runs where there is no libFuzzer. `POSTERN_FUZZ_RUNS` sets how many mutations.
+//! what runs where there is no libFuzzer (`postern_hostile::inputs`).
 
-use alloc::{format, string::String, vec::Vec};
-use std::{eprintln, fs, panic, println, time::Instant};
+use std::vec::Vec;
 
-use super::{TARGETS, Target};
+use postern_hostile::inputs;
 
-/// Mutations of each target that plain `cargo test` runs.
-const RUNS: u64 = 40;
-
-/// A small deterministic generator (SplitMix64).
-struct Rng(u64);
-
-impl Rng {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-}
-
-/// The seeds of a target: a line of hexadecimal digits each; `#` begins a remark.
-fn seeds(target: &str) -> Vec<Vec<u8>> {
-    let path = format!("{}/fuzz/seeds/{target}.hex", env!("CARGO_MANIFEST_DIR"));
-    let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path}: {error}"));
-    text.lines()
-        .map(|line| line.split('#').next().unwrap_or_default().split_whitespace().collect())
-        .filter(|digits: &String| !digits.is_empty())
-        .map(|digits| {
-            (0..digits.len())
-                .step_by(2)
-                .map(|at| u8::from_str_radix(&digits[at..at + 2], 16).unwrap())
-                .collect()
-        })
-        .collect()
-}
-
-fn mutated(seed: &[u8], rng: &mut Rng) -> Vec<u8> {
-    let mut bytes = Vec::from(seed);
-    for _ in 0..1 + rng.next() % 4 {
-        let at = (rng.next() % (bytes.len() as u64 + 1)) as usize;
-        match rng.next() % 4 {
-            0 if at < bytes.len() => bytes[at] ^= 1 << (rng.next() % 8),
-            1 if at < bytes.len() => bytes[at] = rng.next() as u8,
-            2 => bytes.extend_from_slice(&rng.next().to_le_bytes()[..4]),
-            _ => {
-                let patch = rng.next().to_le_bytes();
-                let at = at / 4 * 4 % 12;
-                bytes.resize(bytes.len().max(at + 4), 0);
-                bytes[at..at + 4].copy_from_slice(&patch[..4]);
-            }
-        }
-    }
-    bytes
-}
-
-fn run(name: &str, target: Target) {
-    let runs = std::env::var("POSTERN_FUZZ_RUNS").ok().and_then(|text| text.parse().ok());
-    let seeds = seeds(name);
-    assert!(!seeds.is_empty(), "{name} has no seeds");
-    let mut rng = Rng(1);
-    let drawn = (0..runs.unwrap_or(RUNS))
-        .map(|n| mutated(&seeds[n as usize % seeds.len()], &mut rng))
-        .collect::<Vec<_>>();
-    let began = Instant::now();
-    for input in seeds.iter().chain(&drawn) {
-        if let Err(cause) = panic::catch_unwind(|| target(input)) {
-            let digits: String = input.iter().map(|byte| format!("{byte:02x}")).collect();
-            eprintln!("target `{name}` fell over this input: {digits}");
-            panic::resume_unwind(cause);
-        }
-    }
-    println!("{name}: {} inputs in {} ms", seeds.len() + drawn.len(), began.elapsed().as_millis());
-}
+use super::TARGETS;
 
 #[test]
 fn no_bytes_of_any_structure_give_a_panic_or_a_wrong_byte() {
@@ -82,7 +13,7 @@ fn no_bytes_of_any_structure_give_a_panic_or_a_wrong_byte() {
     std::thread::scope(|scope| {
         let running: Vec<_> = TARGETS
             .iter()
-            .map(|(name, target)| (name, scope.spawn(|| run(name, *target))))
+            .map(|(name, target)| (name, scope.spawn(|| inputs::run(name, *target, None))))
             .collect();
         let failed: Vec<_> = running
             .into_iter()

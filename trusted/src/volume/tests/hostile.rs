@@ -33,14 +33,14 @@ use super::{
     CANARY, Canary,
     crash::{key, tiny},
     model::{Model, SECTOR, content},
-    nonces,
+    nonces, number, words_of,
 };
 use crate::{
     disk::{Disk, Transfer},
     errno::Errno,
     exec::Executor,
     platform::{Memory, NoEntropy, Platform},
-    port::{Doorbell, HostFault, Lane, LaneFile, SharedWords, Sleeper, probe},
+    port::{Doorbell, HostFault, Lane, LaneFile, SharedWords, Sleeper, Switchless, probe},
     volume::{OpenOptions, Volume, VolumeError, format as formats, layout::BLOCK_BYTES},
 };
 
@@ -107,13 +107,21 @@ impl Shown {
     }
 }
 
-impl Doorbell for Bell {
-    fn ring(&self) {
+impl Switchless for Bell {
+    fn postern_wake(&self, _port: u64) -> Result<(), u32> {
         let lane = self.state.lane.lock().unwrap().clone();
         assert!(lane.is_none_or(|lane| !lane.is_locked()), "a doorbell under the lane's lock");
         self.nest();
+        Ok(())
     }
 
+    /// Ends at once, and the host has acted.
+    fn postern_sleep(&self, port: u64, _: Sleeper, _: u64) -> Result<(), u32> {
+        self.postern_wake(port)
+    }
+}
+
+impl Doorbell for Bell {
     /// Any number: nothing is decided on it.
     fn now_ns(&self) -> u64 {
         self.nest();
@@ -594,17 +602,7 @@ fn check(seed: u64, canary: Canary) -> Result<u64, String> {
     let result = panic::catch_unwind(|| episode(seed));
     CANARY.set(Canary::None);
     probe::set(None);
-    result.map_err(|cause| {
-        cause
-            .downcast::<String>()
-            .map(|text| *text)
-            .or_else(|cause| cause.downcast::<&str>().map(|text| (*text).into()))
-            .unwrap_or_else(|_: Box<_>| "a panic".into())
-    })
-}
-
-fn number(name: &str) -> Option<u64> {
-    std::env::var(name).ok()?.parse().ok()
+    result.map_err(words_of)
 }
 
 #[test]

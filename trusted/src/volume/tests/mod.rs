@@ -4,6 +4,16 @@
 //! [`crash::DEFAULT_SEEDS`]), `POSTERN_SIM_FIRST` the first one, `POSTERN_SIM_THREADS` the threads;
 //! a failure prints the seed, `POSTERN_SIM_SEED` replays it. `cargo xtask crash` sets them.
 
+/// A test for each canary, with the seed it was caught by before; `caught` is the module's own.
+macro_rules! canaries {
+    ($($name:ident => $canary:ident from $first:literal,)*) => {
+        $(#[test]
+        fn $name() {
+            caught(Canary::$canary, $first);
+        })*
+    };
+}
+
 mod attacks;
 mod audit;
 mod canaries;
@@ -26,7 +36,10 @@ mod space;
 mod tamper;
 mod usage;
 
-use core::cell::Cell;
+use core::{any::Any, cell::Cell, fmt::Debug};
+
+use alloc::{boxed::Box, string::String, vec::Vec};
+use std::{panic, println};
 
 use crate::disk::{BLOCK, Block, Transfer};
 
@@ -123,6 +136,40 @@ pub(crate) enum Canary {
 
 std::thread_local! {
     static CANARY: Cell<Canary> = const { Cell::new(Canary::None) };
+}
+
+/// Tries `limit` seeds from `first` on, which is where the canary was caught before: to save time,
+/// no more. `check` runs a seed with a rule broken; its `Err` is what it found.
+fn caught<T: Debug + PartialEq>(
+    canary: Canary,
+    first: u64,
+    limit: u64,
+    check: impl Fn(u64, Canary) -> Result<T, String>,
+) {
+    let hook = panic::take_hook();
+    panic::set_hook(Box::new(|_| ()));
+    let found =
+        (first..first + limit).find_map(|seed| check(seed, canary).err().map(|why| (seed, why)));
+    panic::set_hook(hook);
+    let Some((seed, why)) = found else { panic!("{canary:?} was not caught by {limit} seeds") };
+    // Without the breach the same seed finds nothing.
+    assert_eq!(check(seed, Canary::None).err(), None);
+    let why: Vec<&str> = why.split(',').take(2).collect();
+    println!("{canary:?}: caught by seed {seed}: {}", why.join(","));
+}
+
+/// The words of a panic.
+fn words_of(cause: Box<dyn Any + Send>) -> String {
+    cause
+        .downcast::<String>()
+        .map(|text| *text)
+        .or_else(|cause| cause.downcast::<&str>().map(|text| (*text).into()))
+        .unwrap_or_else(|_: Box<_>| "a panic".into())
+}
+
+/// What an environment variable says, if it is a number.
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok()?.parse().ok()
 }
 
 /// The rule broken in volumes that this thread opens.

@@ -4,7 +4,7 @@ use alloc::{boxed::Box, string::String, vec::Vec};
 use std::{format, panic, println};
 
 use super::{
-    super::{CANARY, Canary, disk::Image},
+    super::{CANARY, Canary, disk::Image, number, words_of},
     Sim,
 };
 
@@ -45,17 +45,7 @@ fn survived(make: impl FnOnce() -> Sim + panic::UnwindSafe) -> Result<u64, Strin
         sim.run();
         sim.left.len() as u64
     })
-    .map_err(|cause| {
-        cause
-            .downcast::<String>()
-            .map(|text| *text)
-            .or_else(|cause| cause.downcast::<&str>().map(|text| (*text).into()))
-            .unwrap_or_else(|_: Box<_>| "a panic".into())
-    })
-}
-
-fn number(name: &str) -> Option<u64> {
-    std::env::var(name).ok()?.parse().ok()
+    .map_err(words_of)
 }
 
 /// Runs every `step`th of `seeds`; how many crashes, and what was found.

@@ -1,0 +1,103 @@
+//! `cargo xtask enclave`: the genuine enclave programs, built, shown and tested.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::Subcommand;
+
+use crate::{
+    bpf,
+    shell::{Tree, run, step},
+};
+
+/// The target of enclave programs.
+const TARGET: &str = "x86_64-fortanix-unknown-sgx";
+/// Tells the tests where the programs lie; without it they skip.
+const IMAGES_VARIABLE: &str = "POSTERN_ENCLAVE_IMAGES";
+/// What the cipher needs to be fast where nothing can ask the CPU what it has: every CPU with SGX
+/// has these.
+const FLAGS: &str =
+    r#"["-Clinker=ld","-Clinker-flavor=ld","-Ctarget-feature=+aes,+pclmulqdq,+ssse3,+sse4.1"]"#;
+
+/// What to do with the enclave programs.
+#[derive(Clone, Copy, Debug, Subcommand)]
+pub enum Task {
+    /// Build them
+    Build,
+    /// Build them, and run their tests in the emulator
+    Test,
+    /// Build them; show the image of the one that keeps a volume, and run it
+    Run,
+}
+
+/// Does it.
+///
+/// # Errors
+/// If a program does not build, or a test fails.
+pub fn all(tree: &Tree, task: Task) -> Result<()> {
+    let toolchain = bpf::ensure_toolchain(|what| eprintln!("    {what}"))?;
+    let images = build(tree, &toolchain)?;
+    match task {
+        Task::Build => {
+            eprintln!("    {}", images.display());
+            Ok(())
+        }
+        Task::Test => tests(tree, &images),
+        Task::Run => {
+            let image = images.join("postern-enclave");
+            for command in ["inspect", "run"] {
+                run(tree
+                    .cargo()
+                    .args(["run", "--quiet", "--release", "--package", "postern", "--"])
+                    .args(["enclave", command])
+                    .arg(&image)
+                    .args((command == "run").then_some("--counts")))?;
+            }
+            Ok(())
+        }
+    }
+}
+
+/// Builds the programs and runs their tests; where no toolchain can, says so and goes on.
+///
+/// # Errors
+/// If a program does not build, or a test fails.
+pub fn if_possible(tree: &Tree) -> Result<()> {
+    match bpf::ensure_toolchain(|what| eprintln!("    {what}")) {
+        Ok(toolchain) => {
+            let images = build(tree, &toolchain)?;
+            tests(tree, &images)
+        }
+        Err(error) => {
+            eprintln!("==> enclave programs");
+            eprintln!("    SKIPPED: no toolchain that can build the library for SGX: {error:#}");
+            Ok(())
+        }
+    }
+}
+
+/// Where the programs lie afterwards.
+fn build(tree: &Tree, toolchain: &bpf::Toolchain) -> Result<PathBuf> {
+    let target = tree.target.join("enclave");
+    step("enclave programs", || {
+        run(toolchain
+            .cargo_from_source()
+            .args(["build", "--quiet", "--locked", "--release", "--lib", "--bins", "--examples"])
+            .args(["--target", TARGET, "-Zbuild-std=std,panic_abort", "-Zbuild-std-features="])
+            .arg("--config")
+            .arg(format!("target.{TARGET}.rustflags={FLAGS}"))
+            .arg("--target-dir")
+            .arg(&target)
+            .current_dir(tree.root.join("trusted/enclave")))
+    })?;
+    Ok(target.join(TARGET).join("release"))
+}
+
+fn tests(tree: &Tree, images: &std::path::Path) -> Result<()> {
+    step("enclave tests", || {
+        run(tree
+            .cargo()
+            .args(["test", "--quiet", "--package", "postern", "--test", "enclave"])
+            .env(IMAGES_VARIABLE, images))
+    })
+}

@@ -1,0 +1,10 @@
+//! What the programs of this crate share: the trusted side's platform inside an enclave, and what
+//! the linker asks of a program that never unwinds.
+//!
+//! Holds: randomness is the CPU's (RDRAND) or none; time is the host's word; sealed blocks lie in
+//! user memory, and what is read from there is copied before it is looked at.
+#![feature(sgx_platform)]
+
+pub mod host;
+mod unwind;
+pub mod work;
