@@ -31,6 +31,9 @@ const HAUNTS: u64 = 20_000;
 /// Bits that flip before the thread that flips them rests.
 const FLIPS: usize = 256;
 
+/// What all lanes have done wrong.
+pub static MISDEEDS: AtomicU64 = AtomicU64::new(0);
+
 /// What a lane is made of.
 pub struct Parts {
     /// Its memory.
@@ -49,7 +52,7 @@ pub struct Parts {
 pub struct Lane {
     quit: Arc<AtomicBool>,
     haunts: bool,
-    thread: Option<JoinHandle<Deeds>>,
+    thread: Option<JoinHandle<()>>,
 }
 
 impl Lane {
@@ -63,12 +66,11 @@ impl Lane {
                 let (port, done) = (Arc::clone(&parts.port), Arc::clone(&done));
                 std::thread::spawn(move || flicker(&port, &done, seed))
             });
-            let deeds = Worker::new(parts, script, seed).run(&told);
+            Worker::new(parts, script, seed).run(&told);
             done.store(true, Ordering::Relaxed);
             if let Some(flicker) = flicker {
                 let _ = flicker.join();
             }
-            deeds
         });
         Self { quit, haunts: script.haunts, thread: Some(thread) }
     }
@@ -78,23 +80,9 @@ impl Drop for Lane {
     fn drop(&mut self) {
         self.quit.store(true, Ordering::Relaxed);
         let Some(thread) = self.thread.take() else { return };
-        let tell = |deeds: Deeds| {
-            let Deeds { honest, fidgets, shorts, refusals, lies, breaches } = deeds;
-            println!(
-                "hostile: lane ended honest={honest} fidgets={fidgets} shorts={shorts} \
-                 refusals={refusals} lies={lies} breaches={breaches}"
-            );
-        };
-        let wait = move || {
-            if let Ok(deeds) = thread.join() {
-                tell(deeds);
-            }
-        };
         // A ghost does not keep anybody from making another lane of the same memory.
-        if self.haunts {
-            std::thread::spawn(wait);
-        } else {
-            wait();
+        if !self.haunts {
+            let _ = thread.join();
         }
     }
 }
@@ -104,15 +92,17 @@ struct Worker {
     script: Script,
     host: Host<Files>,
     rng: Rng,
+    /// Of its misdeeds.
+    counted: u64,
 }
 
 impl Worker {
     fn new(parts: Parts, script: Script, seed: u64) -> Self {
         let host = Host::new(*parts.port.geometry(), seed, script.temper, parts.files.clone());
-        Self { parts, script, host, rng: Rng::new(!seed) }
+        Self { parts, script, host, rng: Rng::new(!seed), counted: 0 }
     }
 
-    fn run(mut self, quit: &AtomicBool) -> Deeds {
+    fn run(mut self, quit: &AtomicBool) {
         let port = Arc::clone(&self.parts.port);
         let words = port.words();
         let life = self.parts.life.load(Ordering::Acquire);
@@ -136,7 +126,7 @@ impl Worker {
                     let _ = shutdown(&self.parts.socket, Shutdown::Both);
                 }
                 if !more {
-                    return *self.host.deeds();
+                    return;
                 }
             }
             if self.script.mute_after.is_some_and(|most| acts >= most) {
@@ -146,11 +136,20 @@ impl Worker {
             let seen = words[cursor::SQ_PUBLISHED].load(Ordering::Acquire);
             let answered = self.host.act(words);
             acts += 1;
+            self.count();
             self.ring(answered);
             if self.host.waiting() == 0 {
                 self.rest(seen);
             }
         }
+    }
+
+    /// Adds what was done wrong since the last time.
+    fn count(&mut self) {
+        let Deeds { honest: _, fidgets, shorts, refusals, lies, breaches } = *self.host.deeds();
+        let wrong = fidgets + shorts + refusals + lies + breaches;
+        MISDEEDS.fetch_add(wrong - self.counted, Ordering::Relaxed);
+        self.counted = wrong;
     }
 
     fn ring(&self, answered: bool) {

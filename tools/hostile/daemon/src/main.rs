@@ -13,6 +13,7 @@ use std::{
     io::Write as _,
     path::{Path, PathBuf},
     process::ExitCode,
+    sync::atomic::Ordering,
 };
 
 use clap::Parser as _;
@@ -21,7 +22,8 @@ use files::Names;
 use script::{NAMES, Script};
 use server::Daemon;
 
-/// A daemon that misbehaves. For tests alone.
+/// A daemon that misbehaves. For tests alone. Ends at the end of its standard input, and says how
+/// much it did wrong.
 #[derive(clap::Parser)]
 struct Options {
     /// Path of the control socket.
@@ -58,6 +60,12 @@ fn main() -> ExitCode {
         files: options.files.into_iter().collect(),
         directories: options.directories.into_iter().collect(),
     };
+    // Whoever started it ends it by letting go of its input.
+    std::thread::spawn(|| {
+        let _ = std::io::copy(&mut std::io::stdin().lock(), &mut std::io::sink());
+        println!("hostile: misdeeds={}", lane::MISDEEDS.load(Ordering::Relaxed));
+        std::process::exit(0);
+    });
     let daemon = Daemon::new(script, options.seed, names, options.full_while.as_deref());
     let served = daemon.serve(&options.socket, || {
         println!("hostile: ready");

@@ -11,13 +11,9 @@
 mod common;
 
 use std::{
-    io::{BufRead as _, BufReader},
+    io::{BufRead as _, BufReader, Lines},
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    process::{Child, ChildStdout, Command, Stdio},
     time::{Duration, Instant},
 };
 
@@ -33,9 +29,8 @@ const ANOTHER_DAEMON: &str = "1";
 struct Hostile {
     child: Child,
     socket: PathBuf,
-    /// Things that its lanes did wrong.
-    misdeeds: Arc<AtomicU64>,
-    reader: Option<std::thread::JoinHandle<()>>,
+    lines: Lines<BufReader<ChildStdout>>,
+    misdeeds: u64,
 }
 
 impl Hostile {
@@ -51,20 +46,10 @@ impl Hostile {
             let name = if name.is_empty() { String::new() } else { format!("{name}=") };
             command.arg(option).arg(format!("{name}{}", path.display()));
         }
-        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         assert_eq!(lines.next().unwrap().unwrap(), "hostile: ready");
-        let misdeeds = Arc::new(AtomicU64::new(0));
-        let counted = Arc::clone(&misdeeds);
-        let reader = std::thread::spawn(move || {
-            for line in lines.map_while(Result::ok) {
-                let words = line.split_whitespace().filter_map(|word| word.split_once('='));
-                let wrong = words.filter(|(what, _)| *what != "honest");
-                let wrong: u64 = wrong.filter_map(|(_, count)| count.parse::<u64>().ok()).sum();
-                counted.fetch_add(wrong, Ordering::Relaxed);
-            }
-        });
-        Self { child, socket, misdeeds, reader: Some(reader) }
+        Self { child, socket, lines, misdeeds: 0 }
     }
 
     /// Waits for the end of what runs at it, or puts an end to itself first.
@@ -75,7 +60,7 @@ impl Hostile {
             (!running.is_running() || started.elapsed() > STALLED).then_some(())
         });
         if running.is_running() {
-            eprintln!("{what}: the host keeps an answer for itself; its daemon is killed");
+            eprintln!("{what}: the host keeps an answer for itself; its daemon is ended");
             self.stop();
         }
         running.wait()
@@ -84,14 +69,16 @@ impl Hostile {
     /// Ends it; answers how many things its lanes did wrong.
     fn end(mut self) -> u64 {
         self.stop();
-        self.misdeeds.load(Ordering::Relaxed)
+        self.misdeeds
     }
 
     fn stop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-        if let Some(reader) = self.reader.take() {
-            let _ = reader.join();
+        // It ends with its input.
+        if self.child.stdin.take().is_some() {
+            let last = self.lines.by_ref().map_while(Result::ok).last().unwrap_or_default();
+            let count = last.strip_prefix("hostile: misdeeds=").and_then(|n| n.parse().ok());
+            self.misdeeds = count.unwrap_or_default();
+            let _ = self.child.wait();
         }
     }
 }
