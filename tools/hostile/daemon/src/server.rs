@@ -23,8 +23,9 @@ use postern_edl::{
         self, Host, PosternAttachReply, PosternAttachRequest, PosternAttached, PosternCloseReply,
         PosternCloseRequest, PosternCreateReply, PosternCreateRequest, PosternKeepReply,
         PosternKeepRequest, PosternLease, PosternLeaseReply, PosternLeaseRequest, PosternListReply,
-        PosternListRequest, PosternOpenReply, PosternOpenRequest, PosternRemoveReply,
-        PosternRemoveRequest, PosternStatsReply, PosternStatsRequest,
+        PosternListRequest, PosternMeasuredReply, PosternMeasuredRequest, PosternOpenReply,
+        PosternOpenRequest, PosternRemoveReply, PosternRemoveRequest, PosternStatsReply,
+        PosternStatsRequest,
     },
 };
 use postern_hostile::{
@@ -291,6 +292,14 @@ impl Host for Caller {
 
     async fn postern_stats(&mut self, _: PosternStatsRequest) -> Result<PosternStatsReply, u32> {
         Ok(PosternStatsReply { text: b"{}".to_vec(), length: 2 })
+    }
+
+    async fn postern_measured(
+        &mut self,
+        _: PosternMeasuredRequest,
+    ) -> Result<PosternMeasuredReply, u32> {
+        // An enclave does not ask for it.
+        Err(positive(Errno::NOSYS))
     }
 
     async fn postern_create(
