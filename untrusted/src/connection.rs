@@ -16,6 +16,7 @@ use postern_edl::wire::Writer;
 use postern_edl::{FEATURE_DISCARD, MEASURED_RECORDS, VERSION};
 use rustix::io::Errno;
 
+use crate::admission::Place;
 use crate::daemon::Daemon;
 use crate::engine::now_ns;
 use crate::files::HostFile;
@@ -32,15 +33,18 @@ const MAX_STATS: u64 = 128 << 10;
 const MAX_IDS: u64 = 4096;
 const ID_DIGITS: u64 = 32;
 
-/// Serves a connection until its peer, its lane or the daemon ends, then drains its lane.
+/// Serves a connection until its peer, its lane or the daemon ends, then drains its lane. It has
+/// `place` until it attaches a lane.
 /// `stop` resolves when the daemon stops.
 pub async fn serve(
     daemon: Arc<Daemon>,
     channel: Channel,
     peer: i32,
+    place: Place,
     stop: impl Future<Output = ()>,
 ) {
-    let mut caller = Caller { daemon, attached: None, descriptors: Vec::new(), peer };
+    let place = Some(place);
+    let mut caller = Caller { daemon, attached: None, place, descriptors: Vec::new(), peer };
     tokio::select! {
         () = stop => {}
         () = caller.converse(&channel) => {}
@@ -55,6 +59,8 @@ pub async fn serve(
 struct Caller {
     daemon: Arc<Daemon>,
     attached: Option<Attached>,
+    /// While there is no lane.
+    place: Option<Place>,
     /// What came with the message at hand.
     descriptors: Vec<OwnedFd>,
     peer: i32,
@@ -148,7 +154,8 @@ impl Caller {
             Ok(region) => Arc::new(region),
             Err(refusal) => return self.refuse_call(refusal, refusal.errno()),
         };
-        let port = Port { region, doorbell, driver, service };
+        let features = request.features & FEATURE_DISCARD;
+        let port = Port { region, features, doorbell, driver, service };
         let sessions = &self.daemon.sessions;
         let joins =
             Joins { session: request.session, token: request.token, handles: request.handles };
@@ -167,11 +174,12 @@ impl Caller {
             version: VERSION,
             // Below MAX_LANES.
             lane: u32::try_from(attached.lane).unwrap_or(u32::MAX),
-            features: request.features & FEATURE_DISCARD,
+            features,
             session: attached.session.number,
             token: attached.session.token,
         };
         self.attached = Some(attached);
+        self.place = None;
         Ok(answer)
     }
 

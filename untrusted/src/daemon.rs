@@ -12,20 +12,19 @@ use rustix::process::{Pid, Signal, kill_process};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+use crate::activation;
+use crate::admission::{Admission, Peer};
 use crate::confinement;
 use crate::connection;
 use crate::endpoint::{Endpoint, EndpointOptions};
 use crate::engine::{self, Interface};
 use crate::files::Catalog;
 use crate::lease::Terms;
-use crate::limits::{Limits, MAX_LANES};
+use crate::limits::Limits;
 use crate::problem::{Problem, log};
 use crate::report::{Source, report};
 use crate::session::Sessions;
 use crate::socket::{Listener, may_connect};
-
-/// Most control connections at once: one for each lane, and some that only ask.
-const MAX_CONNECTIONS: usize = MAX_LANES + 64;
 
 /// Serves the host files of enclaves over shared-memory ports.
 ///
@@ -36,7 +35,8 @@ const MAX_CONNECTIONS: usize = MAX_LANES + 64;
 #[command(name = "posternd", version)]
 pub struct Options {
     /// Path of the control socket; made with mode 0600. Best in a directory of its own: the daemon
-    /// keeps the right to remove files there.
+    /// keeps the right to remove files there. Where a service manager hands a listening socket over
+    /// (LISTEN_FDS), that one is used, and the path only shown.
     #[arg(long, value_name = "PATH")]
     pub socket: PathBuf,
     /// Takes the place of the daemon that listens on the socket: gets ready, takes over its
@@ -122,7 +122,10 @@ impl Daemon {
         // What takes its time comes before another daemon's place is taken.
         let source = options.succeed.then(|| probes(options, interface));
         let endpoint = Endpoint::bind(&options.endpoint, options.succeed)?;
-        let (listener, before) = Listener::bind(&options.socket, options.succeed)?;
+        let (listener, before) = match activation::inherited(&options.socket)? {
+            Some(fd) => (Listener::take(fd, &options.socket, options.succeed)?, None),
+            None => Listener::bind(&options.socket, options.succeed)?,
+        };
         let source = source.unwrap_or_else(|| probes(options, interface));
         if let Some(before) = before {
             end_before(before);
@@ -162,6 +165,7 @@ impl Daemon {
         let (stopping, stopped) = watch::channel(false);
         let mut connections = JoinSet::new();
         tokio::pin!(stop);
+        let admission = Arc::<Admission>::default();
         let keeper = Arc::clone(&self);
         let keeper = tokio::spawn(async move { keeper.sessions.keep_leases().await });
         let server = Arc::clone(&self);
@@ -181,18 +185,24 @@ impl Daemon {
                         let remedy = format_args!("run it as user {} or root", self.uid);
                         log(what, format_args!("process {pid}"), remedy);
                     }
-                    Ok((_, _, pid)) if connections.len() >= MAX_CONNECTIONS => {
-                        self.refused();
-                        let what = format_args!("{MAX_CONNECTIONS} connections are open");
-                        log(what, format_args!("process {pid}"), "end some; it is disconnected");
-                    }
-                    Ok((channel, _, pid)) => {
+                    Ok((channel, uid, pid)) => {
+                        let place = match admission.enter(Peer { uid, pid }) {
+                            Ok(place) => place,
+                            Err(crowded) => {
+                                self.refused();
+                                let what = format_args!("connection refused: {crowded}");
+                                let remedy = "end some programs that only connect";
+                                log(what, format_args!("process {pid}"), remedy);
+                                continue;
+                            }
+                        };
                         let mut stopped = stopped.clone();
                         let stop = async move {
                             // An error means that the daemon is gone, which is a stop as well.
                             let _ = stopped.wait_for(|stop| *stop).await;
                         };
-                        connections.spawn(connection::serve(Arc::clone(&self), channel, pid, stop));
+                        let daemon = Arc::clone(&self);
+                        connections.spawn(connection::serve(daemon, channel, pid, place, stop));
                     }
                     Err(e) => {
                         log(format_args!("accept failed ({e})"), "control socket", "it is tried again");

@@ -3,11 +3,15 @@
 //! Knows no key and no plaintext. Distrusts the enclave as much as the enclave distrusts it: every
 //! descriptor is copied once and checked before anything is done with it.
 //!
-//! [`socket`] and [`connection`] carry the calls of `postern.edl`; [`session`] and [`files`] own
-//! what a call opens, [`mod@lease`] says for how long, [`limits`] how much of it; [`region`], [`lane`] and [`engine`] are the data path; [`stats`],
-//! [`volumes`], [`records`], [`report`], [`measured`],
-//! [`metrics`] and [`endpoint`] tell what happened; [`confinement`] is the cage around all of it.
+//! [`socket`] and [`connection`] carry the calls of `postern.edl`, for those whom [`admission`] lets
+//! in, on a socket that is made here or is there already ([`activation`]); [`session`] and [`files`]
+//! own what a call opens, [`mod@lease`] says for how long, [`limits`] how much of it; [`region`],
+//! [`lane`] and [`engine`] are the data path; [`stats`], [`volumes`], [`records`], [`report`],
+//! [`measured`], [`metrics`] and [`endpoint`] tell what happened; [`confinement`] is the cage around
+//! all of it.
 
+pub mod activation;
+pub mod admission;
 pub mod confinement;
 pub mod connection;
 pub mod daemon;

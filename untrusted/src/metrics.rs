@@ -51,10 +51,10 @@ const COUNTERS: &[Counter] = &[
     ),
     ("sleeps", "Times that a lane went to sleep.", "", &[("sleeps", "")]),
     (
-        "flushes_on_thread",
-        "Flushes for which the kernel has no asynchronous call.",
-        "",
-        &[("flushes_on_thread", "")],
+        "own_flushes",
+        "Flushes that io_submit was not asked for, by where they were done.",
+        "place",
+        &[("flushes_on_thread", "thread"), ("flushes_here", "lane")],
     ),
     (
         "refused_descriptors",

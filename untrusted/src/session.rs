@@ -12,7 +12,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use postern_edl::{OPEN_ASK, OPEN_READ_ONLY};
+use postern_edl::{FEATURE_DISCARD, OPEN_ASK, OPEN_READ_ONLY};
 use rustix::io::Errno;
 use tokio::sync::{mpsc, oneshot};
 
@@ -119,6 +119,8 @@ pub struct Joins {
 pub struct Port {
     /// The mapped port.
     pub region: Arc<Region>,
+    /// Features that both sides have.
+    pub features: u64,
     /// The eventfd that wakes the daemon.
     pub doorbell: OwnedFd,
     /// The eventfds that wake the enclave.
@@ -268,6 +270,9 @@ impl Sessions {
         let started =
             Engine::new(port.region, lane, doorbells, Arc::clone(&stats), share, self.interface)
                 .and_then(|mut engine| {
+                    if port.features & FEATURE_DISCARD != 0 {
+                        engine.serve_discards();
+                    }
                     for open in &state.files {
                         if let Some(file) = &open.file {
                             engine.add_file(open.handle, Arc::clone(file));

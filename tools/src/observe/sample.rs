@@ -149,8 +149,6 @@ pub struct StageRow {
 pub struct Interval {
     /// Its length, seconds.
     pub seconds: f64,
-    /// The report at its end.
-    pub report: Report,
     /// The volumes at its end, in the order of their numbers.
     pub volumes: Vec<VolumeRow>,
     /// Requests a second of each session at its end.
@@ -164,8 +162,7 @@ impl Interval {
     pub fn between(before: &Sample, after: &Sample) -> Self {
         let seconds = after.at_ns.saturating_sub(before.at_ns).max(1) as f64 / 1e9;
         let histograms = differences(before, after);
-        let mut interval =
-            Self { seconds, report: after.report.clone(), histograms, ..Self::default() };
+        let mut interval = Self { seconds, histograms, ..Self::default() };
         let nothing = Volume::default();
         for volume in &after.volumes {
             let was = before.volumes.iter().find(|was| was.volume == volume.volume);

@@ -183,9 +183,9 @@ impl Reader {
         let newest = arrived.last().copied().unwrap_or(0).max(last).max(begin);
         let mut at = begin;
         for &number in arrived.range(begin.saturating_add(1)..).chain([&newest.saturating_add(1)]) {
-            let gap = number - at - 1;
+            let gap = number.saturating_sub(at).saturating_sub(1);
             let kept = gap.min(MOST_PENDING.saturating_sub(self.pending.len() as u64));
-            self.lost += gap - kept;
+            self.lost = self.lost.saturating_add(gap - kept);
             self.pending.extend(number - kept..number);
             at = number;
         }

@@ -229,7 +229,7 @@ impl View {
                 "errors" => row.errors.to_string(),
                 operation => format!("{:.0}", rate(operation)),
             };
-            let cells = columns.iter().map(|(name, _)| Cell::from(cell(name)));
+            let cells = columns.iter().map(|&(name, _)| Cell::from(cell(name)));
             let name = Cell::from(printable(&row.name));
             let chosen = self.selected == Some(row.volume);
             let style = if chosen { Modifier::REVERSED } else { Modifier::empty() };
@@ -237,7 +237,7 @@ impl View {
         });
         let widths = columns.iter().map(|(_, width)| Constraint::Length(*width));
         let first = Cell::from(if self.sort == Sort::Name { "VOLUME (us)" } else { "volume (us)" });
-        let names = columns.iter().map(|(name, _)| heading(name));
+        let names = columns.iter().map(|&(name, _)| heading(name));
         Table::new(rows, std::iter::once(Constraint::Min(8)).chain(widths))
             .header(Row::new(std::iter::once(first).chain(names)))
     }

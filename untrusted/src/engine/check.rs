@@ -29,8 +29,8 @@ pub fn index_of(id: u64, entries: usize) -> Option<usize> {
     (index < entries).then_some(index)
 }
 
-/// Checks operation, offset, length and data of a descriptor. Its id and its handle are checked by
-/// those who know what is in flight and what is open.
+/// Checks operation, offset, length and data of a descriptor. Its id, its handle and whether its
+/// operation was agreed on are checked by those who know what is in flight and what is open.
 ///
 /// # Errors
 /// [`Refusal::Invalid`].

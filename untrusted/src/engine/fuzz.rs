@@ -119,6 +119,7 @@ impl Bench {
         let mut engine = Engine::new(region, LANE, doorbells, stats, share, interface).unwrap();
         let pushed = Pushed::default();
         engine.queue = Box::new(pushed.clone());
+        engine.serve_discards();
 
         let number = MADE.fetch_add(1, Ordering::Relaxed);
         let name = format!("posternd-fuzz-{}-{number}", std::process::id());
@@ -179,9 +180,9 @@ impl Bench {
         let in_area = i128::from(data) >= from && end(data) <= to;
         let (operation, handle) = (what & 0xffff_ffff, what >> 32);
         let good = match operation {
-            1 | 2 => whole && in_file && in_area && length >= 1 && length <= 1 << 20,
+            1 | 2 => whole && in_file && in_area && (1..=1 << 20).contains(&length),
             3 => [offset, length, data] == [0; 3],
-            4 => whole && in_file && data == 0 && length >= 1 && length <= 128 << 20,
+            4 => whole && in_file && data == 0 && (1..=128 << 20).contains(&length),
             _ => false,
         };
         match self.files.keys().find(|known| u64::from(**known) == handle) {
@@ -334,7 +335,8 @@ pub fn descriptors(data: &[u8]) {
         assert!(bench.engine.is_drained() && bench.engine.slots.iter().all(|slot| !slot.in_flight));
         let canceled = all.iter().map(|words| (words[0], -125));
         let mut asked: Vec<_> = refused.into_iter().chain(canceled).collect();
-        (answered.sort_unstable(), asked.sort_unstable());
+        answered.sort_unstable();
+        asked.sort_unstable();
         assert_eq!(answered, asked, "each is answered once");
         bench.publish(&[], bench.engine.taken);
     });

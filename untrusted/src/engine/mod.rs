@@ -164,6 +164,8 @@ pub struct Engine {
     /// Accepted by the kernel and not reaped.
     in_kernel: u64,
     stopped: bool,
+    /// Discards were agreed on at attach.
+    discards: bool,
     share: LaneShare,
     /// Bytes of the staged completions.
     staged_bytes: u64,
@@ -218,6 +220,7 @@ impl Engine {
             in_flight: 0,
             in_kernel: 0,
             stopped: false,
+            discards: false,
             share,
             staged_bytes: 0,
             held: None,
@@ -228,6 +231,11 @@ impl Engine {
     #[must_use]
     pub const fn completed(&self) -> &OwnedFd {
         &self.completed
+    }
+
+    /// Serves discards, which are refused until then.
+    pub const fn serve_discards(&mut self) {
+        self.discards = true;
     }
 
     /// Makes a file known under `handle`.
@@ -447,6 +455,9 @@ impl Engine {
             .ok_or(BrokenRing::Id { id })?;
         let op = u64::from(submission.op);
         let file = check::check(submission, &geometry).and_then(|()| {
+            if op == op::DISCARD && !self.discards {
+                return Err(Refusal::Invalid);
+            }
             let (at, file, volume) = self.files.get(submission.handle).ok_or(Refusal::BadFile)?;
             if matches!(op, op::WRITE | op::DISCARD) && !file.writable {
                 return Err(Refusal::BadFile);

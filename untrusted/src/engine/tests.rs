@@ -121,6 +121,7 @@ fn a_short_flush_is_done_here_if_nothing_else_is_in_flight() {
 #[test]
 fn a_discard_goes_to_a_thread_and_leaves_the_rest_of_the_file_and_its_length() {
     let mut bench = bench(8);
+    bench.engine.serve_discards();
     let (offset, length) = (8192, 16384);
     let discard = Submission { op: op::DISCARD as u32, offset, length, ..bench.flush(2) };
     bench.publish(0, discard);
@@ -142,6 +143,20 @@ fn a_discard_goes_to_a_thread_and_leaves_the_rest_of_the_file_and_its_length() {
     assert!(
         bytes.iter().enumerate().all(|(i, byte)| *byte == if hole.contains(&i) { 0 } else { 7 })
     );
+}
+
+#[test]
+fn a_discard_that_was_not_agreed_on_is_refused_and_leaves_the_file_alone() {
+    let mut bench = bench(8);
+    let discard =
+        Submission { op: op::DISCARD as u32, offset: 8192, length: 16384, ..bench.flush(2) };
+    bench.publish(0, discard);
+    assert!(bench.engine.turn().unwrap());
+    assert_eq!(bench.engine.take_thread_work().count(), 0);
+    let answer = bench.completion(0);
+    assert_eq!((answer.id, answer.result), (2, -i64::from(libc::EINVAL)));
+    let bytes = std::fs::read(bench.directory.path().join("disk")).unwrap();
+    assert!(bytes == [7; 65536]);
 }
 
 #[test]

@@ -414,18 +414,21 @@ impl Directory {
     }
 
     /// Before the index is closed: all that waits, and the times that no change of a name took
-    /// along. Nothing, if the index was lost.
-    pub(crate) async fn publish_rest(&self, index: &Arc<OpenVolume>) {
+    /// along. Nothing, if the index was lost. Answers whether all of it is durable: else the host
+    /// keeps files that no name leads to, or names without their latest files.
+    pub(crate) async fn publish_rest(&self, index: &Arc<OpenVolume>) -> bool {
+        let mut published = false;
         if let Ok(held) = index.hold_index()
             && let Ok(disk) = held.disk()
         {
             // Said by `settle`.
-            let _ = self.publish(index, (&held, &disk), true).await;
+            published = self.publish(index, (&held, &disk), true).await.is_ok();
         }
         let rest = self.state.lock().take();
         let resting = rest.into_iter().flat_map(|loaded| loaded.backlog.resting.into_values());
         // What could not be published.
         resting.for_each(|rest| process::current().give_back(rest.file.handle));
+        published
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Holds: what a directory's file has not flushed is flushed with the directory's next batch, its
 //! host file open until then; a host file is given back once; the index of a directory is marked as
-//! cleanly closed only if all its files could be put away.
+//! cleanly closed only if all its files could be put away and all its names be published.
 
 use core::sync::atomic::Ordering;
 
@@ -32,12 +32,13 @@ impl Family {
         };
         let mut orderly = true;
         if let Source::Index(number) = entry.source {
-            orderly = self.directories[number].is_orderly();
-            self.directories[number].publish_rest(&volume).await;
+            let astray = !self.directories[number].is_orderly();
+            orderly = self.directories[number].publish_rest(&volume).await && !astray;
         }
         let closed = match volume.standing().retire().await {
             Some(core) if orderly => Some(self.put_away(&volume, &core).await),
-            // Published, and marked as in use still: the next run looks at each file closely.
+            // Marked as in use still: the next run removes what has no name, and looks at each
+            // file closely.
             Some(core) => {
                 process::current().give_back(core.handle);
                 Some(Ok(()))
