@@ -8,7 +8,7 @@ mod files;
 
 use std::{ffi::OsString, path::PathBuf};
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 use sgx_image::{Dump, scan};
 
 use crate::{
@@ -102,6 +102,18 @@ pub struct SignArgs {
     pub debuggable: bool,
 }
 
+/// What runs an enclave.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum BackendArg {
+    /// The CPU where the machine has SGX and the image is signed, else the emulator
+    #[default]
+    Auto,
+    /// The emulator
+    Emu,
+    /// The CPU
+    Hw,
+}
+
 /// `postern enclave run`.
 #[derive(Args, Debug)]
 pub struct RunArgs {
@@ -114,6 +126,9 @@ pub struct RunArgs {
     /// Run it only if its measurement is this one
     #[arg(long, value_name = "HEX")]
     pub mrenclave: Option<String>,
+    /// What runs it: the CPU, or the emulator
+    #[arg(long, value_name = "WHAT", value_enum, default_value_t)]
+    pub backend: BackendArg,
     /// End it at a system call or CPUID, as hardware would
     #[arg(long)]
     pub strict: bool,

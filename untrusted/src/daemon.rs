@@ -12,6 +12,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+use crate::activation;
 use crate::admission::{Admission, Peer};
 use crate::confinement;
 use crate::connection;
@@ -34,7 +35,8 @@ use crate::socket::{Listener, may_connect};
 #[command(name = "posternd", version)]
 pub struct Options {
     /// Path of the control socket; made with mode 0600. Best in a directory of its own: the daemon
-    /// keeps the right to remove files there.
+    /// keeps the right to remove files there. Where a service manager hands a listening socket over
+    /// (LISTEN_FDS), that one is used, and the path only shown.
     #[arg(long, value_name = "PATH")]
     pub socket: PathBuf,
     /// Takes the place of the daemon that listens on the socket: gets ready, takes over its
@@ -120,7 +122,10 @@ impl Daemon {
         // What takes its time comes before another daemon's place is taken.
         let source = options.succeed.then(|| probes(options, interface));
         let endpoint = Endpoint::bind(&options.endpoint, options.succeed)?;
-        let (listener, before) = Listener::bind(&options.socket, options.succeed)?;
+        let (listener, before) = match activation::inherited(&options.socket)? {
+            Some(fd) => (Listener::take(fd, &options.socket, options.succeed)?, None),
+            None => Listener::bind(&options.socket, options.succeed)?,
+        };
         let source = source.unwrap_or_else(|| probes(options, interface));
         if let Some(before) = before {
             end_before(before);

@@ -4,11 +4,13 @@
 //! descriptor is copied once and checked before anything is done with it.
 //!
 //! [`socket`] and [`connection`] carry the calls of `postern.edl`, for those whom [`admission`] lets
-//! in; [`session`] and [`files`] own what a call opens, [`mod@lease`] says for how long, [`limits`]
-//! how much of it; [`region`], [`lane`] and [`engine`] are the data path; [`stats`], [`volumes`],
-//! [`records`], [`report`], [`measured`], [`metrics`] and [`endpoint`] tell what happened;
-//! [`confinement`] is the cage around all of it.
+//! in, on a socket that is made here or is there already ([`activation`]); [`session`] and [`files`]
+//! own what a call opens, [`mod@lease`] says for how long, [`limits`] how much of it; [`region`],
+//! [`lane`] and [`engine`] are the data path; [`stats`], [`volumes`], [`records`], [`report`],
+//! [`measured`], [`metrics`] and [`endpoint`] tell what happened; [`confinement`] is the cage around
+//! all of it.
 
+pub mod activation;
 pub mod admission;
 pub mod confinement;
 pub mod connection;

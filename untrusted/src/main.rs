@@ -4,6 +4,7 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
+use posternd::activation::Manager;
 use posternd::daemon::{Daemon, Options};
 use posternd::probes::loader;
 use posternd::problem::{EXIT_CONFIG, Problem, log};
@@ -44,7 +45,9 @@ async fn run(options: &Options) -> Result<(), Problem> {
     let mut interrupt = signals(SignalKind::interrupt())?;
     // A host file beyond the limit of file sizes is an error of that file, not the daemon's end.
     let _too_large = signals(SignalKind::from_raw(libc::SIGXFSZ))?;
+    let manager = Manager::connect();
     let (daemon, listener) = Daemon::start(options)?;
+    manager.ready();
     let mut out = std::io::stdout().lock();
     // Whoever started us without a place to read from does not wait for the line.
     let _ = writeln!(out, "posternd: ready on {}", options.socket.display());

@@ -110,6 +110,13 @@ impl Listener {
                 Ok(()) if succeed => {
                     let peer = peer_credentials(&probe)
                         .map_err(|e| refused("who listens here can not be seen", e))?;
+                    if !is_one_of_us(peer.pid) {
+                        return Err(Problem::socket(
+                            format_args!("process {} made this socket, no posternd", peer.pid),
+                            path.display(),
+                            "of a service manager's, restart the service instead",
+                        ));
+                    }
                     (flags, before) = (RenameFlags::empty(), Pid::from_raw(peer.pid));
                 }
                 // Connected, its queue is full, or it is of another kind: somebody is there.
@@ -155,6 +162,33 @@ impl Listener {
         Ok((Self { fd, path: path.to_owned(), identity }, before))
     }
 
+    /// Listens on a socket that was handed over, and stays where it is when this is dropped: whoever
+    /// connects meanwhile waits for the next daemon. Needs a tokio runtime around it.
+    ///
+    /// # Errors
+    /// `succeed` is not the way to take such a socket over; or the runtime can not watch it.
+    pub fn take(fd: OwnedFd, path: &Path, succeed: bool) -> Result<Self, Problem> {
+        if succeed {
+            return Err(Problem::socket(
+                "--succeed with a socket that the service manager holds",
+                path.display(),
+                "restart the service: its programs wait meanwhile",
+            ));
+        }
+        let unfit = |e: std::io::Error| {
+            Problem::socket(
+                format_args!("socket can not be watched ({e})"),
+                path.display(),
+                "raise the limit of open files",
+            )
+        };
+        rustix::fs::fcntl_getfl(&fd)
+            .and_then(|flags| rustix::fs::fcntl_setfl(&fd, flags | OFlags::NONBLOCK))
+            .map_err(|e| unfit(e.into()))?;
+        let fd = watch(fd, Interest::READABLE).map_err(unfit)?;
+        Ok(Self { fd, path: path.to_owned(), identity: None })
+    }
+
     /// Waits for the next connection and tells the peer's user and process id.
     ///
     /// # Errors
@@ -173,6 +207,12 @@ impl Listener {
             }
         }
     }
+}
+
+/// Whether a process is this program: who made a socket need not be who listens on it now.
+fn is_one_of_us(pid: i32) -> bool {
+    let name = |pid: &str| std::fs::read(format!("/proc/{pid}/comm")).ok();
+    name("self").is_some() && name("self") == name(&pid.to_string())
 }
 
 /// SO_PEERCRED. Its process id is 0 for a peer in another namespace, which rustix's type for it can

@@ -112,6 +112,31 @@ impl<S: Store> Host<S> {
         self.temper = temper;
     }
 
+    /// The daemon ends, and another one begins with the ring laid out anew: of what it had taken
+    /// some is done. It remembers what ids the one before was asked under, and what that owes.
+    pub fn succeed(&mut self, region: &[AtomicU64]) {
+        for asked in core::mem::take(&mut self.waiting) {
+            if self.rng.chance(5000) {
+                self.perform(region, &asked, asked.length);
+            }
+            self.remember(asked.id);
+        }
+        (self.taken, self.answered, self.silent) = (0, 0, 0);
+    }
+
+    /// Answers, if it breaks the contract at all and now and then, what only the daemon before was
+    /// asked.
+    pub fn haunt(&mut self, region: &[AtomicU64]) {
+        let often = self.temper.breaches.saturating_mul(50).min(5000);
+        if !self.past.is_empty() && self.rng.chance(often) {
+            self.deeds.breaches += 1;
+            let back = self.rng.index(self.past.len().min(8));
+            let id = self.past[self.past.len() - 1 - back];
+            let result = self.rng.one_of(&[0, 4096]);
+            self.answer(region, id, result);
+        }
+    }
+
     /// Requests taken and not answered.
     #[must_use]
     pub const fn waiting(&self) -> usize {
@@ -188,6 +213,10 @@ impl<S: Store> Host<S> {
         }
         self.answered = self.answered.wrapping_add(1);
         set(region, cursor::CQ_PUBLISHED, self.answered);
+        self.remember(id);
+    }
+
+    fn remember(&mut self, id: u64) {
         if self.past.len() == PAST {
             self.past.remove(0);
         }
@@ -212,6 +241,7 @@ impl<S: Store> Host<S> {
     /// Moves the first `bytes` bytes of what is asked; the result.
     fn perform(&mut self, region: &[AtomicU64], asked: &Submission, bytes: u64) -> i64 {
         match u64::from(asked.op) {
+            op::WRITE if !self.store.has_room(asked.length) => return -28,
             op::READ | op::WRITE => {}
             op::FLUSH => {
                 self.store.flush(asked.handle);

@@ -2,7 +2,7 @@
 //!
 //! [`Host`] plays the daemon's end of a port: it takes descriptors, keeps blocks in a [`Store`] and
 //! answers, honestly or not, as its [`Temper`] and the seed decide. It knows the layout of the port
-//! (`postern_edl::port`) and nothing of either side's code.
+//! (`postern_edl::port`) and nothing of either side's code. [`replies`] are the lies for control calls.
 //!
 //! What it does wrong follows the taxonomy of Khandaker and others (COIN attacks, ASPLOS 2020):
 //! concurrency (words and buffers that change while they are used), order (answers too early,
@@ -11,6 +11,7 @@
 
 mod host;
 pub mod inputs;
+pub mod replies;
 mod rng;
 mod store;
 mod temper;

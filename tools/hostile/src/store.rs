@@ -22,6 +22,12 @@ pub trait Store {
 
     /// Makes durable what was written.
     fn flush(&mut self, handle: u32);
+
+    /// Whether the host has room for a write of so many bytes.
+    fn has_room(&self, bytes: u64) -> bool {
+        let _ = bytes;
+        true
+    }
 }
 
 /// Files in memory.

@@ -3,12 +3,12 @@
 use std::{io::Write as _, os::unix::ffi::OsStrExt as _, sync::Arc};
 
 use sgx_emu::{Config, Enclave, Fault, FaultKind, KeyRoot, LoadError};
-use sgx_image::Symbols;
-use sgx_runner::{Backend, Emulated, End, Program};
+use sgx_image::{Sigstruct, Symbols};
+use sgx_runner::{Backend, Emulated, End, Program, hw};
 
 use crate::{
     enclave::{
-        RunArgs,
+        BackendArg, RunArgs,
         files::{self, Loaded, hex},
     },
     error::{Exit, Failure},
@@ -37,18 +37,7 @@ pub fn execute(args: &RunArgs) -> Result<u8, Failure> {
         }
         None => None,
     };
-    let config = Config {
-        exact: args.exact,
-        strict: args.strict,
-        transition_cycles: args.transition_cycles,
-        root: KeyRoot::default(),
-    };
-    let enclave = Enclave::load(&loaded.image, signature.as_ref(), &config)
-        .map_err(|error| Failure::new(Exit::CannotExecute, &error, &place, advice(&error)))?;
-    if args.strict && !enclave.cpuid_faults() {
-        eprintln!("postern: CPUID is not caught: this CPU or its hypervisor cannot make it fault");
-    }
-    let backend: Arc<dyn Backend> = Arc::new(Emulated(enclave));
+    let backend = backend(args, &loaded, signature.as_ref())?;
     let mut arguments = vec![args.image.image.as_os_str().as_bytes().to_vec()];
     arguments.extend(args.arguments.iter().map(|argument| argument.as_bytes().to_vec()));
     let end = sgx_runner::run(backend.clone(), &Program { arguments });
@@ -66,6 +55,59 @@ pub fn execute(args: &RunArgs) -> Result<u8, Failure> {
         );
     }
     tell(&end, &loaded.symbols, place)
+}
+
+/// What runs the enclave: chosen by what was asked for and what the machine has.
+fn backend(
+    args: &RunArgs,
+    loaded: &Loaded,
+    signature: Option<&Sigstruct>,
+) -> Result<Arc<dyn Backend>, Failure> {
+    let place = args.image.image.display();
+    match (args.backend, signature) {
+        (BackendArg::Hw, None) => {
+            let what = "the CPU runs only images that are signed";
+            let advice = "sign it by `postern enclave sign`, and give --signature";
+            Err(Failure::new(Exit::CannotExecute, what, place, advice))
+        }
+        (BackendArg::Hw, Some(signature)) => hardware(args, loaded, signature),
+        (BackendArg::Auto, Some(signature)) if hw::is_present() => {
+            hardware(args, loaded, signature)
+        }
+        _ => emulator(args, loaded, signature),
+    }
+}
+
+fn hardware(
+    args: &RunArgs,
+    loaded: &Loaded,
+    signature: &Sigstruct,
+) -> Result<Arc<dyn Backend>, Failure> {
+    let enclave = hw::Hardware::load(&loaded.image, signature).map_err(|error| {
+        let advice = "see that the machine has SGX and /dev/sgx_enclave, or give --backend emu";
+        Failure::new(Exit::CannotExecute, error, args.image.image.display(), advice)
+    })?;
+    Ok(Arc::new(enclave))
+}
+
+fn emulator(
+    args: &RunArgs,
+    loaded: &Loaded,
+    signature: Option<&Sigstruct>,
+) -> Result<Arc<dyn Backend>, Failure> {
+    let config = Config {
+        exact: args.exact,
+        strict: args.strict,
+        transition_cycles: args.transition_cycles,
+        root: KeyRoot::default(),
+    };
+    let place = args.image.image.display();
+    let enclave = Enclave::load(&loaded.image, signature, &config)
+        .map_err(|error| Failure::new(Exit::CannotExecute, &error, place, advice(&error)))?;
+    if args.strict && !enclave.cpuid_faults() {
+        eprintln!("postern: CPUID is not caught: this CPU or its hypervisor cannot make it fault");
+    }
+    Ok(Arc::new(Emulated(enclave)))
 }
 
 /// Says how the program ended; its exit code.

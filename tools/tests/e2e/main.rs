@@ -6,6 +6,7 @@
 // Helpers outside of test functions panic too: that is how a test fails.
 #![allow(clippy::unwrap_used)]
 
+mod activation;
 mod common;
 mod counter;
 mod death;

@@ -4,7 +4,10 @@
 //! The targets are functions of the crates themselves (modules `fuzz`); plain `cargo test` runs the
 //! same ones over the seeds. This needs rustup's nightly and cargo-fuzz.
 
-use std::{path::Path, process::Command};
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::Args;
@@ -15,6 +18,9 @@ use crate::shell::{Tree, output, run, step};
 const MAX_LENGTH: u32 = 259;
 /// Seconds of one input that are a hang; none takes a tenth of one.
 const HANG: u32 = 60;
+
+/// The target that is built with the whole daemon: minutes, which a short run does not spend.
+const OF_DAEMON: &str = "descriptors";
 
 /// Options of `cargo xtask fuzz`.
 #[derive(Args, Debug)]
@@ -47,7 +53,14 @@ pub fn short(tree: &Tree) -> Result<()> {
             eprintln!("    SKIPPED: {missing}; the tests ran the same targets over their seeds");
             Ok(())
         }
-        None => targets(tree, &Options { seconds: 3, target: Vec::new() }),
+        None => {
+            let mut target = names(tree)?;
+            target.retain(|name| name != OF_DAEMON);
+            eprintln!(
+                "    SKIPPED: `{OF_DAEMON}`, which builds long; the tests ran it over its seeds"
+            );
+            targets(tree, &Options { seconds: 3, target })
+        }
     })
 }
 
@@ -62,15 +75,24 @@ fn missing() -> Option<&'static str> {
     (!works(&["cargo", "fuzz", "--version"])).then_some("no cargo-fuzz (cargo install cargo-fuzz)")
 }
 
-fn targets(tree: &Tree, options: &Options) -> Result<()> {
-    let sources = tree.root.join("trusted/fuzz");
+fn sources(tree: &Tree) -> PathBuf {
+    tree.root.join("trusted/fuzz")
+}
+
+/// All targets: those that have seeds.
+fn names(tree: &Tree) -> Result<Vec<String>> {
     let mut names = Vec::new();
-    for entry in std::fs::read_dir(sources.join("seeds"))? {
+    for entry in std::fs::read_dir(sources(tree).join("seeds"))? {
         let path = entry?.path();
         let name = path.file_stem().context("a seed file without a name")?;
         names.push(name.to_string_lossy().into_owned());
     }
     names.sort_unstable();
+    Ok(names)
+}
+
+fn targets(tree: &Tree, options: &Options) -> Result<()> {
+    let (sources, names) = (sources(tree), names(tree)?);
     for name in &options.target {
         ensure!(names.contains(name), "no target `{name}`; there are: {}", names.join(", "));
     }
@@ -91,9 +113,11 @@ fn target(tree: &Tree, sources: &Path, name: &str, seconds: u32) -> Result<()> {
     for (number, seed) in seeds(&text)?.iter().enumerate() {
         std::fs::write(corpus.join(format!("seed-{number}")), seed)?;
     }
+    let features: &[&str] = if name == OF_DAEMON { &["--features", "daemon"] } else { &[] };
     run(Command::new("rustup")
         .args(["run", "nightly", "cargo", "fuzz", "run", "--fuzz-dir"])
         .arg(sources)
+        .args(features)
         .arg("--target-dir")
         .arg(work.join("target"))
         .arg(name)
@@ -131,6 +155,18 @@ fn seeds(text: &str) -> Result<Vec<Vec<u8>>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn each_target_has_seeds_and_a_program() {
+        let tree = Tree::find().unwrap();
+        let names = names(&tree).unwrap();
+        let programs = std::fs::read_dir(sources(&tree).join("targets")).unwrap().count();
+        assert_eq!(names.len(), programs);
+        for name in &names {
+            assert!(sources(&tree).join("targets").join(name).with_extension("rs").is_file());
+        }
+        assert!(names.iter().any(|name| name == OF_DAEMON));
+    }
 
     #[test]
     fn a_seed_is_a_line_of_digits_without_its_remark() {

@@ -56,9 +56,18 @@ const THREAD: [Tests; 3] = [
     ("posternd", &["--lib"], &["limits::", "stats::", "histogram::"]),
 ];
 
+/// Tests that valgrind cannot follow: one hands the kernel an address that leads nowhere, on purpose;
+/// the other needs io_pgetevents(2), which valgrind 3.19 does not know.
+const NO_VALGRIND: [&str; 4] = [
+    "--skip",
+    "what_fails_later_comes_back_as_a_negative_number_in_the_event",
+    "--skip",
+    "queue_run_calls_back_and_pgetevents_takes_a_mask",
+];
+
 /// What calls the kernel with memory, and needs no more than a minute of valgrind's slowness.
 const VALGRIND: [Tests; 4] = [
-    ("libaio-sys", &["--tests"], &[]),
+    ("libaio-sys", &["--tests"], &NO_VALGRIND),
     ("postern-trusted", &["--lib"], &["port::", "sync::"]),
     ("postern-trusted", &["--test", "port"], &["flow::", "hostile::", "limits::", "short::"]),
     ("posternd", &["--lib"], &["region::", "engine::"]),

@@ -38,7 +38,9 @@ pub fn end_to_end(tree: &Tree) -> Result<()> {
     step("end-to-end tests", || {
         // What an interrupted run may have left.
         tree.fresh_directory("release/e2e")?;
-        against_parts(tree, "postern", "e2e", &[])
+        against_parts(tree, "postern", "e2e", &[])?;
+        // Programs under a daemon that misbehaves.
+        against_parts(tree, "postern-hostile-daemon", "process", &[])
     })
 }
 

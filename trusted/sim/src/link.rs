@@ -71,6 +71,8 @@ pub struct Link {
     state: Lock<State>,
     /// The lane's fault was told.
     told: AtomicBool,
+    /// So was that the daemon does not say what leases are asked for.
+    told_of_leases: AtomicBool,
     /// The port's word of the leases as it was when they were asked about last.
     leases: AtomicU64,
 }
@@ -183,6 +185,7 @@ impl Link {
             control: Lock::new(control),
             state: Lock::new(state),
             told: AtomicBool::new(false),
+            told_of_leases: AtomicBool::new(false),
             leases: AtomicU64::new(0),
         })
     }
@@ -380,6 +383,8 @@ impl Link {
         match self.ask(|control| control.postern_lease(&PosternLeaseRequest { first })) {
             Ok(reply) => Ok(Some(reply.lease)),
             Err(CallError::Refused(_)) => Ok(None),
+            // Asked again and again, by each sync that fails.
+            Err(_) if self.told_of_leases.swap(true, Ordering::Relaxed) => Err(Errno::EIO),
             Err(error) => Err(refused("the daemon", "lease", &error)),
         }
     }

@@ -21,7 +21,11 @@ use core::{
     pin::pin,
     task::{Context, Poll, Waker},
 };
-use std::{collections::BTreeSet, ffi::CString, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ffi::CString,
+    sync::Arc,
+};
 
 use postern_edl::{
     calls::{
@@ -236,6 +240,8 @@ struct Scout {
     attached: PosternAttached,
     /// Handles that the daemon has opened again.
     opened: BTreeSet<u32>,
+    /// How often it was told to, by handle.
+    opens: BTreeMap<u32, u32>,
     /// Those that could not be had, or were changed.
     lost: BTreeSet<u32>,
     /// Directories whose index is as the family left it.
@@ -257,6 +263,7 @@ impl Scout {
                 control,
                 attached,
                 opened: BTreeSet::new(),
+                opens: BTreeMap::new(),
                 lost: BTreeSet::new(),
                 indexes: BTreeSet::new(),
                 until_ns: wait::now_ns() + RELEASED_WITHIN_NS,
@@ -326,7 +333,10 @@ impl Scout {
         let mut opens = 0;
         while opens < file.opens {
             match self.control.postern_open(&request) {
-                Ok(reply) if reply.file.handle == *handle => opens += 1,
+                Ok(reply) if reply.file.handle == *handle => {
+                    opens += 1;
+                    *self.opens.entry(*handle).or_default() += 1;
+                }
                 Ok(_) => return Ok(false),
                 Err(CallError::Refused(errno))
                     if errno == Errno::EBUSY.0.unsigned_abs() && wait::now_ns() < self.until_ns =>
@@ -341,8 +351,10 @@ impl Scout {
     }
 
     fn close(&mut self, handle: u32) {
-        // As often as it was opened; a daemon that has gone has closed it.
-        while self.control.postern_close(&PosternCloseRequest { handle }).is_ok() {}
+        // As often as it was opened, whatever the daemon says; one that has gone has closed it.
+        for _ in 0..self.opens.remove(&handle).unwrap_or_default() {
+            let _ = self.control.postern_close(&PosternCloseRequest { handle });
+        }
     }
 
     /// Runs `future`, which waits for nothing but this lane.

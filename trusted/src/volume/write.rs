@@ -360,18 +360,18 @@ impl Volume {
                 Err(Stop::Page(want)) => {
                     match self.bring_in(disk, want).await {
                         Ok(true) => {}
-                        Ok(false) => rooms = self.room_for_data(disk, rooms).await,
+                        Ok(false) => match self.room_for_data(disk, rooms).await {
+                            Ok(made) => rooms = made,
+                            Err(errno) => return (done as usize * BLOCK, Some(errno)),
+                        },
                         Err(bad) => return (done as usize * BLOCK, Some(bad.errno())),
-                    }
-                    if rooms > IN_VAIN {
-                        return (done as usize * BLOCK, Some(Errno::ENOSPC));
                     }
                     continue;
                 }
                 Err(Stop::Room) => {
-                    rooms = self.room_for_data(disk, rooms).await;
-                    if rooms > IN_VAIN {
-                        return (done as usize * BLOCK, Some(Errno::ENOSPC));
+                    match self.room_for_data(disk, rooms).await {
+                        Ok(made) => rooms = made,
+                        Err(errno) => return (done as usize * BLOCK, Some(errno)),
                     }
                     continue;
                 }
@@ -401,12 +401,14 @@ impl Volume {
 
     /// Lets a checkpoint make room; counts those that were made in vain. One after which others
     /// have taken places again counts for little: the next one frees what theirs replace.
-    async fn room_for_data<D: Disk>(&self, disk: &D, rooms: u32) -> u32 {
-        match self.make_room(disk).await {
-            Ok(()) if self.core.lock().space.busy() > 0 => rooms + 1,
-            Ok(()) => rooms + IN_VAIN / 2,
-            Err(_) => u32::MAX,
-        }
+    ///
+    /// # Errors
+    /// Why the checkpoint failed; `ENOSPC` when too many were made in vain.
+    async fn room_for_data<D: Disk>(&self, disk: &D, rooms: u32) -> Result<u32, Errno> {
+        self.make_room(disk).await?;
+        let busy = self.core.lock().space.busy() > 0;
+        let rooms = rooms + if busy { 1 } else { IN_VAIN / 2 };
+        if rooms > IN_VAIN { Err(Errno::ENOSPC) } else { Ok(rooms) }
     }
 
     /// Seals a run, sends it, and applies it when it has landed.

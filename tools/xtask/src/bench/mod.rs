@@ -1,84 +1,81 @@
-//! `cargo xtask bench`: fio on a plain file against fio on a sealed volume, side by side.
+//! `cargo xtask bench`: fio on a plain file against fio on a sealed volume and on what else seals
+//! data, side by side.
 //!
-//! The disk drifts by tens of percent within minutes, so only neighbours are compared: each pair
-//! is one run of either way, in turns first, and what is reported is the ratio within pairs with
-//! its spread. Both files lie in one directory and are written in full before anything is measured.
+//! The disk drifts by tens of percent within minutes, so only neighbours are compared: each round
+//! is one run of every target, in another order each time, and what is reported is the ratio to
+//! the plain file within rounds, with its spread. All files lie on one file system and are written
+//! in full before anything is measured.
 
+mod case;
 mod numbers;
 mod opening;
+mod plot;
 mod report;
+mod substrate;
+mod target;
 
-use std::{
-    path::{Path, PathBuf},
-    process::Command,
-};
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::Args;
 
 pub use self::numbers::Spread;
-use self::numbers::{cpu_of_children, median};
+use self::{
+    case::Case,
+    numbers::{Usage, confidence, median},
+    substrate::{Kind, Substrate, megabytes},
+    target::{Ready, Target, prepare},
+};
 use crate::{
     build,
-    fio::{self, Outcome, Way},
-    shell::{Tree, answer, show, step},
+    fio::{self, Outcome},
+    shell::{Tree, show, step},
 };
 
-/// Path under which the guest sees the volume.
-const GUEST_PATH: &str = "/sealed/bench";
 /// Runs that tell what starting and stopping costs by itself.
 const IDLE_RUNS: usize = 3;
 
 /// Options of `cargo xtask bench`.
 #[derive(Args, Debug)]
 pub struct Options {
-    /// Pairs of runs for each case
-    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
-    pairs: u32,
+    /// Rounds of runs for each case; from six on the report has confidence intervals
+    #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: u32,
     /// Length of one run in seconds
-    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     runtime: u32,
-    /// Only these cases; may be repeated. Without it all: `--case list` names them
+    /// Only cases whose names begin so; may be repeated. A wrong name lists all. Without it the usual
+    /// ones
     #[arg(long)]
     case: Vec<String>,
-    /// Size of both files, as fio writes it
+    /// Every case there is
+    #[arg(long, conflicts_with = "case")]
+    all_cases: bool,
+    /// What is measured beside the plain file; may be repeated
+    #[arg(long, value_enum, default_values_t = [Target::Postern])]
+    target: Vec<Target>,
+    /// Every target whose programs are installed
+    #[arg(long, conflicts_with = "target")]
+    all_targets: bool,
+    /// What the files lie on
+    #[arg(long, value_enum, default_value_t)]
+    on: Kind,
+    /// Size of each file, as fio writes it
     #[arg(long, default_value = "1g")]
     size: String,
-    /// Where both files lie; without it target/bench
+    /// Where the files lie; without it target/bench
     #[arg(long)]
     directory: Option<PathBuf>,
-    /// Run the daemon without its eBPF probes
-    #[arg(long)]
-    no_probes: bool,
     /// Save every number as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Save the table as Markdown
+    /// Save the tables as Markdown
     #[arg(long, value_name = "FILE")]
     markdown: Option<PathBuf>,
+    /// Draw the ratios as SVG
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
 }
-
-/// A load.
-pub struct Case {
-    name: &'static str,
-    rw: &'static str,
-    bs: &'static str,
-    depth: u32,
-    /// fdatasync after each write.
-    sync: bool,
-}
-
-const CASES: [Case; 9] = [
-    Case { name: "randread-1", rw: "randread", bs: "4k", depth: 1, sync: false },
-    Case { name: "randread-32", rw: "randread", bs: "4k", depth: 32, sync: false },
-    Case { name: "randread-128", rw: "randread", bs: "4k", depth: 128, sync: false },
-    Case { name: "randwrite-1", rw: "randwrite", bs: "4k", depth: 1, sync: false },
-    Case { name: "randwrite-32", rw: "randwrite", bs: "4k", depth: 32, sync: false },
-    Case { name: "randwrite-128", rw: "randwrite", bs: "4k", depth: 128, sync: false },
-    Case { name: "read-1m", rw: "read", bs: "1m", depth: 8, sync: false },
-    Case { name: "write-1m", rw: "write", bs: "1m", depth: 8, sync: false },
-    Case { name: "sync", rw: "randwrite", bs: "4k", depth: 1, sync: true },
-];
 
 /// One run.
 #[derive(Clone, Copy, Debug)]
@@ -89,19 +86,23 @@ pub struct Run {
     rate: f64,
     /// Microseconds of CPU per request, of all processes of the run.
     cpu_us: f64,
+    /// Context switches per request.
+    switches: f64,
+    /// Bytes written to the host per byte that fio wrote; NaN where it wrote none.
+    written: f64,
 }
 
-/// A case, measured.
+/// A case, measured: for each target its runs, round by round. The first target is the plain file.
 pub struct Measured {
-    case: &'static Case,
-    /// Raw and Postern, side by side.
-    pairs: Vec<(Run, Run)>,
+    case: Case,
+    runs: Vec<(Target, Vec<Run>)>,
 }
 
 impl Measured {
-    /// Postern's requests per second over raw's, pair by pair.
-    fn ratios(&self) -> Spread {
-        Spread::of(self.pairs.iter().map(|(raw, postern)| postern.iops / raw.iops).collect())
+    /// A target's requests per second over the plain file's, round by round.
+    fn ratios(&self, target: usize) -> Vec<f64> {
+        let raw = &self.runs[0].1;
+        self.runs[target].1.iter().zip(raw).map(|(run, raw)| run.iops / raw.iops).collect()
     }
 }
 
@@ -110,27 +111,34 @@ impl Measured {
 /// # Errors
 /// If a run fails.
 pub fn all(tree: &Tree, options: &Options) -> Result<()> {
-    let cases = choose(&options.case)?;
-    let Some(cases) = cases else { return Ok(()) };
+    let cases = case::choose(&options.case, options.all_cases)?;
     fio::need()?;
+    let targets = targets(options)?;
     build::all(tree)?;
-    let directory = match &options.directory {
-        Some(directory) => directory.clone(),
-        None => tree.fresh_directory("bench")?,
-    };
-    let bench = Bench { tree, options, directory: &directory };
-    bench.lay_out()?;
-    let idle = bench.idle()?;
+    let room = (megabytes(&options.size)? + 200) * 2 * targets.len() as u64;
+    let on = Substrate::new(tree, options.on, options.directory.as_deref(), room)?;
+    let bench = Bench { tree, options, directory: &on.directory };
+    let ready = step("lay out the files", || {
+        targets.into_iter().map(|target| bench.lay_out(target)).collect::<Result<Vec<_>>>()
+    })?;
+    let idle = step("cost of starting and stopping", || {
+        ready.iter().map(|ready| bench.idle(ready)).collect::<Result<Vec<_>>>()
+    })?;
     let mut measured = Vec::with_capacity(cases.len());
     for case in cases {
-        measured.push(step(case.name, || bench.measure(case, idle))?);
+        let name = case.name.clone();
+        measured.push(step(&name, || bench.measure(case, &ready, &idle))?);
     }
-    let openings = step("making and opening", || opening::measure(tree, &directory))?;
-    let machine = report::machine(&directory, options.no_probes);
-    let table = report::markdown(&machine, &measured, &openings, options);
-    print!("\n{table}");
+    drop(ready);
+    let openings = step("making and opening", || opening::measure(tree, &on.directory))?;
+    let machine = report::machine(&on.directory);
+    let tables = report::markdown(&machine, &measured, &openings, options);
+    print!("\n{tables}");
     if let Some(file) = &options.markdown {
-        save(file, &table)?;
+        save(file, &tables)?;
+    }
+    if let Some(file) = &options.svg {
+        save(file, &plot::ratios(&measured)?)?;
     }
     if let Some(file) = &options.json {
         save(file, &report::json(&machine, &measured, &openings, options)?)?;
@@ -144,34 +152,25 @@ fn save(file: &Path, text: &str) -> Result<()> {
     Ok(())
 }
 
-/// The cases named; `None` if only their names were wanted.
-fn choose(names: &[String]) -> Result<Option<Vec<&'static Case>>> {
-    if names.iter().any(|name| name == "list") {
-        for case in &CASES {
-            println!("{:<14} {} {} at depth {}", case.name, case.rw, case.bs, case.depth);
+/// The plain file, and what is wanted beside it.
+fn targets(options: &Options) -> Result<Vec<Target>> {
+    let wanted = if options.all_targets {
+        clap::ValueEnum::value_variants().to_vec()
+    } else {
+        options.target.clone()
+    };
+    let mut targets = vec![Target::Raw];
+    for target in wanted {
+        match target.missing() {
+            Some(missing) if options.all_targets => {
+                eprintln!("    left out: {}, {missing} is not installed", target.name());
+            }
+            Some(missing) => bail!("{} needs {missing}: install it", target.name()),
+            None if targets.contains(&target) => {}
+            None => targets.push(target),
         }
-        return Ok(None);
     }
-    if names.is_empty() {
-        return Ok(Some(CASES.iter().collect()));
-    }
-    names
-        .iter()
-        .map(|name| {
-            CASES
-                .iter()
-                .find(|case| case.name == name)
-                .with_context(|| format!("no case `{name}`: see --case list"))
-        })
-        .collect::<Result<_>>()
-        .map(Some)
-}
-
-/// Seconds of CPU that a run of either way costs apart from its requests.
-#[derive(Clone, Copy, Debug)]
-struct Idle {
-    raw: f64,
-    postern: f64,
+    Ok(targets)
 }
 
 struct Bench<'a> {
@@ -181,123 +180,94 @@ struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    fn raw_file(&self) -> PathBuf {
-        self.directory.join("raw")
-    }
-
-    fn volume(&self) -> PathBuf {
-        self.directory.join("sealed.vol")
-    }
-
-    fn way(&self, postern: bool) -> Way {
-        if !postern {
-            return Way::Raw;
-        }
-        let mut way = fio::through(GUEST_PATH, &self.volume());
-        if let (true, Way::Postern(before)) = (self.options.no_probes, &mut way) {
-            before.push("--no-probes".into());
-        }
-        way
-    }
-
-    fn arguments(&self, postern: bool, more: &[&str]) -> Vec<String> {
-        let file =
-            if postern { GUEST_PATH.to_owned() } else { self.raw_file().display().to_string() };
-        let filename = format!("--filename={file}");
+    /// One run, with what all its processes used.
+    fn once(&self, ready: &Ready, more: &[&str]) -> Result<(Outcome, Usage)> {
+        let (before, server) = (Usage::of_children(), ready.server_cpu());
         let size = format!("--size={}", self.options.size);
-        let fixed = [
-            "--name=bench",
-            &filename,
-            &size,
-            "--ioengine=libaio",
-            "--direct=1",
-            "--randrepeat=0",
-            "--norandommap",
-        ];
-        fixed.iter().chain(more).map(|word| (*word).to_owned()).collect()
-    }
-
-    /// One run, with the CPU time of all its processes in seconds.
-    fn once(&self, postern: bool, more: &[&str]) -> Result<(Outcome, f64)> {
-        let before = cpu_of_children();
-        let arguments = self.arguments(postern, more);
-        let outcome = fio::measure(self.tree, &self.way(postern), &arguments, self.directory)?;
+        let fixed = ["--name=bench", &size, "--randrepeat=0", "--norandommap"];
+        let arguments: Vec<String> = fixed
+            .iter()
+            .chain(more)
+            .map(|word| (*word).to_owned())
+            .chain(ready.arguments.iter().cloned())
+            .collect();
+        let outcome = fio::measure(self.tree, &ready.way, &arguments, self.directory)?;
         ensure!(
             outcome.error == 0 && outcome.errors == 0,
-            "fio failed with errno {}",
-            outcome.error
+            "fio failed with errno {} on {}",
+            outcome.error,
+            ready.target.name()
         );
         // The launcher waits for the program and the daemon, fio for its jobs, and we for them.
-        Ok((outcome, cpu_of_children() - before))
+        let mut usage = Usage::of_children().since(before);
+        usage.cpu += ready.server_cpu() - server;
+        Ok((outcome, usage))
     }
 
-    /// Writes both files in full: first in order, then once more in pieces, so that the volume's
-    /// spare places are laid out on the host too.
-    fn lay_out(&self) -> Result<()> {
-        step("lay out both files", || {
-            let mut format = Command::new(self.tree.release().join("postern"));
-            let _ = std::fs::remove_file(self.volume());
-            let size = self.options.size.to_uppercase();
-            answer(format.arg("format").arg(self.volume()).args(["--size", &size]))?;
-            for postern in [false, true] {
-                self.once(postern, &["--rw=write", "--bs=1m", "--iodepth=8", "--end_fsync=1"])?;
-                self.once(
-                    postern,
-                    &["--rw=randwrite", "--bs=64k", "--iodepth=32", "--end_fsync=1"],
-                )?;
+    /// Writes a target's file in full: first in order, then once more in pieces, so that the spare
+    /// places of a volume are laid out on the host too.
+    fn lay_out(&self, target: Target) -> Result<Ready> {
+        let ready = prepare(self.tree, target, &self.options.size, self.directory)
+            .with_context(|| format!("cannot prepare {}", target.name()))?;
+        self.once(&ready, &["--rw=write", "--bs=1m", "--iodepth=8", "--end_fsync=1"])?;
+        self.once(&ready, &["--rw=randwrite", "--bs=64k", "--iodepth=32", "--end_fsync=1"])?;
+        Ok(ready)
+    }
+
+    /// What a run uses apart from its requests.
+    fn idle(&self, ready: &Ready) -> Result<Usage> {
+        let few = ["--rw=read", "--bs=4k", "--number_ios=1"];
+        let runs: Vec<Usage> = (0..IDLE_RUNS)
+            .map(|_| self.once(ready, &few).map(|(_, usage)| usage))
+            .collect::<Result<_>>()?;
+        let of = |pick: fn(&Usage) -> f64| median(&runs.iter().map(pick).collect::<Vec<_>>());
+        Ok(Usage { cpu: of(|u| u.cpu), switches: of(|u| u.switches), written: of(|u| u.written) })
+    }
+
+    fn measure(&self, case: Case, ready: &[Ready], idle: &[Usage]) -> Result<Measured> {
+        let able = ready.iter().zip(idle).filter(|(ready, _)| ready.target.does(&case));
+        let able: Vec<(&Ready, Usage)> = able.map(|(ready, idle)| (ready, *idle)).collect();
+        let mut runs: Vec<(Target, Vec<Run>)> =
+            able.iter().map(|(ready, _)| (ready.target, Vec::new())).collect();
+        for round in 0..self.options.rounds as usize {
+            let mut said = format!("    round {}:", round + 1);
+            for turn in 0..able.len() {
+                // Each target comes first as often as any other.
+                let at = (turn + round) % able.len();
+                let (ready, idle) = able[at];
+                let run = self.run(&case, ready, idle)?;
+                runs[at].1.push(run);
             }
-            Ok(())
-        })
-    }
-
-    fn idle(&self) -> Result<Idle> {
-        step("cost of starting and stopping", || {
-            let of = |postern| -> Result<f64> {
-                let few = ["--rw=read", "--bs=4k", "--number_ios=1"];
-                let runs: Vec<f64> = (0..IDLE_RUNS)
-                    .map(|_| self.once(postern, &few).map(|(_, cpu)| cpu))
-                    .collect::<Result<_>>()?;
-                Ok(median(&runs))
-            };
-            Ok(Idle { raw: of(false)?, postern: of(true)? })
-        })
-    }
-
-    fn measure(&self, case: &'static Case, idle: Idle) -> Result<Measured> {
-        let mut pairs = Vec::new();
-        for pair in 0..self.options.pairs {
-            let raw_first = pair % 2 == 0;
-            let first = self.run(case, !raw_first, idle)?;
-            let second = self.run(case, raw_first, idle)?;
-            let (raw, postern) = if raw_first { (first, second) } else { (second, first) };
-            eprintln!(
-                "    pair {}: raw {:.0}/s, postern {:.0}/s, ratio {:.3}",
-                pair + 1,
-                raw.iops,
-                postern.iops,
-                postern.iops / raw.iops
-            );
-            pairs.push((raw, postern));
+            let raw = runs[0].1[round].iops;
+            for (target, runs) in &runs {
+                let iops = runs[round].iops;
+                said += &format!(" {} {iops:.0}/s ({:.3})", target.name(), iops / raw);
+            }
+            eprintln!("{said}");
         }
-        Ok(Measured { case, pairs })
+        Ok(Measured { case, runs })
     }
 
-    fn run(&self, case: &Case, postern: bool, idle: Idle) -> Result<Run> {
+    fn run(&self, case: &Case, ready: &Ready, idle: Usage) -> Result<Run> {
         let runtime = format!("--runtime={}", self.options.runtime);
-        let depth = format!("--iodepth={}", case.depth);
-        let (rw, bs) = (format!("--rw={}", case.rw), format!("--bs={}", case.bs));
-        let sync = if case.sync { "--fdatasync=1" } else { "--fdatasync=0" };
-        let (outcome, cpu) =
-            self.once(postern, &[&rw, &bs, &depth, "--time_based", &runtime, sync])?;
+        let mut arguments: Vec<&str> = case.arguments.iter().map(String::as_str).collect();
+        arguments.extend(["--time_based", &runtime]);
+        let (outcome, usage) = self.once(ready, &arguments)?;
         if outcome.ios() == 0 {
             bail!("fio made no request");
         }
-        let base = if postern { idle.postern } else { idle.raw };
+        let usage = usage.since(idle);
         let ios = outcome.ios() as f64;
         Ok(Run {
             iops: outcome.iops(),
             rate: outcome.rate(),
-            cpu_us: (cpu - base).max(0.0) * 1e6 / ios,
+            cpu_us: usage.cpu.max(0.0) * 1e6 / ios,
+            switches: usage.switches.max(0.0) / ios,
+            written: if outcome.write.bytes == 0 {
+                f64::NAN
+            } else {
+                usage.written.max(0.0) / outcome.write.bytes as f64
+            },
         })
     }
 }

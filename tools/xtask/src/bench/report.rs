@@ -1,4 +1,4 @@
-//! What was measured, as a Markdown table and as JSON.
+//! What was measured, as Markdown tables and as JSON.
 
 use std::{fmt::Write as _, path::Path, process::Command};
 
@@ -6,7 +6,7 @@ use anyhow::Result;
 use serde_json::{Value, json};
 
 use super::{
-    Measured, Options, Run,
+    Measured, Options, Run, confidence,
     numbers::{Spread, median},
     opening::Opening,
 };
@@ -19,13 +19,15 @@ pub struct Machine {
 }
 
 /// The machine as a reader wants to know it.
-pub fn machine(directory: &Path, no_probes: bool) -> Machine {
+pub fn machine(directory: &Path) -> Machine {
     let ask = |program: &str, arguments: &[&str]| {
         answer(Command::new(program).args(arguments)).unwrap_or_default().trim().to_owned()
     };
     let kernel = ask("uname", &["-r"]);
     let fio = ask("fio", &["--version"]);
-    let system = ask("findmnt", &["-n", "-o", "FSTYPE", "-T", &directory.display().to_string()]);
+    let place = directory.display().to_string();
+    let system = ask("findmnt", &["-n", "-o", "FSTYPE,SOURCE", "-T", &place]);
+    let system = system.split_whitespace().collect::<Vec<_>>().join(" on ");
     let cpus = std::thread::available_parallelism().map_or(0, usize::from);
     let model = std::fs::read_to_string("/proc/cpuinfo")
         .ok()
@@ -34,11 +36,10 @@ pub fn machine(directory: &Path, no_probes: bool) -> Machine {
             line.split_once(": ").map(|(_, model)| model.to_owned())
         })
         .unwrap_or_default();
-    let probes = if no_probes { "probes off" } else { "probes on where they load" };
-    Machine { words: format!("Linux {kernel}, {cpus} x {model}, {system}, {fio}, {probes}") }
+    Machine { words: format!("Linux {kernel}, {cpus} x {model}, {system}, {fio}") }
 }
 
-/// The table for `docs/PERFORMANCE.md`.
+/// The tables for `docs/PERFORMANCE.md`.
 pub fn markdown(
     machine: &Machine,
     measured: &[Measured],
@@ -46,43 +47,50 @@ pub fn markdown(
     options: &Options,
 ) -> String {
     let mut text = format!(
-        "{}; files of {}, {} pairs of {} s per case, raw and Postern in turns. Ratio: Postern's \
-         requests per second over raw's within a pair. CPU: all processes of a run.\n\n",
-        machine.words, options.size, options.pairs, options.runtime
+        "{}; files of {}, {} rounds of {} s per case and target, in turns. Ratio: requests per \
+         second over the plain file's within a round. CPU and context switches: all processes of a \
+         run, per request. Written: bytes that reached the host for each that was written.\n\n",
+        machine.words, options.size, options.rounds, options.runtime
     );
     text.push_str(
-        "| case | raw | Postern | ratio, median | quartiles | min..max | raw CPU us/request | Postern CPU us/request |\n\
-         |---|---|---|---|---|---|---|---|\n",
+        "| case | target | rate | ratio, median | 95 % | quartiles | min..max | CPU, us | switches | written |\n\
+         |---|---|---|---|---|---|---|---|---|---|\n",
     );
     for case in measured {
-        let of =
-            |pick: fn(&(Run, Run)) -> f64| median(&case.pairs.iter().map(pick).collect::<Vec<_>>());
-        let ratio = case.ratios();
-        let speed = |iops: f64, rate: f64| {
-            if case.case.bs == "1m" {
-                format!("{:.0} MiB/s", rate / f64::from(1 << 20))
+        for (at, (target, runs)) in case.runs.iter().enumerate() {
+            let of = |pick: fn(&Run) -> f64| median(&runs.iter().map(pick).collect::<Vec<_>>());
+            let ratios = case.ratios(at);
+            let speed = if case.case.large {
+                format!("{:.0} MiB/s", of(|run| run.rate) / f64::from(1 << 20))
             } else {
-                format!("{:.1} k/s", iops / 1e3)
-            }
-        };
-        // Writing into a String cannot fail.
-        let _ = writeln!(
-            text,
-            "| {} {} depth {}{} | {} | {} | {:.2} | {:.2}..{:.2} | {:.2}..{:.2} | {:.1} | {:.1} |",
-            case.case.rw,
-            case.case.bs,
-            case.case.depth,
-            if case.case.sync { ", fdatasync after each" } else { "" },
-            speed(of(|(raw, _)| raw.iops), of(|(raw, _)| raw.rate)),
-            speed(of(|(_, postern)| postern.iops), of(|(_, postern)| postern.rate)),
-            ratio.median,
-            ratio.lower,
-            ratio.upper,
-            ratio.min,
-            ratio.max,
-            of(|(raw, _)| raw.cpu_us),
-            of(|(_, postern)| postern.cpu_us),
-        );
+                format!("{:.1} k/s", of(|run| run.iops) / 1e3)
+            };
+            let compared = if at == 0 {
+                "| | | ".to_owned()
+            } else {
+                let Spread { min, lower, median, upper, max } = Spread::of(ratios.clone());
+                let sure = confidence(&ratios)
+                    .map(|(from, to)| format!("{from:.2}..{to:.2}"))
+                    .unwrap_or_default();
+                format!("{median:.2} | {sure} | {lower:.2}..{upper:.2} | {min:.2}..{max:.2}")
+            };
+            let written = of(|run| run.written);
+            let written = if written.is_nan() { String::new() } else { format!("{written:.2}") };
+            // Writing into a String cannot fail.
+            let _ = writeln!(
+                text,
+                "| {} | {} | {speed} | {compared} | {:.1} | {:.2} | {written} |",
+                case.case.words,
+                target.name(),
+                of(|run| run.cpu_us),
+                of(|run| run.switches),
+            );
+        }
+    }
+    if let Some(first) = measured.first() {
+        for (target, _) in first.runs.iter().filter(|(target, _)| !target.caveat().is_empty()) {
+            let _ = writeln!(text, "\n{}: {}.", target.name(), target.caveat());
+        }
     }
     text.push_str(
         "\nMilliseconds, process start included:\n\n\
@@ -126,17 +134,28 @@ pub fn json(
 }
 
 fn case_json(measured: &Measured) -> Value {
-    let run = |run: &Run| json!({ "iops": run.iops, "bytes_per_second": run.rate, "cpu_us_per_request": run.cpu_us });
-    let Spread { min, lower, median, upper, max } = measured.ratios();
+    let run = |run: &Run| {
+        json!({
+            "iops": run.iops,
+            "bytes_per_second": run.rate,
+            "cpu_us_per_request": run.cpu_us,
+            "context_switches_per_request": run.switches,
+            "host_bytes_per_byte_written": (!run.written.is_nan()).then_some(run.written),
+        })
+    };
+    let targets = measured.runs.iter().enumerate().map(|(at, (target, runs))| {
+        let Spread { min, lower, median, upper, max } = Spread::of(measured.ratios(at));
+        json!({
+            "target": target.name(),
+            "caveat": target.caveat(),
+            "ratio": { "min": min, "lower": lower, "median": median, "upper": upper, "max": max },
+            "confidence_95": confidence(&measured.ratios(at)),
+            "runs": runs.iter().map(run).collect::<Vec<_>>(),
+        })
+    });
     json!({
         "name": measured.case.name,
-        "rw": measured.case.rw,
-        "bs": measured.case.bs,
-        "iodepth": measured.case.depth,
-        "fdatasync": measured.case.sync,
-        "ratio": { "min": min, "lower": lower, "median": median, "upper": upper, "max": max },
-        "pairs": measured.pairs.iter()
-            .map(|(raw, postern)| json!({ "raw": run(raw), "postern": run(postern) }))
-            .collect::<Vec<_>>(),
+        "fio": measured.case.arguments,
+        "targets": targets.collect::<Vec<_>>(),
     })
 }

@@ -5,6 +5,8 @@
 //! amount of it; a guest's request has ended in the right result, or in an error where the host has
 //! earned one; nobody panics, and nothing is left over once the host has answered.
 //!
+//! In some episodes the daemon ends time and again, and another one, no better, takes its place.
+//!
 //! `POSTERN_HOSTILE_STEPS` sets how many steps to do, `POSTERN_HOSTILE_SEED` the first seed,
 //! `POSTERN_HOSTILE_THREADS` the threads; `cargo xtask hostile` sets them. A failure prints its seed.
 
@@ -44,6 +46,8 @@ use crate::{
 
 /// Steps of a run that says nothing else.
 const STEPS: u64 = 120_000;
+/// In one of so many episodes the daemon ends now and then, and another one comes.
+const MORTAL: u64 = 7;
 /// The file's handle at the host.
 const HANDLE: u32 = 7;
 const SECTORS: u64 = tiny().capacity * BLOCK_BYTES / SECTOR;
@@ -162,6 +166,8 @@ struct Scene {
     raw: VecDeque<Raw>,
     sleepers: Vec<Sleeper>,
     steps: u64,
+    /// Draws when the daemon ends; none: it never does.
+    deaths: Option<Rng>,
 }
 
 impl Scene {
@@ -200,6 +206,7 @@ impl Scene {
             raw: VecDeque::new(),
             sleepers: Vec::new(),
             steps: 0,
+            deaths: None,
         }
     }
 
@@ -328,8 +335,48 @@ impl Scene {
         }
     }
 
+    /// The daemon ends and another one comes, with all sides at work in between.
+    fn succeed(&mut self) {
+        self.lane.withhold();
+        self.watch.borrow_mut().withhold();
+        self.pass_time();
+        self.watch.borrow_mut().begin_renewal();
+        self.lane.renew();
+        self.watch.borrow_mut().end_renewal();
+        {
+            let mut host = self.host.lock().unwrap();
+            host.succeed(self.region);
+            host.haunt(self.region);
+            self.state.note(host.deeds());
+        }
+        self.pass_time();
+        if self.lane.fault().is_some() {
+            return;
+        }
+        // Where writes go through the host's page cache: an error of that host's.
+        let refused = self.state.harmed() && self.rng.below(4) == 0;
+        self.lane.release(|_| refused);
+        self.watch.borrow_mut().release(refused);
+    }
+
+    fn pass_time(&mut self) {
+        for _ in 0..self.rng.below(30) {
+            self.steps += 1;
+            match self.rng.below(4) {
+                0 => drop(self.host_acts()),
+                1 => drop(self.poll(8)),
+                2 => self.sleep(),
+                _ => drop(self.run(2)),
+            }
+        }
+    }
+
     fn step(&mut self, volume: Option<&Arc<Volume>>) {
         self.steps += 1;
+        let ends = self.deaths.as_mut().is_some_and(|deaths| deaths.chance(40));
+        if ends && self.lane.fault().is_none() {
+            self.succeed();
+        }
         match self.rng.below(100) {
             0..45 => {
                 self.host_acts();
@@ -482,6 +529,7 @@ fn episode(seed: u64) -> u64 {
     let temper = Temper::drawn(&mut rng);
     let model = Arc::new(Mutex::new(Model::new(SECTORS)));
     let mut scene = Scene::new(rng.any(), temper, files, model.clone());
+    scene.deaths = (seed % MORTAL == MORTAL - 1).then(|| Rng::new(seed ^ 0x0dea_d0de));
     let length = 200 + rng.below(4000);
     if let Some(volume) = scene.open() {
         while scene.steps < length && !scene.watch.borrow().is_broken() {

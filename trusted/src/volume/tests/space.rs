@@ -236,3 +236,30 @@ fn a_full_volume_keeps_taking_overwrites_without_any_chores() {
     let disk = runner.disk.clone();
     runner.block_on(audit::audit(disk, volume)).unwrap();
 }
+
+#[test]
+fn a_host_that_fails_while_room_is_made_is_eio_and_no_want_of_room() {
+    nonces::reset();
+    let mut runner = Runner::new(SimDisk::new(5, tiny().host_blocks, formatted(5, tiny())));
+    let disk = runner.disk.clone();
+    runner.block_on(async move {
+        let (volume, _) = open(disk.clone(), OpenOptions::default()).await.unwrap();
+        let capacity = tiny().capacity;
+        let write = async |block: u64| {
+            volume.write(&disk, block * 4096, &Memory::new(vec![7; BLOCK])).await
+        };
+        for block in 0..capacity {
+            assert_eq!(write(block).await, Ok(BLOCK));
+        }
+        disk.state().faults.flush = 100.0;
+        let mut overwritten = 0;
+        let errno = loop {
+            match write(overwritten % capacity).await {
+                Ok(_) => overwritten += 1,
+                Err(errno) => break errno,
+            }
+        };
+        // Every write in between found a place of its own.
+        assert_eq!((errno, overwritten < 2 * capacity), (Errno::EIO, true));
+    });
+}

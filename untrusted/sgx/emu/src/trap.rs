@@ -61,6 +61,13 @@ pub struct Fault {
 }
 
 impl Fault {
+    /// A fault of the instruction at this address, in an enclave of this range. For backends that
+    /// are not the emulator.
+    #[must_use]
+    pub const fn new(kind: FaultKind, instruction: u64, base: u64, size: u64) -> Self {
+        Self { kind, instruction, base, size }
+    }
+
     /// Offset of the instruction in the enclave; `None` if it lies outside.
     #[must_use]
     pub fn offset(&self) -> Option<u64> {

@@ -1,5 +1,7 @@
 //! Measurement and signature against numbers that were worked out by other means.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use sgx_image::{
     EXECUTE, Identity, Image, ImageError, PAGE, READ, REGULAR, SIGSTRUCT_BYTES, SignError,
     SigningKey, Sigstruct, SigstructError, TCS, WRITE,

@@ -12,6 +12,7 @@
 mod backend;
 mod calls;
 mod events;
+pub mod hw;
 mod memory;
 mod run;
 mod streams;

@@ -54,6 +54,9 @@ impl Memory {
     /// # Errors
     /// No such size or alignment, or too much.
     pub fn allocate(&self, size: usize, alignment: usize) -> Result<u64, NotYours> {
+        if !alignment.is_power_of_two() {
+            return Err(NotYours);
+        }
         // What an enclave copies to and from is whole aligned words.
         let layout = Layout::from_size_align(size.max(1), alignment.max(8))
             .map_err(|_| NotYours)?

@@ -30,6 +30,12 @@ pub(super) struct Watch {
     published: u64,
     /// Published and not completed, by id.
     open: BTreeMap<u64, Submission>,
+    /// Asked of a daemon that ended, and not of the next one yet, by index.
+    owed: BTreeMap<u64, Submission>,
+    /// The ring is being laid out anew.
+    renewing: bool,
+    /// Submissions wait for the next daemon.
+    withheld: bool,
     /// The last generation of each index.
     generations: BTreeMap<u64, u64>,
     taken: u64,
@@ -65,6 +71,9 @@ impl Watch {
             ring: vec![0; geometry.entries * SQE_WORDS],
             published: 0,
             open: BTreeMap::new(),
+            owed: BTreeMap::new(),
+            renewing: false,
+            withheld: false,
             generations: BTreeMap::new(),
             taken: 0,
             cursor: 0,
@@ -80,6 +89,33 @@ impl Watch {
 
     pub(super) fn settle(&mut self) {
         self.fickle = Fickle::default();
+    }
+
+    /// Submissions wait from now on.
+    pub(super) const fn withhold(&mut self) {
+        self.withheld = true;
+    }
+
+    /// The ring is about to be laid out anew: nothing of what is open was asked of the next daemon.
+    pub(super) fn begin_renewal(&mut self) {
+        let open = core::mem::take(&mut self.open);
+        self.owed.extend(open.into_values().map(|asked| (asked.id & 0xffff_ffff, asked)));
+        (self.published, self.taken, self.cursor, self.highest) = (0, 0, 0, 0);
+        self.renewing = true;
+    }
+
+    pub(super) const fn end_renewal(&mut self) {
+        self.renewing = false;
+    }
+
+    /// The next daemon has been asked all that the one before had left, but for flushes that were
+    /// `refused`.
+    pub(super) fn release(&mut self, refused: bool) {
+        let flush = |asked: &Submission| u64::from(asked.op) == op::FLUSH;
+        let lost = self.owed.values().find(|asked| !refused || !flush(asked));
+        assert_eq!(lost, None, "lost between two daemons");
+        self.owed.clear();
+        self.withheld = false;
     }
 
     fn meddle(&mut self, value: u64) -> u64 {
@@ -132,12 +168,16 @@ impl Watch {
         let before = self.generations.insert(index, generation).unwrap_or_default();
         assert!(generation > before, "an id is used again");
         assert_eq!(asked.handle, self.handle);
+        if let Some(before) = self.owed.remove(&index) {
+            assert_eq!(Submission { id: asked.id, ..before }, asked, "changed between two daemons");
+        }
         if asked.length > 0 && asked.data > 0 {
             let area = self.geometry.data_offset as u64..=self.geometry.region_bytes() as u64;
             let end = |asked: &Submission| asked.data + asked.length;
             assert!(area.contains(&asked.data) && area.contains(&end(&asked)), "{asked:?}");
             let apart = |o: &Submission| o.data >= end(&asked) || asked.data >= end(o);
-            assert!(self.open.values().all(apart), "a buffer is used twice at once");
+            let others = self.open.values().chain(self.owed.values());
+            assert!(others.into_iter().all(apart), "a buffer is used twice at once");
         }
         self.open.insert(asked.id, asked);
         assert!(self.open.len() <= self.geometry.entries, "more in flight than the ring holds");
@@ -175,7 +215,9 @@ impl Watch {
         let ended = self.broken || self.gone;
         // What nobody waited for any more stays open, and keeps its buffer.
         let open = lane.in_flight();
-        assert!(open == self.open.len() || ended && open < self.open.len(), "{open} in flight");
+        let known = self.open.len() + self.owed.len();
+        let more = self.withheld && open >= known;
+        assert!(open == known || more || ended && open < known, "{open} in flight");
     }
 
     pub(super) const fn is_broken(&self) -> bool {
@@ -215,6 +257,13 @@ impl Probe for Probed {
         let mut watch = self.0.borrow_mut();
         let geometry = watch.geometry;
         let ring = SQ_OFFSET / 8..geometry.cq_offset / 8;
+        if watch.renewing {
+            assert!(index < geometry.data_offset / 8, "a buffer is changed between two daemons");
+            if ring.contains(&index) {
+                watch.ring[index - ring.start] = value;
+            }
+            return;
+        }
         let stamps = geometry.stamps_offset / 8..geometry.data_offset / 8;
         match index {
             cursor::SQ_PUBLISHED => watch.publish(value),
