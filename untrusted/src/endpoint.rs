@@ -2,8 +2,8 @@
 //!
 //! Holds: it listens only where the operator said, and reads nothing but requests for metrics; what
 //! is not loopback wants the token; a peer that sends too much, too slowly or nonsense is answered
-//! or dropped and holds nobody up: at most [`MOST_PEERS`] are served at once, each for at most
-//! [`PATIENCE`]. Does not hold: secrecy of the answers on their way; use a tunnel.
+//! or dropped and holds nobody up: at most 16 are served at once, each for at most
+//! 10 seconds. Does not hold: secrecy of the answers on their way; use a tunnel.
 
 use std::net::{SocketAddr, TcpListener as StdListener};
 use std::path::Path;
