@@ -3,7 +3,10 @@
 //! Times need a quiet machine with two processors. Instructions do not: valgrind counts the same
 //! program built as it is and with the enclave's checks of the port left out.
 
-use std::{path::PathBuf, process::Command};
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use anyhow::{Context as _, Result};
 
@@ -51,14 +54,14 @@ fn build(tree: &Tree, checked: bool) -> Result<PathBuf> {
     Ok(target.join("release/examples").join(EXAMPLE))
 }
 
-fn per_request(program: &PathBuf) -> Result<f64> {
+fn per_request(program: &Path) -> Result<f64> {
     let [few, many] = COUNTS;
     let more = instructions(program, many)? - instructions(program, few)?;
     Ok(more / (many - few) as f64)
 }
 
 /// Instructions of a whole run.
-fn instructions(program: &PathBuf, requests: u64) -> Result<f64> {
+fn instructions(program: &Path, requests: u64) -> Result<f64> {
     let mut command = Command::new("valgrind");
     command
         .args(["--tool=callgrind", "--callgrind-out-file=/dev/null"])
