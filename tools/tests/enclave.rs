@@ -33,7 +33,7 @@ fn text(bytes: &[u8]) -> String {
 
 /// Runs a program: exit code, standard output, standard error.
 fn run(image: &str, options: &[&str], arguments: &[&str]) -> (Option<i32>, String, String) {
-    let done = postern(&[&["run", image], options, &["--"], arguments].concat());
+    let done = postern(&[&["run", image][..], options, &["--"], arguments].concat());
     (done.status.code(), text(&done.stdout), text(&done.stderr))
 }
 

@@ -1,8 +1,8 @@
 //! SGX enclave images without SGX: what a CPU would be given, as bytes on any machine.
 //!
-//! [`convert`] makes an [`Image`] of an ELF of the target `x86_64-fortanix-unknown-sgx`;
+//! [`convert()`] makes an [`Image`] of an ELF of the target `x86_64-fortanix-unknown-sgx`;
 //! [`Image::parse`] and [`Image::to_sgxs`] read and write the SGXS form of it; [`Image::mrenclave`]
-//! is its measurement; [`Sigstruct`] its signature; [`scan`] finds instructions that do not belong
+//! is its measurement; [`Sigstruct`] its signature; [`scan()`] finds instructions that do not belong
 //! into an enclave; [`Symbols`] names addresses.
 //!
 //! Holds: no input panics or makes anything allocate beyond [`MAX_IMAGE_BYTES`]; an [`Image`] is

@@ -1,6 +1,6 @@
 //! Runs programs made for the target `x86_64-fortanix-unknown-sgx`, unmodified.
 //!
-//! [`Backend`] is what enters an enclave: the emulator or the CPU. [`run`] serves what the
+//! [`Backend`] is what enters an enclave: the emulator or the CPU. [`run()`] serves what the
 //! program's standard library asks of its host: standard streams, TCP, threads, waiting, time and
 //! memory outside.
 //!
