@@ -134,7 +134,7 @@ pub fn run(args: &TraceArgs) -> Result<(), Failure> {
             output.write(&record, name)?;
         }
         output.flush()?;
-        if over || args.count.is_some_and(|most| printed >= most) {
+        if over || output.gone || args.count.is_some_and(|most| printed >= most) {
             break;
         }
         std::thread::sleep(ROUND);
@@ -196,7 +196,13 @@ impl Reader {
 }
 
 /// Where requests are shown.
-enum Output {
+struct Output {
+    to: To,
+    /// Whoever read it reads no further.
+    gone: bool,
+}
+
+enum To {
     Lines(io::Stdout),
     Json(io::Stdout),
     Perfetto(Perfetto<BufWriter<File>>, PathBuf),
@@ -204,51 +210,60 @@ enum Output {
 
 impl Output {
     fn open(args: &TraceArgs) -> Result<Self, Failure> {
-        if let Some(path) = &args.perfetto {
-            let failed = |error: io::Error| Failure::io("create", path.display(), &error);
-            let file = BufWriter::new(File::create(path).map_err(failed)?);
-            return Ok(Self::Perfetto(Perfetto::begin(file).map_err(failed)?, path.clone()));
+        let to = match &args.perfetto {
+            Some(path) => {
+                let failed = |error: io::Error| Failure::io("create", path.display(), &error);
+                let file = BufWriter::new(File::create(path).map_err(failed)?);
+                To::Perfetto(Perfetto::begin(file).map_err(failed)?, path.clone())
+            }
+            None if args.json => To::Json(io::stdout()),
+            None => To::Lines(io::stdout()),
+        };
+        let mut output = Self { to, gone: false };
+        if let To::Lines(out) = &mut output.to {
+            let written = writeln!(out, "{}", heading());
+            output.done(written)?;
         }
-        let mut out = io::stdout();
-        if args.json {
-            return Ok(Self::Json(out));
-        }
-        // Whoever reads no further ends us at the first line.
-        let _ = writeln!(out, "{}", heading());
-        Ok(Self::Lines(out))
+        Ok(output)
     }
 
     fn write(&mut self, record: &Record, name: &str) -> Result<(), Failure> {
-        let written = match self {
-            Self::Lines(out) => writeln!(out, "{}", line(record, name)),
-            Self::Json(out) => writeln!(out, "{}", json(record, name)),
-            Self::Perfetto(perfetto, _) => perfetto.write(record, name),
+        let written = match &mut self.to {
+            _ if self.gone => Ok(()),
+            To::Lines(out) => writeln!(out, "{}", line(record, name)),
+            To::Json(out) => writeln!(out, "{}", json(record, name)),
+            To::Perfetto(perfetto, _) => perfetto.write(record, name),
         };
         self.done(written)
     }
 
     fn flush(&mut self) -> Result<(), Failure> {
-        let flushed = match self {
-            Self::Lines(out) | Self::Json(out) => out.flush(),
-            Self::Perfetto(..) => Ok(()),
+        let flushed = match &mut self.to {
+            To::Lines(out) | To::Json(out) => out.flush(),
+            To::Perfetto(..) => Ok(()),
         };
         self.done(flushed)
     }
 
     fn close(&mut self) -> Result<(), Failure> {
-        let closed = match self {
-            Self::Perfetto(perfetto, _) => perfetto.end(),
+        let closed = match &mut self.to {
+            To::Perfetto(perfetto, _) => perfetto.end(),
             _ => Ok(()),
         };
         self.done(closed)
     }
 
-    fn done(&self, result: io::Result<()>) -> Result<(), Failure> {
-        let place = match self {
-            Self::Perfetto(_, path) => path.display().to_string(),
+    fn done(&mut self, result: io::Result<()>) -> Result<(), Failure> {
+        let place = match &self.to {
+            To::Perfetto(_, path) => path.display().to_string(),
             _ => "standard output".to_owned(),
         };
-        result.map_err(|error| Failure::io("write", place, &error))
+        match result {
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => self.gone = true,
+            Err(error) => return Err(Failure::io("write", place, &error)),
+            Ok(()) => {}
+        }
+        Ok(())
     }
 }
 

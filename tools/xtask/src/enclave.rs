@@ -14,8 +14,7 @@ use crate::{
 const TARGET: &str = "x86_64-fortanix-unknown-sgx";
 /// Tells the tests where the programs lie; without it they skip.
 const IMAGES_VARIABLE: &str = "POSTERN_ENCLAVE_IMAGES";
-/// Names the linker, which must be GNU's: the cipher's unused parts refer to assembly that it does
-/// not have for this target, and only this linker forgets what is not used before it asks for that.
+/// Names the linker: GNU's, because a distribution's compiler brings none of its own.
 const LINKER_VARIABLE: (&str, &str) = ("CARGO_TARGET_X86_64_FORTANIX_UNKNOWN_SGX_LINKER", "ld");
 
 /// What to do with the enclave programs.

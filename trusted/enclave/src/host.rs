@@ -24,12 +24,15 @@ impl Outside {
         Self(Arc::new(Mutex::new(memory)))
     }
 
-    /// Whether these bytes occur in what the host sees.
+    /// Whether these bytes occur in a block that the host sees.
     pub fn holds(&self, bytes: &[u8]) -> bool {
         let memory = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut copy = vec![0; memory.len()];
-        memory[..].copy_to_enclave(&mut copy[..]);
-        copy.windows(bytes.len()).any(|window| window == bytes)
+        // It may be larger than the enclave.
+        let mut block = [0; BLOCK];
+        (0..memory.len() / BLOCK).any(|place| {
+            memory[place * BLOCK..(place + 1) * BLOCK].copy_to_enclave(&mut block[..]);
+            block.windows(bytes.len()).any(|window| window == bytes)
+        })
     }
 
     /// Does to the block at `place` what a hostile host might: changes one bit of it.

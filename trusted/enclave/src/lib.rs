@@ -5,6 +5,7 @@
 //! user memory, and what is read from there is copied before it is looked at.
 #![feature(sgx_platform)]
 
+mod assembly;
 pub mod host;
 mod unwind;
 pub mod work;
