@@ -3,7 +3,7 @@
 //!
 //! Follows sd_listen_fds(3) and sd_notify(3).
 
-use std::ffi::OsString;
+use std::ffi::OsStr;
 use std::os::fd::{FromRawFd as _, OwnedFd};
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::ffi::OsStrExt as _;
@@ -86,7 +86,7 @@ impl Manager {
     }
 }
 
-fn connect(name: &OsString) -> std::io::Result<UnixDatagram> {
+fn connect(name: &OsStr) -> std::io::Result<UnixDatagram> {
     let address = match name.as_bytes() {
         [b'@', name @ ..] => SocketAddr::from_abstract_name(name)?,
         _ => SocketAddr::from_pathname(name)?,

@@ -106,8 +106,6 @@ pub(crate) enum Canary {
     AnyGeneration,
     /// A completion is taken for a request that was completed before.
     TwiceDone,
-    /// A completion is taken for a request that only the daemon before was asked.
-    OldDaemon,
     /// A length that cannot be is taken for the length done.
     AnyResult,
     /// What a host did of a request is taken for all of it.
