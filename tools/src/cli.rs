@@ -327,11 +327,19 @@ pub struct RunArgs {
     pub no_probes: bool,
     /// Let the program and its children change nothing on the host's file systems, whatever they
     /// try: what they write goes to the volumes, to standard output and to what --allow-write names
-    #[arg(long)]
+    #[arg(long, group = "sealed_off")]
     pub no_host_writes: bool,
-    /// With --no-host-writes: let the program write to PATH and what is beneath; may be repeated
-    #[arg(long, value_name = "PATH", requires = "no_host_writes")]
+    /// With --no-host-writes or --no-host-files: let the program write to PATH and what is beneath; may be repeated
+    #[arg(long, value_name = "PATH", requires = "sealed_off")]
     pub allow_write: Vec<PathBuf>,
+    /// As --no-host-writes; and let the program and its children read no host file either, but for
+    /// what a program needs to start (its own file, libraries, /proc) and what --let-read names
+    #[arg(long, group = "sealed_off")]
+    pub no_host_files: bool,
+    /// With --no-host-files: let the program read, list and run PATH and what is beneath; may be
+    /// repeated
+    #[arg(long, value_name = "PATH", requires = "no_host_files")]
+    pub let_read: Vec<PathBuf>,
     /// The program and its arguments
     #[arg(last = true, required = true, value_name = "PROGRAM")]
     pub program: Vec<OsString>,

@@ -36,7 +36,7 @@ use self::{
     directory::RunDirectory,
     key_memory::KeyMemory,
     plan::{Plan, PlannedVolume},
-    seal::Seal,
+    seal::{Reads, Seal},
     signals::{Arrived, Signals},
     warden::Warden,
 };
@@ -371,8 +371,17 @@ fn start(
     });
     // Until the program has been started.
     let _memory = KeyMemory::hand_to(&mut command, stretched)?;
-    if args.no_host_writes {
-        Seal::make(&args.allow_write)?.install_in(&mut command);
+    if args.no_host_writes || args.no_host_files {
+        let reads = args.no_host_files.then(|| {
+            let keys = volumes.iter().filter_map(|volume| match &volume.key {
+                KeySource::File(path) => Some(path.clone()),
+                KeySource::Stretched(_) => None,
+            });
+            let own = [&plan.program, &plan.preload, run_file];
+            let needed = own.into_iter().map(Into::into).chain(keys).collect();
+            Reads { needed, let_read: &args.let_read }
+        });
+        Seal::make(&args.allow_write, reads.as_ref())?.install_in(&mut command);
     }
     let channel = filter::install_in(&mut command)
         .map_err(|error| Failure::io("cannot make a channel to", "the program", &error))?;

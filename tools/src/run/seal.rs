@@ -1,4 +1,5 @@
 //! `--no-host-writes`: the program changes nothing on the host's file systems, whatever it tries.
+//! `--no-host-files`: it reads nothing there either.
 //!
 //! Landlock refuses each way to make, write, cut, rename or remove a file or directory outside the
 //! paths that the operator lists; a seccomp filter refuses the calls that change what Landlock does
@@ -8,18 +9,24 @@
 //!
 //! Holds: bytes of the program reach the host's file systems through the port alone, through listed
 //! paths, and through descriptors that it was started with (standard output).
+//! With `--no-host-files` no content and no list of names comes from there, but from what a program
+//! cannot start without (its own file, libraries, its keys, /proc) and what the operator lists.
 //! Does not hold: other ways out of a program that is not an enclave: the network, and sockets of
-//! other programs. Reading the host is allowed; a dynamically linked program could not start
-//! otherwise.
+//! other programs. Whether a path exists, and its attributes, can always be asked: Landlock does not
+//! look at that.
 
 use std::{
-    collections::BTreeMap, fmt::Display, io, os::unix::process::CommandExt as _, path::PathBuf,
+    collections::BTreeMap,
+    fmt::Display,
+    io,
+    os::unix::process::CommandExt as _,
+    path::{Path, PathBuf},
     process::Command,
 };
 
 use landlock::{
-    ABI, AccessFs, CompatLevel, Compatible as _, PathBeneath, PathFd, Ruleset, RulesetAttr as _,
-    RulesetCreated, RulesetCreatedAttr as _, RulesetError, RulesetStatus,
+    ABI, AccessFs, BitFlags, CompatLevel, Compatible as _, PathBeneath, PathFd, Ruleset,
+    RulesetAttr as _, RulesetCreated, RulesetCreatedAttr as _, RulesetError, RulesetStatus,
 };
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 
@@ -31,6 +38,20 @@ const LANDLOCK: ABI = ABI::V3;
 /// Devices that keep nothing.
 const DEVICES: [&str; 6] =
     ["/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty"];
+
+/// Where the dynamic linker finds libraries, and what tells it so.
+const LIBRARIES: [&str; 7] = [
+    "/lib",
+    "/lib64",
+    "/usr/lib",
+    "/usr/lib64",
+    "/usr/local/lib",
+    "/etc/ld.so.cache",
+    "/etc/ld.so.preload",
+];
+
+/// What the simulated enclave and the C library ask of the kernel.
+const KERNEL: [&str; 2] = ["/proc", "/sys/devices/system/cpu"];
 
 /// fchmodat2(2) and later calls, whose numbers are the same on all architectures.
 const FCHMODAT2: i64 = 452;
@@ -79,6 +100,14 @@ const REFUSED: [i64; 37] = [
     libc::SYS_quotactl_fd,
 ];
 
+/// What a program may read of the host.
+pub struct Reads<'a> {
+    /// Files without which it could not start: its own, the enclave's library, the run's, keys.
+    pub needed: Vec<PathBuf>,
+    /// What the operator lists.
+    pub let_read: &'a [PathBuf],
+}
+
 /// Walls that are ready to be put around a program.
 pub struct Seal {
     rules: RulesetCreated,
@@ -86,13 +115,14 @@ pub struct Seal {
 }
 
 impl Seal {
-    /// Walls that let the program write beneath `allowed` and nowhere else.
+    /// Walls that let the program write beneath `writes` and nowhere else, and read anywhere, or
+    /// what `reads` says and what it may write.
     ///
     /// # Errors
     /// [`Exit::Internal`] on a kernel without them; [`Exit::Usage`] for a path that is not there.
-    pub fn make(allowed: &[PathBuf]) -> Result<Self, Failure> {
+    pub fn make(writes: &[PathBuf], reads: Option<&Reads<'_>>) -> Result<Self, Failure> {
         let filter = filter().map_err(|e| impossible(&e))?;
-        Ok(Self { rules: rules(allowed)?, filter })
+        Ok(Self { rules: rules(writes, reads)?, filter })
     }
 
     /// Has the program that `command` starts walled in right before it becomes itself.
@@ -117,7 +147,7 @@ impl Seal {
 fn impossible(why: &dyn Display) -> Failure {
     Failure::new(
         Exit::Internal,
-        format_args!("--no-host-writes can not be enforced ({why})"),
+        format_args!("the wall around the program can not be enforced ({why})"),
         "this kernel",
         "use Linux 6.2 or later with Landlock and seccomp, or run without the option",
     )
@@ -130,32 +160,67 @@ fn filter() -> Result<BpfProgram, Box<dyn std::error::Error>> {
     Ok(SeccompFilter::new(refused, SeccompAction::Allow, eperm, architecture)?.try_into()?)
 }
 
-fn rules(allowed: &[PathBuf]) -> Result<RulesetCreated, Failure> {
-    let writes = AccessFs::from_write(LANDLOCK);
+fn rules(writes: &[PathBuf], reads: Option<&Reads<'_>>) -> Result<RulesetCreated, Failure> {
+    let (write, read) = (AccessFs::from_write(LANDLOCK), AccessFs::from_read(LANDLOCK));
+    let handled = if reads.is_some() { write | read } else { write };
     let made = || -> Result<RulesetCreated, RulesetError> {
         Ruleset::default()
             .set_compatibility(CompatLevel::HardRequirement)
-            .handle_access(writes)?
+            .handle_access(handled)?
             .create()
     };
-    let mut rules = made().map_err(|e| impossible(&e))?;
+    let rules = made().map_err(|e| impossible(&e))?;
+    let mut rules = Rules { rules, handled };
     for device in DEVICES {
-        if let Ok(place) = PathFd::new(device) {
-            let rule = PathBeneath::new(place, AccessFs::WriteFile);
-            rules = rules.add_rule(rule).map_err(|e| impossible(&e))?;
+        rules.allow_if_there(Path::new(device), AccessFs::WriteFile | AccessFs::ReadFile)?;
+    }
+    for path in writes {
+        rules.allow(path, write | read, "--allow-write")?;
+    }
+    if let Some(Reads { needed, let_read }) = reads {
+        let fixed = LIBRARIES.iter().chain(&KERNEL).map(Path::new);
+        for path in fixed.chain(needed.iter().map(PathBuf::as_path)) {
+            rules.allow_if_there(path, read)?;
+        }
+        for path in *let_read {
+            rules.allow(path, read, "--let-read")?;
         }
     }
-    for path in allowed {
+    Ok(rules.rules)
+}
+
+/// Rules being made.
+struct Rules {
+    rules: RulesetCreated,
+    handled: BitFlags<AccessFs>,
+}
+
+impl Rules {
+    /// Allows `access`, as far as it means anything there, to a path and what is beneath.
+    fn allow(
+        &mut self,
+        path: &Path,
+        access: BitFlags<AccessFs>,
+        option: &str,
+    ) -> Result<(), Failure> {
         let place = PathFd::new(path).map_err(|error| {
             Failure::new(
                 Exit::Usage,
-                format_args!("what --allow-write names can not be opened ({error})"),
+                format_args!("what {option} names can not be opened ({error})"),
                 path.display(),
                 "name a file or directory that exists",
             )
         })?;
-        let access = if path.is_dir() { writes } else { AccessFs::WriteFile | AccessFs::Truncate };
-        rules = rules.add_rule(PathBeneath::new(place, access)).map_err(|e| impossible(&e))?;
+        let access = access & self.handled;
+        let access = if path.is_dir() { access } else { access & AccessFs::from_file(LANDLOCK) };
+        (&mut self.rules)
+            .add_rule(PathBeneath::new(place, access))
+            .map(drop)
+            .map_err(|e| impossible(&e))
     }
-    Ok(rules)
+
+    /// The same for what need not be there.
+    fn allow_if_there(&mut self, path: &Path, access: BitFlags<AccessFs>) -> Result<(), Failure> {
+        if path.exists() { self.allow(path, access, "the run") } else { Ok(()) }
+    }
 }

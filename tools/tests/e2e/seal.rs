@@ -1,5 +1,6 @@
-//! `--no-host-writes`: nothing goes around the port onto the host's file systems. Natively, or
-//! without the option, the same program changes the host: it is no test that cannot fail.
+//! `--no-host-writes`: nothing goes around the port onto the host's file systems; with
+//! `--no-host-files` nothing comes from there either. Natively, or without the option, the same
+//! programs change and read the host: these are no tests that cannot fail.
 
 use std::{
     collections::BTreeMap,
@@ -7,13 +8,16 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::common::{World, end, skip};
+use crate::common::{World, end, fio_words, skip};
 
 /// errno(3): how Landlock and the filter refuse. One directory's end is not another's business:
 /// a rename that would replace is refused as crossing (EXDEV) at times.
 const REFUSALS: [&str; 3] = ["1", "13", "18"];
 /// As many as the program knows.
 const WAYS: usize = 46;
+
+/// As many as the program that reads knows.
+const WAYS_TO_READ: usize = 12;
 
 /// Inode, size, mode, owner, time and content.
 type State = (u64, u64, u32, u32, i64, Vec<u8>);
@@ -41,11 +45,12 @@ fn stage(world: &World) -> PathBuf {
     directory
 }
 
-/// The program as it is usually linked, and statically; the second is missing without a static libc.
-fn programs(world: &World) -> Option<Vec<PathBuf>> {
-    let dynamic = world.guest("escape")?;
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/e2e/guests/escape.c");
-    let fixed = world.path("escape-static");
+/// A program as it is usually linked, and statically; the second is missing without a static libc.
+fn programs(world: &World, name: &str) -> Option<Vec<PathBuf>> {
+    let dynamic = world.guest(name)?;
+    let guests = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/e2e/guests");
+    let source = guests.join(format!("{name}.c"));
+    let fixed = world.path(&format!("{name}-static"));
     let mut compile = world.command("cc");
     compile.args(["-std=gnu11", "-static", "-o"]).arg(&fixed).arg(source);
     let mut programs = vec![dynamic];
@@ -76,7 +81,7 @@ fn a_sealed_off_program_changes_nothing_on_the_host_by_libc_instruction_or_stati
     if !can_seal(&world, &volume) {
         return;
     }
-    let Some(programs) = programs(&world) else { return };
+    let Some(programs) = programs(&world, "escape") else { return };
     let host = stage(&world);
     let before = state(&host);
     for program in &programs {
@@ -117,20 +122,60 @@ fn a_sealed_off_program_works_on_its_volume_and_writes_where_the_operator_lets_i
     assert_eq!(ended.stdout, "sealed\nplain\n");
     assert!(!world.path("lost").exists());
     // A program of weight, with native AIO, forked jobs and threads.
-    let fio = [
-        "fio",
-        "--name=x",
-        "--filename=/sealed/data",
-        "--ioengine=libaio",
-        "--direct=1",
-        "--bs=4k",
-        "--rw=randwrite",
-        "--iodepth=8",
-        "--size=4m",
-        "--verify=crc32c",
-        "--verify_state_save=0",
-    ];
+    let mut fio = fio_words("/sealed/data");
+    let load = ["--bs=4k", "--rw=randwrite", "--iodepth=8", "--size=4m", "--verify=crc32c"];
+    fio.extend(load.map(str::to_owned));
     let sealed = ["--no-probes", "--no-host-writes"];
+    end(&mut world.run_with(&volume, &sealed, fio)).expect(0);
+}
+
+#[test]
+fn a_program_without_host_files_reads_lists_and_runs_none_by_libc_instruction_or_static_child() {
+    let Some(world) = World::new() else { return };
+    let volume = world.format("v", "4M");
+    if !can_seal(&world, &volume) {
+        return;
+    }
+    let Some(programs) = programs(&world, "peek") else { return };
+    let host = stage(&world);
+    std::fs::copy(&programs[0], host.join("program")).unwrap();
+    let (shell, place) = (Path::new("/bin/sh").canonicalize().unwrap(), host.to_str().unwrap());
+    for program in &programs {
+        let child = program.to_str().unwrap();
+        let peek = |options: &[&str]| {
+            let sealed = ["--no-probes", "--no-host-files", "--let-read", child];
+            let options: Vec<&str> = sealed.iter().chain(options).copied().collect();
+            let script = format!("{child} {place}; exit 0");
+            let words = [shell.to_str().unwrap(), "-c", &script];
+            end(&mut world.run_with(&volume, &options, words)).expect(0).stdout
+        };
+        let refused = peek(&[]);
+        assert_eq!(refused.lines().count(), WAYS_TO_READ, "{refused}");
+        for way in refused.lines() {
+            assert!(way.ends_with(" 13"), "{child}: {way}");
+        }
+        // The control: with the place allowed the same ways lead there.
+        let read = peek(&["--let-read", place]);
+        assert!(read.lines().filter(|way| way.ends_with(" 0 c")).count() >= 8, "{read}");
+    }
+}
+
+#[test]
+fn a_program_without_host_files_works_on_its_volume() {
+    let Some(world) = World::new() else { return };
+    let volume = world.format("v", "4M");
+    if !can_seal(&world, &volume) {
+        return;
+    }
+    let sealed = ["--no-probes", "--no-host-files"];
+    let script = "echo sealed >/sealed/data && read word </sealed/data && echo $word";
+    let ended = end(&mut world.run_with(&volume, &sealed, ["sh", "-c", script])).expect(0);
+    assert_eq!(ended.stdout, "sealed\n");
+    let mut fio = fio_words("/sealed/data");
+    let load = ["--bs=4k", "--rw=randwrite", "--iodepth=8", "--size=4m", "--verify=crc32c"];
+    fio.extend(load.map(str::to_owned));
+    // fio looks where its own helpers and the machine's facts are.
+    let sealed = ["--no-probes", "--no-host-files", "--let-read", "/sys"];
     end(&mut world.run_with(&volume, &sealed, fio)).expect(0);
 }
 
@@ -145,4 +190,6 @@ fn a_place_to_write_that_is_not_there_or_not_asked_for_is_refused() {
     end(&mut world.run_with(&volume, &options, ["true"])).expect_line(64, "--allow-write");
     let alone = ["--no-probes", "--allow-write", "."];
     end(&mut world.run_with(&volume, &alone, ["true"])).expect_line(64, "--no-host-writes");
+    let alone = ["--no-probes", "--let-read", "."];
+    end(&mut world.run_with(&volume, &alone, ["true"])).expect_line(64, "--no-host-files");
 }
