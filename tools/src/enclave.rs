@@ -138,6 +138,9 @@ pub struct RunArgs {
     /// Cycles to spend on each entry and each exit; hardware takes about 5000
     #[arg(long, value_name = "NUMBER", default_value_t = 0)]
     pub transition_cycles: u64,
+    /// Let the program attach to the posternd that listens on this control socket
+    #[arg(long, value_name = "SOCKET")]
+    pub daemon: Option<PathBuf>,
     /// Say at the end how often the enclave was entered and left
     #[arg(long)]
     pub counts: bool,

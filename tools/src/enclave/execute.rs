@@ -40,7 +40,7 @@ pub fn execute(args: &RunArgs) -> Result<u8, Failure> {
     let backend = backend(args, &loaded, signature.as_ref())?;
     let mut arguments = vec![args.image.image.as_os_str().as_bytes().to_vec()];
     arguments.extend(args.arguments.iter().map(|argument| argument.as_bytes().to_vec()));
-    let end = sgx_runner::run(backend.clone(), &Program { arguments });
+    let end = sgx_runner::run(backend.clone(), &Program { arguments, daemon: args.daemon.clone() });
     // What the program wrote and did not flush; a reader that went away has no use for it.
     let _ = std::io::stdout().flush();
     if args.counts {

@@ -7,10 +7,10 @@
 //! Holds: one (key, nonce) seals one plaintext. Either the nonce carries a counter that is used
 //! once in the epoch, or the key is derived from a fresh random salt and used once.
 
-use ring::{aead, digest, hmac};
+use ring::{digest, hmac};
 use zeroize::{Zeroize, ZeroizeOnDrop};
 
-use super::layout::Order;
+use super::{cipher::Cipher, layout::Order};
 
 /// Length of an authentication tag in bytes.
 pub(crate) const TAG: usize = 16;
@@ -100,19 +100,12 @@ pub(crate) fn sha256(data: &[u8]) -> [u8; 32] {
 }
 
 /// An expanded AES-256-GCM key, overwritten when dropped.
-pub(crate) struct AeadKey(aead::LessSafeKey);
-
-#[inline(never)]
-fn expand(secret: &[u8; 32]) -> aead::LessSafeKey {
-    let key = aead::UnboundKey::new(&aead::AES_256_GCM, secret);
-    // The only error of `new` is a key of another length.
-    aead::LessSafeKey::new(key.expect("an AES-256 key has 32 bytes"))
-}
+pub(crate) struct AeadKey(Cipher);
 
 impl Drop for AeadKey {
     fn drop(&mut self) {
         // The library offers no wiping: the schedule of a key that is no secret takes its place.
-        self.0 = expand(&[0; 32]);
+        self.0 = Cipher::new(&[0; 32]);
         // Keeps the compiler from leaving that out as a store that nobody reads.
         core::hint::black_box(&self.0);
     }
@@ -120,19 +113,14 @@ impl Drop for AeadKey {
 
 impl AeadKey {
     pub(crate) fn new(secret: &Secret) -> Self {
-        let key = Self(expand(&secret.0));
+        let key = Self(Cipher::new(&secret.0));
         wipe_stack();
         key
     }
 
     /// Seals `data` in place, in private memory.
     pub(crate) fn seal(&self, nonce: [u8; 12], aad: &[u8], data: &mut [u8]) -> Tag {
-        let nonce = aead::Nonce::assume_unique_for_key(nonce);
-        let sealed = self.0.seal_in_place_separate_tag(nonce, aead::Aad::from(aad), data);
-        let mut tag = [0; TAG];
-        // The only error of sealing is a message of more than 2^36 bytes.
-        tag.copy_from_slice(sealed.expect("messages are shorter than GCM's limit").as_ref());
-        tag
+        self.0.seal(nonce, aad, data)
     }
 
     /// Opens `data` in place, in private memory.
@@ -143,15 +131,10 @@ impl AeadKey {
         tag: &Tag,
         data: &mut [u8],
     ) -> Result<(), Forged> {
-        let nonce = aead::Nonce::assume_unique_for_key(nonce);
-        let aad = aead::Aad::from(aad);
-        match self.0.open_in_place_separate_tag(nonce, aad, (*tag).into(), data, 0..) {
-            Ok(_) => Ok(()),
-            Err(_) => {
-                data.zeroize();
-                if left_out!(AnyTag) { Ok(()) } else { Err(Forged) }
-            }
-        }
+        self.0.open(nonce, aad, tag, data).or_else(|Forged| {
+            data.zeroize();
+            if left_out!(AnyTag) { Ok(()) } else { Err(Forged) }
+        })
     }
 }
 

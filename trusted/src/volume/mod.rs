@@ -29,6 +29,7 @@ mod cache;
 mod capacity;
 mod checkpoint;
 mod chores;
+mod cipher;
 mod core;
 mod crypto;
 mod delta;

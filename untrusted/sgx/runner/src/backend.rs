@@ -24,6 +24,11 @@ pub trait Backend: Send + Sync {
 
     /// How often it was entered and left.
     fn counts(&self) -> Counts;
+
+    /// Whether the time stamp counter can be read inside.
+    fn counts_time(&self) -> bool {
+        true
+    }
 }
 
 /// An enclave in the emulator.

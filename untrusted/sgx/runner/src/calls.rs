@@ -5,12 +5,14 @@
 
 use std::{
     io,
-    sync::{Mutex, PoisonError},
+    path::PathBuf,
+    sync::Arc,
     time::{SystemTime, UNIX_EPOCH},
 };
 
 use crate::{
-    events::{EVENTS, Inbox, NoEvent},
+    daemon::Daemon,
+    events::{EVENTS, Inbox, Inboxes, NoEvent},
     memory::{Memory, NotYours},
     streams::Streams,
 };
@@ -41,28 +43,21 @@ const TIMED_OUT: u64 = 0x6e;
 const OTHER: u64 = 0x3fff_ffff;
 
 /// What calls are served with.
-#[derive(Default)]
 pub struct Calls {
     /// Memory outside of the enclave.
     pub memory: Memory,
     streams: Streams,
-    /// Of each thread that is running: its control structure and its inbox.
-    inboxes: Mutex<Vec<(u64, std::sync::Arc<Inbox>)>>,
+    /// What was sent to each thread that is running.
+    pub inboxes: Arc<Inboxes>,
 }
 
 impl Calls {
-    /// A thread starts: what is sent to it is kept from now on.
-    pub fn thread_begins(&self, tcs: u64) -> std::sync::Arc<Inbox> {
-        let inbox = std::sync::Arc::new(Inbox::default());
-        let mut inboxes = self.inboxes.lock().unwrap_or_else(PoisonError::into_inner);
-        inboxes.push((tcs, inbox.clone()));
-        inbox
-    }
-
-    /// A thread has ended.
-    pub fn thread_ends(&self, tcs: u64) {
-        let mut inboxes = self.inboxes.lock().unwrap_or_else(PoisonError::into_inner);
-        inboxes.retain(|(other, _)| *other != tcs);
+    /// Calls of a program for which there is a posternd at `daemon`, if at all. `counts_time`: it
+    /// may read the time stamp counter inside.
+    pub fn new(daemon: Option<PathBuf>, counts_time: bool) -> Self {
+        let inboxes = Arc::<Inboxes>::default();
+        let daemon = Daemon::new(daemon, counts_time, inboxes.clone());
+        Self { memory: Memory::default(), streams: Streams::new(daemon), inboxes }
     }
 
     /// Serves a call of a thread. `launch` starts another one: `false` if there is none left.
@@ -176,12 +171,13 @@ impl Calls {
         if events & !EVENTS != 0 {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        let inboxes = self.inboxes.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut sent = tcs == 0;
-        for (_, inbox) in inboxes.iter().filter(|(other, _)| tcs == 0 || *other == tcs) {
-            inbox.send(events);
-            sent = true;
-        }
+        let sent = match tcs {
+            0 => {
+                self.inboxes.send_to_all(events);
+                true
+            }
+            one => self.inboxes.send(events, one),
+        };
         if sent { Ok(()) } else { Err(io::ErrorKind::InvalidInput.into()) }
     }
 }
@@ -250,7 +246,7 @@ mod tests {
 
     #[test]
     fn addresses_that_were_not_allocated_are_refused_by_every_call() {
-        let calls = Calls::default();
+        let calls = Calls::new(None, false);
         let here = 0x1000;
         for (number, parameters) in [
             (1, [0, here, 16, 0]),
@@ -274,18 +270,18 @@ mod tests {
     #[test]
     fn unknown_calls_end_the_enclave() {
         for number in [0, 17, u64::MAX] {
-            assert_eq!(call(&Calls::default(), number, [0; 4]), Next::Violation);
+            assert_eq!(call(&Calls::new(None, false), number, [0; 4]), Next::Violation);
         }
     }
 
     #[test]
     fn a_call_that_finds_no_thread_left_says_so() {
-        assert_eq!(call(&Calls::default(), 9, [0; 4]), Next::Return((WOULD_BLOCK, 0)));
+        assert_eq!(call(&Calls::new(None, false), 9, [0; 4]), Next::Return((WOULD_BLOCK, 0)));
     }
 
     #[test]
     fn allocated_memory_is_aligned_and_given_back_once() {
-        let calls = Calls::default();
+        let calls = Calls::new(None, false);
         let Next::Return((0, address)) = call(&calls, 14, [100, 4096, 0, 0]) else {
             panic!("no memory")
         };

@@ -1,7 +1,7 @@
 //! Events of an enclave's threads: bits that are sent to one and waited for by it.
 
 use std::{
-    sync::{Condvar, Mutex, PoisonError},
+    sync::{Arc, Condvar, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -68,6 +68,39 @@ impl Inbox {
                 }
             };
         }
+    }
+}
+
+/// The inboxes of all threads that run, by their control structures.
+#[derive(Default)]
+pub struct Inboxes(Mutex<Vec<(u64, Arc<Inbox>)>>);
+
+impl Inboxes {
+    /// A thread starts: what is sent to it is kept from now on.
+    pub fn begin(&self, tcs: u64) -> Arc<Inbox> {
+        let inbox = Arc::new(Inbox::default());
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push((tcs, inbox.clone()));
+        inbox
+    }
+
+    /// A thread has ended.
+    pub fn end(&self, tcs: u64) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).retain(|(other, _)| *other != tcs);
+    }
+
+    /// Sends events to the thread of this control structure; `false` if there is none.
+    pub fn send(&self, events: u64, tcs: u64) -> bool {
+        let inboxes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut to = inboxes.iter().filter(|(other, _)| *other == tcs).peekable();
+        let any = to.peek().is_some();
+        to.for_each(|(_, inbox)| inbox.send(events));
+        any
+    }
+
+    /// Sends events to all threads.
+    pub fn send_to_all(&self, events: u64) {
+        let inboxes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        inboxes.iter().for_each(|(_, inbox)| inbox.send(events));
     }
 }
 

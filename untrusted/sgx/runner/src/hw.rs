@@ -404,6 +404,11 @@ impl Backend for Hardware {
         self.tcs.clone()
     }
 
+    fn counts_time(&self) -> bool {
+        // RDTSC inside came with SGX2: CPUID leaf 0x12, sub-leaf 0, EAX bit 1.
+        core::arch::x86_64::__cpuid_count(0x12, 0).eax & 2 != 0
+    }
+
     fn enter(&self, thread: usize, registers: Registers) -> Result<Exit, EnterError> {
         const PAGE_FAULT: u16 = 14;
         let tcs = *self.tcs.get(thread).ok_or(EnterError::NoThread)?;

@@ -11,6 +11,7 @@
 
 mod backend;
 mod calls;
+mod daemon;
 mod events;
 pub mod hw;
 mod memory;

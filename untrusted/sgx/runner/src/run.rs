@@ -4,6 +4,7 @@
 //! arguments; others when the program asks for them, by whichever control structure is free.
 
 use std::{
+    path::PathBuf,
     sync::{
         Arc, Condvar, Mutex, PoisonError,
         mpsc::{Sender, channel},
@@ -24,6 +25,8 @@ use crate::{
 pub struct Program {
     /// Its arguments, the first its own name.
     pub arguments: Vec<Vec<u8>>,
+    /// The control socket of the posternd that it may attach to.
+    pub daemon: Option<PathBuf>,
 }
 
 /// How a program ended.
@@ -69,14 +72,8 @@ pub fn run(backend: Arc<dyn Backend>, program: &Program) -> End {
     let tcs = backend.threads();
     let (end, ended) = channel();
     let free = Mutex::new((1..tcs.len()).rev().collect());
-    let running = Arc::new(Running {
-        backend,
-        calls: Calls::default(),
-        free,
-        freed: Condvar::new(),
-        tcs,
-        end,
-    });
+    let calls = Calls::new(program.daemon.clone(), backend.counts_time());
+    let running = Arc::new(Running { backend, calls, free, freed: Condvar::new(), tcs, end });
     let Some(arguments) = running.arguments(program) else { return End::Left };
     let main = running.clone();
     let started = thread::Builder::new().name("enclave main".into()).spawn(move || {
@@ -105,7 +102,7 @@ impl Running {
     /// Runs one thread of the enclave until it leaves for good.
     fn thread(self: &Arc<Self>, number: usize, mut registers: Registers) {
         let Some(tcs) = self.tcs.get(number).copied() else { return };
-        let inbox = self.calls.thread_begins(tcs);
+        let inbox = self.calls.inboxes.begin(tcs);
         let panic_text = self.calls.memory.allocate(PANIC_BYTES, 8).unwrap_or(0);
         let end = loop {
             registers.r10 = panic_text;
@@ -129,7 +126,7 @@ impl Running {
                 Next::Violation => break Some(End::Violation { call: left.rdi }),
             }
         };
-        self.calls.thread_ends(tcs);
+        self.calls.inboxes.end(tcs);
         let _ = self.calls.memory.free(panic_text);
         match end {
             Some(end) => {

@@ -1,4 +1,4 @@
-//! The streams of an enclave: standard ones and TCP, by number.
+//! The streams of an enclave: standard ones, TCP, and those to a daemon, by number.
 
 use std::{
     collections::BTreeMap,
@@ -7,6 +7,8 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+use crate::daemon::{Connection, Daemon, Opened, Port};
+
 /// A stream.
 enum Stream {
     Input,
@@ -14,10 +16,13 @@ enum Stream {
     Error,
     Tcp(TcpStream),
     Listener(TcpListener),
+    Port(Arc<Port>),
+    Daemon(Arc<Connection>),
 }
 
 /// All streams that are open.
 pub struct Streams {
+    daemon: Daemon,
     table: Mutex<Table>,
 }
 
@@ -29,15 +34,14 @@ struct Table {
 /// The most streams that may be open at once.
 const MOST: usize = 4096;
 
-impl Default for Streams {
-    fn default() -> Self {
+impl Streams {
+    /// The standard streams, and those to `daemon`.
+    pub fn new(daemon: Daemon) -> Self {
         let standard = [Stream::Input, Stream::Output, Stream::Error];
         let open = (0..).zip(standard.map(Arc::new)).collect();
-        Self { table: Mutex::new(Table { open, next: 3 }) }
+        Self { daemon, table: Mutex::new(Table { open, next: 3 }) }
     }
-}
 
-impl Streams {
     fn get(&self, number: u64) -> io::Result<Arc<Stream>> {
         let table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         table.open.get(&number).cloned().ok_or_else(|| io::ErrorKind::InvalidInput.into())
@@ -54,11 +58,19 @@ impl Streams {
         Ok(number)
     }
 
+    fn port(&self, number: u64) -> Option<Arc<Port>> {
+        match &*self.get(number).ok()? {
+            Stream::Port(port) => Some(port.clone()),
+            _ => None,
+        }
+    }
+
     /// Reads what there is, at most as much as `buffer` holds.
     pub fn read(&self, number: u64, buffer: &mut [u8]) -> io::Result<usize> {
         match &*self.get(number)? {
             Stream::Input => io::stdin().read(buffer),
             Stream::Tcp(stream) => (&mut &*stream).read(buffer),
+            Stream::Daemon(connection) => connection.receive(buffer),
             _ => Err(io::ErrorKind::InvalidInput.into()),
         }
     }
@@ -69,21 +81,30 @@ impl Streams {
             Stream::Output => io::stdout().write(bytes),
             Stream::Error => io::stderr().write(bytes),
             Stream::Tcp(stream) => (&mut &*stream).write(bytes),
+            Stream::Daemon(connection) => connection.send(bytes),
             _ => Err(io::ErrorKind::InvalidInput.into()),
         }
     }
 
-    /// Hands on what is buffered on this side.
+    /// Hands on what is buffered on this side; of a stream to a daemon, see there.
     pub fn flush(&self, number: u64) -> io::Result<()> {
         match &*self.get(number)? {
             Stream::Output => io::stdout().flush(),
+            Stream::Port(port) => {
+                port.ring();
+                Ok(())
+            }
+            Stream::Daemon(connection) => connection.look(),
             _ => Ok(()),
         }
     }
 
     /// Closes; a number that is not open is none of the caller's.
     pub fn close(&self, number: u64) {
-        self.table.lock().unwrap_or_else(PoisonError::into_inner).open.remove(&number);
+        let closed = self.table.lock().unwrap_or_else(PoisonError::into_inner).open.remove(&number);
+        if let Some(Stream::Daemon(connection)) = closed.as_deref() {
+            connection.close();
+        }
     }
 
     /// Listens; answers the number and the address.
@@ -107,6 +128,17 @@ impl Streams {
 
     /// Connects; answers the number and both addresses.
     pub fn connect(&self, address: &str) -> io::Result<(u64, String, String)> {
+        if let Some(opened) = self.daemon.open(address, |number| self.port(number)) {
+            return match opened? {
+                Opened::Port(port, local) => {
+                    Ok((self.add(Stream::Port(port))?, local, String::new()))
+                }
+                Opened::Connection(connection) => {
+                    let number = self.add(Stream::Daemon(connection))?;
+                    Ok((number, String::new(), String::new()))
+                }
+            };
+        }
         let stream = TcpStream::connect(address)?;
         let (local, peer) = (stream.local_addr()?.to_string(), stream.peer_addr()?.to_string());
         Ok((self.add(Stream::Tcp(stream))?, local, peer))
