@@ -1,8 +1,8 @@
 //! What `ring` leaves to assembly on x86-64, for a target that it brings none for.
 //!
-//! One function of it is called here: SHA-256, given by another implementation. For the rest ring
-//! has portable code, which it takes because no feature of the CPU is known to it inside an
-//! enclave; their names are only there for the linker.
+//! One function of it is called here: SHA-256, given by another implementation. The others belong to
+//! ciphers and curves that nothing here uses (the volume's cipher is not ring's inside an enclave);
+//! their names are only there for the linker.
 //!
 //! Holds: one that were called all the same ends the program; it never answers a wrong byte.
 //! The names carry ring's version, which `Cargo.lock` fixes: with another one the program does not
@@ -10,19 +10,34 @@
 
 use sha2::digest::{consts::U64, generic_array::GenericArray};
 
-/// SHA-256 over `count` blocks of 64 bytes at `data`, into the state at `state`.
-///
-/// # Safety
-/// As ring calls it: both point to that much memory, which nobody else uses meanwhile.
-#[unsafe(no_mangle)]
-unsafe extern "C" fn ring_core_0_17_14__sha256_block_data_order_nohw(
-    state: *mut [u32; 8],
-    data: *const GenericArray<u8, U64>,
-    count: usize,
-) {
-    // SAFETY: the caller's promise; a block is bytes, of any alignment.
-    let (state, blocks) = unsafe { (&mut *state, core::slice::from_raw_parts(data, count)) };
-    sha2::compress256(state, blocks);
+/// SHA-256, whatever ring believes the CPU to have: it goes by the features that the build names.
+macro_rules! sha256 {
+    ($($name:ident,)+) => {
+        $(
+            /// SHA-256 over `count` blocks of 64 bytes at `data`, into the state at `state`.
+            ///
+            /// # Safety
+            /// As ring calls it: both point to that much memory, which nobody else uses meanwhile.
+            #[unsafe(no_mangle)]
+            unsafe extern "C" fn $name(
+                state: *mut [u32; 8],
+                data: *const GenericArray<u8, U64>,
+                count: usize,
+            ) {
+                // SAFETY: the caller's promise; a block is bytes, of any alignment.
+                let (state, blocks) =
+                    unsafe { (&mut *state, core::slice::from_raw_parts(data, count)) };
+                sha2::compress256(state, blocks);
+            }
+        )+
+    };
+}
+
+sha256! {
+    ring_core_0_17_14__sha256_block_data_order_avx,
+    ring_core_0_17_14__sha256_block_data_order_hw,
+    ring_core_0_17_14__sha256_block_data_order_nohw,
+    ring_core_0_17_14__sha256_block_data_order_ssse3,
 }
 
 /// What the CPU can do, as far as ring is to know: nothing beyond what every CPU of this kind can.
@@ -98,9 +113,6 @@ never_called! {
     ring_core_0_17_14__gcm_init_avx,
     ring_core_0_17_14__gcm_init_clmul,
     ring_core_0_17_14__gcm_init_vpclmulqdq_avx2,
-    ring_core_0_17_14__sha256_block_data_order_avx,
-    ring_core_0_17_14__sha256_block_data_order_hw,
-    ring_core_0_17_14__sha256_block_data_order_ssse3,
     ring_core_0_17_14__sha512_block_data_order_avx,
     ring_core_0_17_14__sha512_block_data_order_nohw,
     ring_core_0_17_14__vpaes_ctr32_encrypt_blocks,

@@ -1,4 +1,6 @@
 //! Outside: the host's clock, the CPU's randomness, and user memory that holds sealed blocks.
+//!
+//! Holds: randomness is the CPU's or none.
 
 use core::arch::x86_64::_rdrand64_step;
 use std::{
@@ -11,6 +13,8 @@ use postern_trusted::{
     errno::Errno,
     platform::{NoEntropy, Platform},
 };
+
+use crate::port::Port;
 
 /// A host file of sealed blocks, as user memory: the host reads and writes it as it likes.
 #[derive(Clone)]
@@ -57,18 +61,36 @@ impl Platform for Outside {
     }
 
     fn random(&self, out: &mut [u8]) -> Result<(), NoEntropy> {
-        /// How often the CPU is asked again when it has no number ready.
-        const TRIES: usize = 32;
-        for chunk in out.chunks_mut(8) {
-            let mut word = 0;
-            // SAFETY: every CPU with SGX has RDRAND.
-            let drawn = (0..TRIES).any(|_| unsafe { _rdrand64_step(&mut word) } == 1);
-            if !drawn {
-                return Err(NoEntropy);
-            }
-            chunk.copy_from_slice(&word.to_le_bytes()[..chunk.len()]);
+        random(out)
+    }
+}
+
+/// Fills `out` with the CPU's randomness.
+fn random(out: &mut [u8]) -> Result<(), NoEntropy> {
+    /// How often the CPU is asked again when it has no number ready.
+    const TRIES: usize = 32;
+    for chunk in out.chunks_mut(8) {
+        let mut word = 0;
+        // SAFETY: every CPU with SGX has RDRAND.
+        let drawn = (0..TRIES).any(|_| unsafe { _rdrand64_step(&mut word) } == 1);
+        if !drawn {
+            return Err(NoEntropy);
         }
-        Ok(())
+        chunk.copy_from_slice(&word.to_le_bytes()[..chunk.len()]);
+    }
+    Ok(())
+}
+
+/// The platform of a program with a port: the clock beside it, and the CPU's randomness.
+pub struct Cpu(pub Arc<Port>);
+
+impl Platform for Cpu {
+    fn now_ns(&self) -> u64 {
+        self.0.now_ns()
+    }
+
+    fn random(&self, out: &mut [u8]) -> Result<(), NoEntropy> {
+        random(out)
     }
 }
 

@@ -6,6 +6,11 @@
 #![feature(sgx_platform)]
 
 mod assembly;
+pub mod guest;
 pub mod host;
+pub mod link;
+pub mod port;
+pub mod process;
+pub mod store;
 mod unwind;
 pub mod work;

@@ -1,13 +1,29 @@
-//! An enclave that keeps a sealed volume: makes it in memory that the host has, does AIO on it at
-//! depth 32, verifies every block, opens it again, and sees what the host changed.
+//! An enclave with a sealed volume.
 //!
-//! `postern enclave run IMAGE -- [BLOCKS [ROUNDS]]`. It fails if anything is not as it must be.
+//! ```text
+//! [memory [BLOCKS [REQUESTS]]]      a volume in memory of the host: makes it, does AIO on it at
+//!                                   depth 32, verifies every block, opens it again, and sees what
+//!                                   the host changed
+//! work NAME [--depth N] [--block BYTES] [--requests N] [--writes PERCENT] [--blocks N] [--seed N]
+//!      [--daemons N]                a load on the volume that a posternd has as NAME, verified; it
+//!                                   goes on until so many other daemons have taken over
+//! store NAME [--puts N]             a key-value store in that volume: says after which put all are
+//!                                   durable, again and again
+//! check NAME --least N              opens the store, and verifies what N puts or more have left
+//! ```
+//!
+//! The key of a volume at a daemon is read from standard input, as a key file holds it: **for
+//! development**, since the host that hands it over knows it. Each of them fails if anything is not
+//! as it must be.
 
-use std::{process::ExitCode, sync::Arc};
+use std::{io::Read as _, process::ExitCode, sync::Arc};
 
 use postern_enclave::{
+    guest::Runtime as _,
     host::Outside,
-    work::{DEPTH, Opened, Work},
+    process::Process,
+    store::Store,
+    work::{InMemory, Load, Opened},
 };
 use postern_trusted::{
     disk::BLOCK,
@@ -17,13 +33,17 @@ use postern_trusted::{
 };
 
 fn main() -> ExitCode {
-    let mut numbers = std::env::args().skip(1).map(|text| text.parse::<u64>());
-    let (blocks, rounds) = (numbers.next(), numbers.next());
-    let (Ok(blocks), Ok(rounds)) = (blocks.unwrap_or(Ok(256)), rounds.unwrap_or(Ok(64))) else {
-        eprintln!("usage: [BLOCKS [ROUNDS]]");
-        return ExitCode::FAILURE;
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let done = match words.as_slice() {
+        [] => memory(256, 2048),
+        ["memory", rest @ ..] => memory_as(rest),
+        ["work", name, rest @ ..] => work(name, rest),
+        ["store", name, rest @ ..] => store(name, rest),
+        ["check", name, rest @ ..] => check(name, rest),
+        _ => Err("usage: memory [BLOCKS [REQUESTS]] | work NAME | store NAME | check NAME".into()),
     };
-    match work(blocks.clamp(DEPTH, 4096), rounds) {
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(what) => {
             eprintln!("failed: {what}");
@@ -32,7 +52,150 @@ fn main() -> ExitCode {
     }
 }
 
-fn work(blocks: u64, rounds: u64) -> Result<(), String> {
+/// The numbers of options `--name N`, in the order of `known`, or what stands there.
+fn numbers<const N: usize>(words: &[&str], known: [(&str, u64); N]) -> Result<[u64; N], String> {
+    let mut values = known.map(|(_, value)| value);
+    for pair in words.chunks(2) {
+        let place = known.iter().position(|(name, _)| pair[0].strip_prefix("--") == Some(*name));
+        let number = pair.get(1).and_then(|text| text.parse().ok());
+        let (Some(place), Some(number)) = (place, number) else {
+            return Err(format!("{}: no such option, or no number", pair.join(" ")));
+        };
+        values[place] = number;
+    }
+    Ok(values)
+}
+
+/// The key on standard input: 32 bytes, or 64 hexadecimal digits.
+fn key() -> Result<SlotKey, String> {
+    let mut text = Vec::new();
+    let read = std::io::stdin().lock().take(66).read_to_end(&mut text);
+    read.map_err(|error| format!("standard input: {error}"))?;
+    let digits = text.strip_suffix(b"\n").unwrap_or(&text);
+    let hexadecimal = || {
+        let pairs = digits.as_chunks::<2>().0.iter();
+        let byte = |pair: &[u8; 2]| u8::from_str_radix(str::from_utf8(pair).ok()?, 16).ok();
+        let bytes: Option<Vec<u8>> = pairs.map(byte).collect();
+        bytes.filter(|_| digits.len() == 64)?.try_into().ok()
+    };
+    let key = <[u8; 32]>::try_from(&text[..]).ok().or_else(hexadecimal);
+    key.map(SlotKey::new).ok_or_else(|| "standard input holds no key".into())
+}
+
+fn work(name: &str, options: &[&str]) -> Result<(), String> {
+    let known = [
+        ("depth", 32),
+        ("block", 4096),
+        ("requests", 10_000),
+        ("writes", 50),
+        ("blocks", 1024),
+        ("seed", 1),
+        ("daemons", 0),
+    ];
+    let [depth, block, requests, writes, blocks, seed, daemons] = numbers(options, known)?;
+    if block == 0 || !block.is_multiple_of(BLOCK as u64) || block > 1 << 20 {
+        return Err("--block must be a multiple of 4096, and at most 1 MiB".into());
+    }
+    let process = Process::open(name, &key()?)?;
+    let blocks = blocks.min(process.size() / block);
+    if blocks < depth {
+        return Err(format!("{blocks} blocks are too few for {depth} requests at once"));
+    }
+    let load =
+        Load { depth: depth as usize, bytes: block as usize, requests, writes, blocks, seed };
+    println!("at work");
+    let began = process.now_ns();
+    let more = || process.successors() < daemons;
+    let tally =
+        load.run(process.clone(), more).map_err(|errno| format!("AIO: errno {}", errno.0))?;
+    let took = process.now_ns().saturating_sub(began).max(1);
+    println!("{} requests, {} errors, {} wrong blocks", tally.requests, tally.errors, tally.wrong);
+    let rate = u128::from(tally.requests) * 1_000_000_000 / u128::from(took);
+    println!("{rate} requests/s at depth {depth}, by the host's clock");
+    println!("{} other daemon(s) took over", process.successors());
+    process.close().map_err(|errno| format!("close: errno {}", errno.0))?;
+    if (tally.errors, tally.wrong) != (0, 0) {
+        return Err("the volume is not as it was written".into());
+    }
+    Ok(())
+}
+
+/// Keys of the store, written over and over.
+const KEYS: u64 = 500;
+/// Puts of one commit.
+const TOGETHER: u64 = 8;
+
+/// What put number `n` writes: its key and its value.
+fn entry(n: u64) -> (String, String) {
+    (format!("key {}", n % KEYS), format!("value {n} ").repeat(1 + (n % 40) as usize))
+}
+
+fn store(name: &str, options: &[&str]) -> Result<(), String> {
+    let [puts] = numbers(options, [("puts", u64::MAX)])?;
+    let process = Process::open(name, &key()?)?;
+    let io = |errno: postern_trusted::errno::Errno| format!("the store: errno {}", errno.0);
+    let mut store = Store::open(process.clone(), process.size() / BLOCK as u64).map_err(io)?;
+    let first = last(&store)? + 1;
+    for n in first..first.saturating_add(puts) {
+        let (key, value) = entry(n);
+        store.put(key.as_bytes(), Some(value.as_bytes())).map_err(io)?;
+        if n % TOGETHER == 0 || n + 1 == first.saturating_add(puts) {
+            store.commit().map_err(io)?;
+            println!("acknowledged {n}");
+        }
+    }
+    drop(store);
+    process.close().map_err(|errno| format!("close: errno {}", errno.0))
+}
+
+/// The last put that the store knows of; 0: none.
+fn last(store: &Store) -> Result<u64, String> {
+    let mut last = 0;
+    for key in 0..KEYS {
+        let Some(value) = store.get(format!("key {key}").as_bytes()) else { continue };
+        let number = str::from_utf8(value).ok().and_then(|text| text.split(' ').nth(1));
+        let number: u64 =
+            number.and_then(|n| n.parse().ok()).ok_or_else(|| format!("key {key} is torn"))?;
+        let (whose, whole) = entry(number);
+        if whose != format!("key {key}") || whole.as_bytes() != value {
+            return Err(format!("key {key} does not hold what was put"));
+        }
+        last = last.max(number);
+    }
+    Ok(last)
+}
+
+fn check(name: &str, options: &[&str]) -> Result<(), String> {
+    let [least] = numbers(options, [("least", 0)])?;
+    let process = Process::open(name, &key()?)?;
+    let io = |errno: postern_trusted::errno::Errno| format!("the store: errno {}", errno.0);
+    let store = Store::open(process.clone(), process.size() / BLOCK as u64).map_err(io)?;
+    let last = last(&store)?;
+    println!("the store holds {} keys, up to put {last}", store.len());
+    if last < least {
+        return Err(format!("put {least} was acknowledged, and {last} is the last one there"));
+    }
+    // Every put up to the last is there, unless a later one took its place.
+    for n in last.saturating_sub(KEYS - 1).max(1)..=last {
+        let (key, value) = entry(n);
+        if store.get(key.as_bytes()) != Some(value.as_bytes()) {
+            return Err(format!("put {n} is lost"));
+        }
+    }
+    println!("every acknowledged put is there");
+    drop(store);
+    process.close().map_err(|errno| format!("close: errno {}", errno.0))
+}
+
+fn memory_as(words: &[&str]) -> Result<(), String> {
+    let mut numbers = words.iter().map(|text| text.parse::<u64>());
+    match (numbers.next().unwrap_or(Ok(256)), numbers.next().unwrap_or(Ok(2048))) {
+        (Ok(blocks), Ok(requests)) => memory(blocks.clamp(32, 4096), requests),
+        _ => Err("usage: memory [BLOCKS [REQUESTS]]".into()),
+    }
+}
+
+fn memory(blocks: u64, requests: u64) -> Result<(), String> {
     let size = blocks * BLOCK as u64;
     let outside = Outside::new(Volume::host_blocks(size));
     let mut key = [0; 32];
@@ -42,9 +205,10 @@ fn work(blocks: u64, rounds: u64) -> Result<(), String> {
         .map_err(|error| format!("format: {error:?}"))?;
 
     let opened = open(&outside, &key)?;
-    let tally = Work::new(opened.clone())
-        .write_and_verify(blocks, rounds)
-        .ok_or("an AIO call was refused")?;
+    let load = Load { depth: 32, bytes: BLOCK, requests, writes: 100, blocks, seed: 1 };
+    let tally = load
+        .run(Arc::new(InMemory(opened.clone())), || false)
+        .map_err(|errno| format!("an AIO call was refused: errno {}", errno.0))?;
     println!("{} requests, {} errors, {} wrong blocks", tally.requests, tally.errors, tally.wrong);
     if (tally.errors, tally.wrong) != (0, 0) {
         return Err("the volume is not as it was written".into());

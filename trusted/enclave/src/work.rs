@@ -1,25 +1,25 @@
-//! The program that does AIO: its memory, its one open file, and a load with verification.
+//! A load of requests with verification: depth, block size, share of writes.
+//!
+//! Holds: no two requests of one place are in flight at once, so each read has one right answer;
+//! what a block holds names its place and how often it was written, so an older content, another
+//! block's and none are all told apart.
 
-use core::{
-    ptr::NonNull,
-    sync::atomic::{AtomicU64, Ordering::Relaxed},
-};
 use std::sync::Arc;
 
 use postern_trusted::{
-    aio::{
-        AioContexts, AioFile, AioHost, Completion, Descriptor, EventCounter, FileTraits,
-        KernelContext, Op, Request, RingMapping, Wait, WaitEnd, WaitKey,
-    },
+    aio::{AioFile, Completion, FileTraits, Op, Request},
     errno::Errno,
     exec::run_to_end,
-    platform::{Buffer as _, Fault, GuestMemory, Platform as _},
+    platform::{Buffer as _, Platform as _},
     volume::Volume,
 };
 
-use crate::host::Outside;
+use crate::{
+    guest::{Call, Requests, Runtime},
+    host::Outside,
+};
 
-/// An open volume.
+/// A volume in memory outside, open: every request completes on the spot.
 pub struct Opened {
     /// The volume.
     pub volume: Volume,
@@ -47,108 +47,34 @@ impl AioFile for Opened {
     }
 }
 
-/// The program's memory, with addresses from 0, and its one descriptor.
-pub struct Guest {
-    words: &'static [AtomicU64],
-    file: Arc<Opened>,
-}
+/// A program with such a volume.
+pub struct InMemory(pub Arc<Opened>);
 
-/// The descriptor of the volume.
-const FILE: u64 = 3;
-/// Where the ring of completions lies.
-const RING: u64 = 4096;
-/// Where the program keeps its iocbs, its pointers to them, its events and its buffers.
-const IOCBS: u64 = 1 << 16;
-const POINTERS: u64 = IOCBS + 64 * DEPTH;
-const EVENTS: u64 = POINTERS + 8 * DEPTH;
-const BUFFERS: u64 = 1 << 17;
-const MEMORY: u64 = BUFFERS + DEPTH * BYTES;
-/// Requests in flight at once.
-pub const DEPTH: u64 = 32;
-/// Bytes of a request.
-pub const BYTES: u64 = 4096;
-
-const PREAD: u64 = 0;
-const PWRITE: u64 = 1;
-const FSYNC: u64 = 2;
-
-impl GuestMemory for Guest {
-    fn read(&self, from: u64, out: &mut [u8]) -> Result<(), Fault> {
-        for (at, byte) in (from..).zip(out) {
-            let word = self.words.get((at / 8) as usize).ok_or(Fault)?;
-            *byte = word.load(Relaxed).to_le_bytes()[(at % 8) as usize];
-        }
-        Ok(())
-    }
-
-    fn write(&self, to: u64, data: &[u8]) -> Result<(), Fault> {
-        for (at, byte) in (to..).zip(data) {
-            let word = self.words.get((at / 8) as usize).ok_or(Fault)?;
-            let mut bytes = word.load(Relaxed).to_le_bytes();
-            bytes[(at % 8) as usize] = *byte;
-            word.store(u64::from_le_bytes(bytes), Relaxed);
-        }
-        Ok(())
-    }
-}
-
-impl AioHost for Guest {
-    fn map_ring(&self, bytes: usize) -> Result<RingMapping, Errno> {
-        let from = RING as usize / 8;
-        let room = self.words.get(from..from + bytes.div_ceil(8)).ok_or(Errno::ENOMEM)?;
-        // SAFETY: the memory has these bytes, lives for ever, and is atomics: nobody's alone.
-        Ok(unsafe { RingMapping::new(RING, NonNull::from(room).cast(), bytes) })
-    }
-
-    fn unmap_ring(&self, _: RingMapping) {}
-
-    fn file(&self, descriptor: i32) -> Result<Descriptor, Errno> {
-        if u64::try_from(descriptor) == Ok(FILE) {
-            Ok(Descriptor::Served(self.file.clone()))
-        } else {
-            Err(Errno::EBADF)
-        }
-    }
-
-    fn kernel_context(&self, _: u32) -> Result<Arc<dyn KernelContext>, Errno> {
-        Err(Errno::ENOSYS)
-    }
-
-    fn event_counter(&self, _: i32) -> Result<Arc<dyn EventCounter>, Errno> {
-        Err(Errno::EBADF)
-    }
-
-    fn possible_cpus(&self) -> u32 {
-        1
-    }
-
-    fn aio_max_nr(&self) -> u64 {
-        65_536
-    }
-
-    fn charge(&self, _: u32) -> Result<(), Errno> {
-        Ok(())
-    }
-
-    fn uncharge(&self, _: u32) {}
-
-    fn may_use_realtime_io(&self) -> bool {
-        false
+impl Runtime for InMemory {
+    fn file(&self) -> Result<Arc<dyn AioFile>, Errno> {
+        Ok(self.0.clone())
     }
 
     fn now_ns(&self) -> u64 {
-        self.file.outside.now_ns()
+        self.0.outside.now_ns()
     }
+}
 
-    fn drive(&self) {}
-
-    fn wait(&self, _: Wait<'_>) -> WaitEnd {
-        WaitEnd::TimedOut
-    }
-
-    fn wake(&self, _: WaitKey, _: u32) {}
-
-    fn reaps_in_user_space(&self) {}
+/// What is to be done.
+#[derive(Clone, Copy, Debug)]
+pub struct Load {
+    /// Requests at once.
+    pub depth: usize,
+    /// Bytes of a request.
+    pub bytes: usize,
+    /// Requests in all, before the last look at every block.
+    pub requests: u64,
+    /// Of a hundred requests, those that write.
+    pub writes: u64,
+    /// Blocks of the file that are used.
+    pub blocks: u64,
+    /// Decides which blocks, in which order.
+    pub seed: u64,
 }
 
 /// What a load has seen.
@@ -162,99 +88,153 @@ pub struct Tally {
     pub wrong: u64,
 }
 
-/// The program: contexts over its memory, and what it does with them.
-pub struct Work {
-    guest: Arc<Guest>,
-    aio: AioContexts,
+/// A request in flight.
+#[derive(Clone, Copy)]
+struct Flight {
+    call: Call,
+    place: u64,
 }
 
-impl Work {
-    /// A program with this volume open.
-    pub fn new(file: Arc<Opened>) -> Self {
-        let words = Vec::leak((0..MEMORY / 8).map(|_| AtomicU64::new(0)).collect());
-        let guest = Arc::new(Guest { words, file });
-        let aio = AioContexts::new(guest.clone());
-        Self { guest, aio }
-    }
+/// A load under way.
+struct Run<'a> {
+    load: &'a Load,
+    program: Requests,
+    /// How often each block was written.
+    versions: Vec<u32>,
+    busy: Vec<bool>,
+    flights: Vec<Option<Flight>>,
+    tally: Tally,
+    block: Vec<u8>,
+    expected: Vec<u8>,
+}
 
-    /// Writes `blocks` blocks at random places of the volume, then reads each of its blocks and
-    /// compares, `DEPTH` at a time. `None` if a call itself is refused.
-    pub fn write_and_verify(&self, blocks: u64, rounds: u64) -> Option<Tally> {
-        let mut tally = Tally::default();
-        self.aio.io_setup(DEPTH as u32, 0).ok()?;
-        let mut versions = vec![0_u64; blocks as usize];
-        let mut seed = 0x9e37_79b9_7f4a_7c15_u64;
-        for round in 1..=rounds {
-            let mut places = Vec::new();
-            while places.len() < DEPTH as usize {
-                seed ^= seed << 13;
-                seed ^= seed >> 7;
-                seed ^= seed << 17;
-                if !places.contains(&(seed % blocks)) {
-                    places.push(seed % blocks);
+impl Load {
+    /// Does it: the requests, as many more as it takes while `more`, a sync, and a look at every
+    /// block that was used.
+    ///
+    /// # Errors
+    /// What a call itself answers.
+    pub fn run(&self, runtime: Arc<dyn Runtime>, more: impl Fn() -> bool) -> Result<Tally, Errno> {
+        let program = Requests::new(runtime, self.depth, self.bytes)?;
+        let blocks = self.blocks as usize;
+        let mut run = Run {
+            load: self,
+            versions: vec![0; blocks],
+            busy: vec![false; blocks],
+            flights: vec![None; program.depth()],
+            program,
+            tally: Tally::default(),
+            block: vec![0; self.bytes],
+            expected: vec![0; self.bytes],
+        };
+        // A volume may hold anything: the blocks are as this load leaves them, from the first.
+        let mut random = Random(self.seed);
+        let mut next = |run: &Run<'_>| {
+            let call = if random.below(100) < run.load.writes { Call::Write } else { Call::Read };
+            let place = random.below(run.load.blocks);
+            // The next one that is not in flight.
+            let free = (place..run.load.blocks).chain(0..place).find(|p| !run.busy[*p as usize]);
+            Flight { call, place: free.unwrap_or(place) }
+        };
+        run.play(self.requests, &mut next)?;
+        while more() && run.tally.errors == 0 {
+            run.play(self.depth as u64, &mut next)?;
+        }
+        run.program.sync()?;
+        run.tally.requests += 1;
+        let mut places = 0..self.blocks;
+        let mut next =
+            |_: &Run<'_>| Flight { call: Call::Read, place: places.next().unwrap_or_default() };
+        run.play(self.blocks, &mut next)?;
+        Ok(run.tally)
+    }
+}
+
+impl Run<'_> {
+    /// Makes `count` requests as `next` says.
+    fn play(&mut self, count: u64, next: &mut dyn FnMut(&Run<'_>) -> Flight) -> Result<(), Errno> {
+        let (mut made, mut ended) = (0, 0);
+        let mut calls = Vec::with_capacity(self.flights.len());
+        while ended < count {
+            calls.clear();
+            for slot in 0..self.flights.len() {
+                if made == count {
+                    break;
+                }
+                if self.flights[slot].is_none() {
+                    let flight = next(self);
+                    self.begin(slot, flight)?;
+                    calls.push((slot, flight.call, flight.place));
+                    made += 1;
                 }
             }
-            for (slot, place) in (0..).zip(&places) {
-                versions[*place as usize] = round;
-                self.guest.write(buffer(slot), &contents(*place, round)).ok()?;
+            if !calls.is_empty() {
+                self.program.submit(&calls)?;
             }
-            self.batch(PWRITE, &places, &mut tally)?;
+            ended += self.reap()?;
         }
-        self.batch(FSYNC, &[0], &mut tally)?;
-        let all: Vec<u64> = (0..blocks).collect();
-        for places in all.chunks(DEPTH as usize) {
-            self.batch(PREAD, places, &mut tally)?;
-            for (slot, place) in (0..).zip(places) {
-                let mut read = vec![0; BYTES as usize];
-                self.guest.read(buffer(slot), &mut read).ok()?;
-                let expected = contents(*place, versions[*place as usize]);
-                tally.wrong += u64::from(read != expected);
-            }
-        }
-        self.aio.io_destroy(RING).ok()?;
-        Some(tally)
+        Ok(())
     }
 
-    /// Submits one request for each place and reaps all of them.
-    fn batch(&self, opcode: u64, places: &[u64], tally: &mut Tally) -> Option<()> {
-        for (slot, place) in (0..).zip(places) {
-            // struct iocb: data; key and flags; opcode, priority, descriptor; buffer; bytes; offset.
-            let iocb = IOCBS + 64 * slot;
-            let (to, bytes, at) = match opcode {
-                FSYNC => (0, 0, 0),
-                _ => (buffer(slot), BYTES, place * BYTES),
+    fn begin(&mut self, slot: usize, flight: Flight) -> Result<(), Errno> {
+        let place = flight.place as usize;
+        self.busy[place] = true;
+        self.flights[slot] = Some(flight);
+        if flight.call == Call::Write {
+            self.versions[place] += 1;
+            fill(&mut self.block, flight.place, self.versions[place]);
+            self.program.put(slot, &self.block)?;
+        }
+        Ok(())
+    }
+
+    fn reap(&mut self) -> Result<u64, Errno> {
+        let (mut ended, mut faults) = (0, 0);
+        let Self { program, flights, busy, versions, tally, block, expected, load } = self;
+        program.reap(1, |slot, result| {
+            let Some(Flight { call, place }) = flights.get_mut(slot).and_then(Option::take) else {
+                faults += 1;
+                return;
             };
-            let words = [slot, 0, opcode | FILE << 32, to, bytes, at, 0, 0];
-            self.guest.write(iocb, &words.map(u64::to_le_bytes).concat()).ok()?;
-            self.guest.write(POINTERS + 8 * slot, &iocb.to_le_bytes()).ok()?;
-        }
-        let count = places.len() as i64;
-        if self.aio.io_submit(RING, count, POINTERS) != Ok(places.len()) {
-            return None;
-        }
-        if self.aio.io_getevents(RING, count, count, EVENTS, 0) != Ok(places.len()) {
-            return None;
-        }
-        for slot in 0..places.len() as u64 {
-            let mut result = [0; 8];
-            self.guest.read(EVENTS + 32 * slot + 16, &mut result).ok()?;
-            let wanted = if opcode == FSYNC { 0 } else { BYTES as i64 };
-            tally.errors += u64::from(i64::from_le_bytes(result) != wanted);
-            tally.requests += 1;
-        }
-        Some(())
+            busy[place as usize] = false;
+            ended += 1;
+            if result != load.bytes as i64 {
+                tally.errors += 1;
+            } else if call == Call::Read && versions[place as usize] > 0 {
+                fill(expected, place, versions[place as usize]);
+                let read = program.get(slot, block).is_ok() && block == expected;
+                tally.wrong += u64::from(!read);
+            }
+        })?;
+        tally.requests += ended;
+        if faults > 0 { Err(Errno::EIO) } else { Ok(ended) }
     }
 }
 
-const fn buffer(slot: u64) -> u64 {
-    BUFFERS + slot * BYTES
-}
-
-/// What the block at `place` holds after `version` writes of it; zeros if there was none.
-fn contents(place: u64, version: u64) -> Vec<u8> {
-    if version == 0 {
-        return vec![0; BYTES as usize];
-    }
+/// What the block at `place` holds after `version` writes of it.
+fn fill(block: &mut [u8], place: u64, version: u32) {
+    let mut random = Random(place << 32 | u64::from(version));
     let text = format!("postern {place:08} {version:08} ");
-    text.bytes().cycle().take(BYTES as usize).collect()
+    for word in block.chunks_exact_mut(8) {
+        word.copy_from_slice(&random.next().to_le_bytes());
+    }
+    let text = &text.as_bytes()[..text.len().min(block.len())];
+    block[..text.len()].copy_from_slice(text);
+}
+
+/// SplitMix64: the same numbers for the same seed.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut word = self.0;
+        word = (word ^ (word >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        word = (word ^ (word >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        word ^ (word >> 31)
+    }
+
+    fn below(&mut self, limit: u64) -> u64 {
+        self.next() % limit.max(1)
+    }
 }
