@@ -1,14 +1,16 @@
 //! Genuine enclave programs, run by `postern enclave` as a user would.
 //!
-//! `cargo xtask enclave test` builds them and says by POSTERN_ENCLAVE_IMAGES where they are; without
-//! it these tests skip. What must come out is what the programs print outside of an enclave.
+//! `cargo xtask enclave test` builds them and says by POSTERN_ENCLAVE_IMAGES where they are, and by
+//! POSTERN_E2E_PARTS where posternd is; without them these tests skip. What must come out is what the programs print outside of an enclave.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::{
-    fs,
-    path::PathBuf,
-    process::{Command, Output},
+    ffi::OsString,
+    fs::{self, File},
+    io::{BufRead as _, BufReader, Lines},
+    path::{Path, PathBuf},
+    process::{Child, ChildStdout, Command, Output, Stdio},
 };
 
 /// A signing key for tests, that of the image crate.
@@ -77,8 +79,9 @@ fn memory_that_is_not_there_ends_an_enclave_with_its_address() {
 #[test]
 fn a_sealed_volume_is_kept_and_verified_inside_an_enclave() {
     let Some(image) = image("postern-enclave") else { return };
-    let (code, stdout, stderr) = run(image.to_str().unwrap(), &["--strict"], &["64", "8"]);
-    // Eight rounds of 32 writes, a sync, and each of the 64 blocks once.
+    let (code, stdout, stderr) =
+        run(image.to_str().unwrap(), &["--strict"], &["memory", "64", "256"]);
+    // 256 writes, a sync, and each of the 64 blocks once.
     let expected = "321 requests, 0 errors, 0 wrong blocks\nthe host sees none of it\n\
                     a host that changes blocks is found out: errno 5\n";
     assert_eq!((code, stdout.as_str()), (Some(0), expected), "{stderr}");
@@ -101,7 +104,7 @@ fn an_image_is_signed_and_another_one_is_refused() {
     assert!(text(&signed.stdout).contains(mrenclave), "{}", shown.1);
 
     let options = ["--signature", &signature, "--mrenclave", mrenclave];
-    let (code, _, stderr) = run(&sgxs, &options, &["32", "1"]);
+    let (code, _, stderr) = run(&sgxs, &options, &["memory", "32", "32"]);
     assert_eq!(code, Some(0), "{stderr}");
     let (code, _, stderr) = run(&sgxs, &["--mrenclave", &"0".repeat(64)], &[]);
     assert_eq!(code, Some(126), "{stderr}");
@@ -110,7 +113,132 @@ fn an_image_is_signed_and_another_one_is_refused() {
     let mut bytes = fs::read(&sgxs).unwrap();
     bytes[64 + 64 + 64 + 8] ^= 1;
     fs::write(&sgxs, bytes).unwrap();
-    let (code, _, stderr) = run(&sgxs, &["--signature", &signature], &["32", "1"]);
+    let (code, _, stderr) = run(&sgxs, &["--signature", &signature], &["memory", "32", "32"]);
     assert_eq!(code, Some(126), "{stderr}");
     assert!(stderr.contains("the signature is for"), "{stderr}");
+}
+
+/// A volume and a daemon that serves it; the key in `key`.
+struct Served {
+    directory: tempfile::TempDir,
+    daemon: Option<Child>,
+}
+
+impl Served {
+    /// `None`, and says so, where no daemon was built.
+    fn start() -> Option<Self> {
+        let Some(parts) = std::env::var_os("POSTERN_E2E_PARTS") else {
+            eprintln!("SKIPPED: no posternd; `cargo xtask enclave test` builds it");
+            return None;
+        };
+        let directory = tempfile::tempdir_in(parts).unwrap();
+        let mut served = Self { directory, daemon: None };
+        fs::write(served.path("key"), [7; 32]).unwrap();
+        let formatted = Command::new(env!("CARGO_BIN_EXE_postern"))
+            .args(["format", "--size", "32M", "--key-file"])
+            .args([served.path("key"), served.path("volume")])
+            .output()
+            .unwrap();
+        assert!(formatted.status.success(), "{}", text(&formatted.stderr));
+        served.start_daemon();
+        Some(served)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    fn start_daemon(&mut self) {
+        let mut file = OsString::from("data=");
+        file.push(self.path("volume"));
+        let posternd = self.directory.path().with_file_name("posternd");
+        let mut daemon = Command::new(posternd)
+            .args(["--no-probes", "--allow-buffered", "--socket"])
+            .arg(self.path("socket"))
+            .arg("--file")
+            .arg(file)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let ready = lines(&mut daemon).next().unwrap().unwrap();
+        assert!(ready.starts_with("posternd: ready"), "{ready}");
+        self.daemon = Some(daemon);
+    }
+
+    fn kill_daemon(&mut self) {
+        if let Some(mut daemon) = self.daemon.take() {
+            daemon.kill().unwrap();
+            daemon.wait().unwrap();
+        }
+    }
+
+    /// The program in its image, the key on its standard input.
+    fn program(&self, image: &Path, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_postern"));
+        command.args(["enclave", "run", "--strict", "--daemon"]).arg(self.path("socket"));
+        command.arg(image).arg("--").args(arguments);
+        command.stdin(File::open(self.path("key")).unwrap());
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        self.kill_daemon();
+    }
+}
+
+fn lines(child: &mut Child) -> Lines<BufReader<ChildStdout>> {
+    BufReader::new(child.stdout.take().unwrap()).lines()
+}
+
+#[test]
+fn a_load_at_a_daemon_is_verified_and_goes_on_at_another_one_when_it_is_killed() {
+    let Some(image) = image("postern-enclave") else { return };
+    let Some(mut served) = Served::start() else { return };
+    let load = ["work", "data", "--requests", "3000", "--blocks", "512", "--daemons", "1"];
+    let mut enclave = served.program(&image, &load).spawn().unwrap();
+    let mut said = lines(&mut enclave);
+    let first = said.next().unwrap().unwrap();
+    assert_eq!(first, "at work");
+    served.kill_daemon();
+    served.start_daemon();
+    let rest: Vec<String> = said.map(Result::unwrap).collect();
+    let ended = enclave.wait_with_output().unwrap();
+    assert!(ended.status.success(), "{rest:?}: {}", text(&ended.stderr));
+    assert_eq!(rest[0], "another daemon took over");
+    assert!(rest[1].ends_with(" requests, 0 errors, 0 wrong blocks"), "{rest:?}");
+}
+
+#[test]
+fn what_the_store_has_acknowledged_is_there_after_its_enclave_was_killed() {
+    let Some(image) = image("postern-enclave") else { return };
+    let Some(served) = Served::start() else { return };
+    let mut enclave = served.program(&image, &["store", "data"]).spawn().unwrap();
+    let acknowledged = lines(&mut enclave)
+        .map(|line| line.unwrap().strip_prefix("acknowledged ").unwrap().parse::<u64>().unwrap())
+        .find(|number| *number >= 200)
+        .unwrap();
+    enclave.kill().unwrap();
+    enclave.wait().unwrap();
+    let least = acknowledged.to_string();
+    let checked = served.program(&image, &["check", "data", "--least", &least]).output().unwrap();
+    let said = text(&checked.stdout);
+    assert!(checked.status.success(), "{said}{}", text(&checked.stderr));
+    assert!(said.contains("every acknowledged put is there"), "{said}");
+}
+
+#[test]
+fn a_daemon_that_is_not_there_and_a_wrong_key_are_failures_that_say_so() {
+    let Some(image) = image("postern-enclave") else { return };
+    let Some(mut served) = Served::start() else { return };
+    fs::write(served.path("key"), [8; 32]).unwrap();
+    let refused = served.program(&image, &["work", "data"]).output().unwrap();
+    assert_eq!(refused.status.code(), Some(101), "{}", text(&refused.stderr));
+    assert!(text(&refused.stderr).contains("failed: data: "), "{}", text(&refused.stderr));
+    served.kill_daemon();
+    let refused = served.program(&image, &["work", "data"]).output().unwrap();
+    assert_eq!(refused.status.code(), Some(101), "{}", text(&refused.stderr));
+    assert!(text(&refused.stderr).contains("attach: "), "{}", text(&refused.stderr));
 }

@@ -1,5 +1,7 @@
 //! `cargo xtask enclave`: the genuine enclave programs, built, shown and tested.
 
+mod demo;
+
 use std::path::PathBuf;
 
 use anyhow::Result;
@@ -14,6 +16,8 @@ use crate::{
 const TARGET: &str = "x86_64-fortanix-unknown-sgx";
 /// Tells the tests where the programs lie; without it they skip.
 const IMAGES_VARIABLE: &str = "POSTERN_ENCLAVE_IMAGES";
+/// Tells them where posternd lies.
+const PARTS_VARIABLE: &str = "POSTERN_E2E_PARTS";
 /// Names the linker: GNU's, because a distribution's compiler brings none of its own.
 const LINKER_VARIABLE: (&str, &str) = ("CARGO_TARGET_X86_64_FORTANIX_UNKNOWN_SGX_LINKER", "ld");
 
@@ -24,6 +28,8 @@ pub enum Task {
     Build,
     /// Build them, and run their tests in the emulator
     Test,
+    /// Build them; AIO, a daemon that is killed, and a store whose enclave is killed
+    Demo,
     /// Build them; show the image of the one that keeps a volume, and run it
     Run,
 }
@@ -41,6 +47,7 @@ pub fn all(tree: &Tree, task: Task) -> Result<()> {
             Ok(())
         }
         Task::Test => tests(tree, &images),
+        Task::Demo => demo::all(tree, &images.join("postern-enclave")),
         Task::Run => {
             let image = images.join("postern-enclave");
             for command in ["inspect", "run"] {
@@ -92,9 +99,11 @@ fn build(tree: &Tree, toolchain: &bpf::Toolchain) -> Result<PathBuf> {
 
 fn tests(tree: &Tree, images: &std::path::Path) -> Result<()> {
     step("enclave tests", || {
+        run(tree.cargo().args(["build", "--quiet", "--release", "--package", "posternd"]))?;
         run(tree
             .cargo()
             .args(["test", "--quiet", "--package", "postern", "--test", "enclave"])
-            .env(IMAGES_VARIABLE, images))
+            .env(IMAGES_VARIABLE, images)
+            .env(PARTS_VARIABLE, tree.release()))
     })
 }
