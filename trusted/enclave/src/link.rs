@@ -48,6 +48,8 @@ const PATIENCE_NS: u64 = 60_000_000_000;
 /// How long it is asked again for a host file that somebody has: the kernel may be at work on the
 /// end of the one before.
 const RELEASED_WITHIN_NS: u64 = 2_000_000_000;
+/// How long a volume is waited for that an enclave has which may just have ended.
+const FREE_WITHIN_NS: u64 = 10_000_000_000;
 const MOMENT_NS: u64 = 20_000_000;
 const EBUSY: u32 = Errno::EBUSY.0.unsigned_abs();
 
@@ -144,7 +146,7 @@ impl Link {
     /// Why not.
     pub fn open(&self, name: &str) -> Result<LaneFile, String> {
         let request = PosternOpenRequest { name: name.into(), flags: 0, handle: 0 };
-        let until = self.port.now_ns().saturating_add(RELEASED_WITHIN_NS);
+        let until = self.port.now_ns().saturating_add(FREE_WITHIN_NS);
         let file = loop {
             let opened = self.state.lock().attached.control.postern_open(&request);
             match opened {

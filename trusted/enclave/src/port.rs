@@ -45,10 +45,12 @@ impl Port {
     pub fn make(geometry: Geometry) -> io::Result<(Arc<Self>, Lane)> {
         let bytes = geometry.region_bytes().next_multiple_of(4096);
         let (stream, local, _) = usercalls::connect_stream(&format!("postern-port:{bytes}"))?;
-        let wrong = || io::Error::from(io::ErrorKind::InvalidData);
+        let wrong = || {
+            usercalls::close(stream);
+            io::Error::from(io::ErrorKind::InvalidData)
+        };
         let mut addresses = local.split(' ').map(|word| usize::from_str_radix(word, 16));
         let (Some(Ok(base)), Some(Ok(clock))) = (addresses.next(), addresses.next()) else {
-            usercalls::close(stream);
             return Err(wrong());
         };
         let clock = Clock::at(clock).ok_or_else(wrong)?;
@@ -127,10 +129,12 @@ struct Clock {
 impl Clock {
     fn at(address: usize) -> Option<Self> {
         let words = address as *const [AtomicU64; 4];
-        let outside = is_user_range(words.cast(), size_of::<[AtomicU64; 4]>());
-        // SAFETY: used only if aligned, not null, and outside of the enclave, where only atomics are used. That
-        //    it is mapped as long as the port is open is the host's word: else an access faults.
-        let words = unsafe { words.as_ref() }.filter(|_| outside && address.is_multiple_of(8))?;
+        if !address.is_multiple_of(8) || !is_user_range(words.cast(), size_of_val(&[0_u64; 4])) {
+            return None;
+        }
+        // SAFETY: aligned, and outside of the enclave, where only atomics are used. That it is mapped
+        //    as long as the port is open is the host's word: else an access faults.
+        let words = unsafe { words.as_ref() }?;
         Some(Self { words, last: AtomicU64::new(0) })
     }
 
