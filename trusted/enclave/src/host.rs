@@ -35,7 +35,8 @@ impl Outside {
         let mut block = [0; BLOCK];
         (0..memory.len() / BLOCK).any(|place| {
             memory[place * BLOCK..(place + 1) * BLOCK].copy_to_enclave(&mut block[..]);
-            block.windows(bytes.len()).any(|window| window == bytes)
+            // The first byte alone decides nearly always: a call for each place would take minutes.
+            block.windows(bytes.len()).any(|window| window[0] == bytes[0] && window == bytes)
         })
     }
 
