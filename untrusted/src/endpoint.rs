@@ -37,20 +37,15 @@ const LEAST_TOKEN: usize = 16;
 pub struct EndpointOptions {
     /// Serves metrics to Prometheus at http://ADDRESS/metrics, for example 127.0.0.1:9464. An
     /// address that is not loopback needs --metrics-token-file.
-    #[arg(long = "metrics", value_name = "ADDRESS", group = "served")]
+    #[arg(long = "metrics", value_name = "ADDRESS")]
     pub address: Option<SocketAddr>,
     /// Serves a page for a browser at http://ADDRESS/: latency over time, stages, slow requests. It
     /// may be the address of the metrics. One that is not loopback needs --web-token-file.
-    #[arg(long, value_name = "ADDRESS", group = "served")]
+    #[arg(long, value_name = "ADDRESS")]
     pub web: Option<SocketAddr>,
     /// Serves what was measured only to those who send the token in FILE (16 characters or more) as
     /// `Authorization: Bearer TOKEN`; the page asks for it.
-    #[arg(
-        long = "metrics-token-file",
-        visible_alias = "web-token-file",
-        value_name = "FILE",
-        requires = "served"
-    )]
+    #[arg(long = "metrics-token-file", visible_alias = "web-token-file", value_name = "FILE")]
     pub token_file: Option<std::path::PathBuf>,
 }
 
@@ -88,6 +83,13 @@ impl Endpoint {
     /// holds none.
     pub fn bind(options: &EndpointOptions, succeed: bool) -> Result<Vec<Self>, Problem> {
         let EndpointOptions { address, web, token_file } = options;
+        if let (Some(file), None, None) = (token_file, address, web) {
+            return Err(Problem::config(
+                "a token, and nothing is served",
+                file.display(),
+                "say where with --metrics or --web",
+            ));
+        }
         let token = token_file.as_deref().map(read_token).transpose()?;
         let (metrics, page) =
             (Served { metrics: true, page: false }, Served { metrics: false, page: true });

@@ -100,6 +100,37 @@ fn stages(browser: &mut Browser) -> BTreeMap<(String, String), (f64, f64)> {
     rows.as_array().unwrap().iter().map(row).collect()
 }
 
+/// Has the stages be those since the daemon started.
+const SINCE_START: &str = "(() => { const time = document.getElementById('window'); \
+    time.value = '0'; time.dispatchEvent(new Event('change')); })()";
+
+/// Whether all that the page and the metrics both tell is the same.
+fn agree(browser: &mut Browser, metrics: &BTreeMap<String, f64>) -> bool {
+    let volume = format!("volume=\"{EVIL}\"");
+    let rows = stages(browser);
+    let counted = metrics
+        .iter()
+        .filter(|(name, count)| name.starts_with("postern_stage_seconds_count{") && **count > 0.0);
+    let same = rows.iter().all(|((stage, operation), (count, sum_ns))| {
+        let labels = format!("{{{volume},operation=\"{operation}\",stage=\"{stage}\"}}");
+        let of = |what: &str| metrics.get(&format!("postern_stage_seconds_{what}{labels}"));
+        of("count") == Some(count) && of("sum").is_some_and(|sum| (sum_ns / 1e9 - sum).abs() < 1e-6)
+    });
+    let sum = |begin: &str| -> f64 {
+        let of = metrics.iter().filter(|(name, _)| name.starts_with(begin));
+        of.map(|(_, value)| value).sum()
+    };
+    let shown = [("requests", "postern_requests_total{"), ("moved", "postern_moved_bytes_total{")];
+    let totals = shown.iter().all(|(key, samples)| {
+        let cell = format!("document.querySelector('#volumes td[data-key={key}] data').value");
+        browser.value(&format!("Number({cell})")).as_f64() == Some(sum(samples))
+    });
+    rows.contains_key(&("end_to_end".to_owned(), "flush".to_owned()))
+        && rows.len() == counted.count()
+        && same
+        && totals
+}
+
 /// The name is shown as it is and has become nothing but text.
 fn expect_text_only(browser: &mut Browser) {
     let shown = browser.value("document.querySelector('#volumes tbody th').textContent");
@@ -231,36 +262,11 @@ fn the_page_shows_what_the_daemon_counts_by_keyboard_in_both_themes_and_on_a_nar
 
     signal("TERM", load.pid());
     load.wait();
-    // All is quiet: the page and the metrics say the same.
-    let metrics = daemon.metrics();
-    let requests: f64 = metrics
-        .iter()
-        .filter(|(name, _)| name.starts_with("postern_requests_total{"))
-        .map(|(_, count)| count)
-        .sum();
-    assert!(requests > 0.0);
-    browser.value(
-        "(() => { const time = document.getElementById('window'); time.value = '0'; \
-         time.dispatchEvent(new Event('change')); })()",
-    );
-    browser.until_true(&format!("document.documentElement.dataset.requests === '{requests}'"));
-    let volume = format!("volume=\"{EVIL}\"");
-    let rows = stages(&mut browser);
-    assert!(rows.contains_key(&("end_to_end".to_owned(), "flush".to_owned())), "{rows:?}");
-    for ((stage, operation), (count, sum_ns)) in rows {
-        let labels = format!("{{{volume},operation=\"{operation}\",stage=\"{stage}\"}}");
-        let of = |what: &str| metrics[&format!("postern_stage_seconds_{what}{labels}")];
-        assert_eq!(count, of("count"), "{labels}");
-        assert!((sum_ns / 1e9 - of("sum")).abs() < 1e-6, "{labels}: {sum_ns}");
-    }
-    let moved: f64 = ["read", "write"]
-        .map(|kind| metrics[&format!("postern_moved_bytes_total{{{volume},operation=\"{kind}\"}}")])
-        .iter()
-        .sum();
-    for (key, expected) in [("requests", requests), ("moved", moved)] {
-        let shown = format!("document.querySelector('#volumes td[data-key={key}] data').value");
-        assert_eq!(browser.value(&format!("Number({shown})")), expected, "{key}");
-    }
+    browser.value(SINCE_START);
+    until("page and metrics say the same", || {
+        let metrics = daemon.metrics();
+        agree(&mut browser, &metrics).then_some(())
+    });
     let errors = "document.querySelector('#health [data-counter=errors] data').value";
     assert_eq!(browser.value(errors), "0");
 
@@ -308,19 +314,29 @@ fn a_report_is_a_file_that_shows_the_same_without_a_daemon() {
         command.arg("--socket").arg(&socket);
         command
     };
-    let mut written = begin(&mut report("busy.html", "2s"));
     let mut block = 0;
-    until("the report is written", || {
-        server.expect(&format!("w {} 7", block % 512), "ok");
-        server.expect("s", "ok");
-        block += 1;
-        (!written.is_running()).then_some(())
+    until("a report has single requests in it", || {
+        let mut written = begin(&mut report("busy.html", "1s"));
+        while written.is_running() {
+            server.expect(&format!("w {} 7", block % 512), "ok");
+            server.expect("s", "ok");
+            block += 1;
+        }
+        written.wait().expect(0);
+        let text = std::fs::read_to_string(world.path("busy.html")).unwrap();
+        text.contains("\"request\":\"").then_some(())
     });
-    written.wait().expect(0);
     server.end();
-    end(&mut report("quiet.html", "1s")).expect(0);
-    let stats = end(world.postern(["stats", "--json", "--socket"]).arg(&socket)).expect(0);
-    let stats: Value = serde_json::from_str(&stats.stdout).unwrap();
+    let stats = || {
+        let stats = end(world.postern(["stats", "--json", "--socket"]).arg(&socket)).expect(0);
+        let stats: Value = serde_json::from_str(&stats.stdout).unwrap();
+        stats["daemon_stages"].clone()
+    };
+    let stats = until("nothing more is counted", || {
+        let before = stats();
+        end(&mut report("quiet.html", "1s")).expect(0);
+        (before == stats()).then_some(before)
+    });
     daemon.end();
 
     let address = |file: &str| format!("file://{}", world.path(file).display());
@@ -333,12 +349,9 @@ fn a_report_is_a_file_that_shows_the_same_without_a_daemon() {
 
     browser.open(&address("quiet.html"));
     browser.until_true("document.documentElement.dataset.state === 'report'");
-    browser.value(
-        "(() => { const time = document.getElementById('window'); time.value = '0'; \
-         time.dispatchEvent(new Event('change')); })()",
-    );
+    browser.value(SINCE_START);
     let shown = stages(&mut browser);
-    let counted = stats["daemon_stages"].as_array().unwrap();
+    let counted = stats.as_array().unwrap();
     assert!(!counted.is_empty());
     assert_eq!(shown.len(), counted.len());
     for row in counted {

@@ -74,7 +74,7 @@ function latest() {
 
 /** Frames of the chosen volume, as many as there is room for. */
 function shown(canvas) {
-  const most = columns(canvas, state.report ? Math.max(state.frames.length, 10) : MOST_FRAMES);
+  const most = columns(canvas, Math.max(state.frames.length, state.report ? 10 : 60));
   const frames = state.frames.slice(-most).map((frame) => ({ ...frame, row: frame.rows.get(state.volume) }));
   const none = { heat: new Map(), p50: 0, p99: 0, count: 0, timed: 0, inFlight: 0, requests: {}, bytes: {} };
   return { most, frames: frames.map((frame) => ({ ...frame, row: frame.row ?? none })) };
@@ -137,6 +137,7 @@ function showRequests() {
   const wanted = (record) => (state.volume === null || record.volume === state.volume) && (state.report || extent(record).ended > now - SLOW_NS || record.number === state.chosen);
   const records = [...state.records.values()].filter(wanted).sort((a, b) => extent(b).took - extent(a).took).slice(0, MOST_SLOW);
   const chosen = state.records.get(state.chosen);
+  if (chosen && !records.includes(chosen)) records.push(chosen);
   if (records.length === 0) $("slow").replaceChildren(make("li", { className: "empty" }, "Nothing recorded yet."));
   else slowest($("slow"), records, nameOf, state.chosen, choose);
   $("slow-about").textContent = `of those recorded ${state.report ? "meanwhile" : "in the last minute"}: the slowest of each second and lane, failures, a sample`;
@@ -212,7 +213,7 @@ async function askRecords() {
 async function poll() {
   try {
     const snapshot = await ask("api/snapshot");
-    await askRecords();
+    if (!state.paused) await askRecords();
     $("token-form").hidden = true;
     if (state.paused) {
       say("paused", "Paused");

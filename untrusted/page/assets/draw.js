@@ -54,12 +54,13 @@ function grid({ g, plot }, y, label) {
 }
 
 /** The ends of the time axis. */
-function span({ g, plot, height }, frames) {
+function span({ g, plot, height }, frames, width) {
   if (frames.length === 0) return;
+  const begin = plot.x + plot.w - frames.length * width;
   const seconds = frames.reduce((sum, frame) => sum + frame.seconds, 0);
   g.fillStyle = colour("muted");
   g.textAlign = "left";
-  g.fillText(`${Math.round(seconds)} s ago`, plot.x, height - 7);
+  if (begin < plot.x + plot.w - 90) g.fillText(`${Math.round(seconds)} s ago`, begin, height - 7);
   g.textAlign = "right";
   g.fillText("now", plot.x + plot.w, height - 7);
 }
@@ -124,7 +125,7 @@ export function heatmap(canvas, frames, most, marked) {
     g.lineWidth = 2;
     g.strokeRect(x(marked), plot.y, Math.max(2, width), plot.h);
   }
-  span(c, frames);
+  span(c, frames, width);
 }
 
 /** The interval under a pointer; null where there is none. */
@@ -160,5 +161,5 @@ export function lines(canvas, frames, most, series) {
     g.stroke();
   });
   g.setLineDash([]);
-  span(c, frames);
+  span(c, frames, width);
 }
