@@ -55,7 +55,7 @@ export function count(n) {
 /** A number with three digits that matter. */
 export function short(n) {
   if (n >= 100) return count(Math.round(n));
-  return n === 0 ? "0" : n.toFixed(n >= 10 ? 1 : 2);
+  return Number.isInteger(n) ? count(n) : n.toFixed(n >= 10 ? 1 : 2);
 }
 
 /** Nanoseconds as a person reads them; three digits that matter. */

@@ -143,7 +143,7 @@ export function slowest(place, records, nameOf, chosen, choose) {
     if (!item) {
       const bar = make("span", { className: "bar" });
       const button = make("button", { type: "button" },
-        make("span", { className: "what" }, `${operationOf(record)} ${size(record.length)}`),
+        make("span", { className: "what" }, record.length > 0 ? `${operationOf(record)} ${size(record.length)}` : operationOf(record)),
         make("span", { className: "whose" }, nameOf(record.volume)), bar,
         make("span", { className: "number" }, time(took)));
       button.addEventListener("click", () => choose(record.number));
