@@ -7,7 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum, error::ErrorKind};
 use crate::{
     counter::{AccessArgs, CounterArgs, MovesArg},
     error::{Exit, Failure},
-    observe::{top::TopArgs, trace::TraceArgs},
+    observe::{report::ReportArgs, top::TopArgs, trace::TraceArgs},
     size,
 };
 
@@ -115,6 +115,12 @@ pub enum Command {
     /// Print a line for each request of a running daemon that is slow, failed or of a sample
     #[command(after_help = TRACE_EXAMPLES)]
     Trace(TraceArgs),
+    /// Watch a running daemon and write what it did as one HTML file, with pictures, for a ticket
+    #[command(
+        after_help = "Example:\n  postern report --socket /run/postern/control --duration 60s --output slow.html\n\n\
+                      The file has names of volumes, offsets, lengths and times in it; no content."
+    )]
+    Report(ReportArgs),
     /// Monotonic counters, which tell an old state of a volume from the newest
     #[command(after_help = COUNTER_EXAMPLES)]
     Counter {
@@ -566,6 +572,7 @@ fn help_for(error: &clap::Error) -> String {
         "key",
         "rekey",
         "stats",
+        "report",
         "enclave inspect",
         "enclave sign",
         "enclave run",
@@ -632,6 +639,8 @@ mod tests {
             "counter",
             "counter reset v",
             "counter reset v --none --counter file:c",
+            "report",
+            "report --socket s --duration 5",
         ] {
             let failure = of(line).unwrap_err();
             assert_eq!(failure.exit, Exit::Usage, "{line}");

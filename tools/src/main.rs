@@ -65,6 +65,7 @@ fn dispatch() -> Result<u8, Failure> {
         Command::Stats(args) => stats::show(&args).map(|()| 0),
         Command::Top(args) => observe::top::run(&args).map(|()| 0),
         Command::Trace(args) => observe::trace::run(&args).map(|()| 0),
+        Command::Report(args) => observe::report::run(&args).map(|()| 0),
         Command::Counter { command } => counter::command(&command).map(|()| 0),
     }
 }

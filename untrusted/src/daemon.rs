@@ -85,7 +85,7 @@ pub struct Options {
     /// What one session may take of what all share.
     #[command(flatten)]
     pub limits: Limits,
-    /// Where metrics are served.
+    /// Where metrics and the page are served.
     #[command(flatten)]
     pub endpoint: EndpointOptions,
 }
@@ -99,8 +99,8 @@ pub struct Daemon {
     pub catalog: Arc<Catalog>,
     /// Where stage latencies come from.
     pub source: Source,
-    /// Where metrics are served.
-    pub endpoint: Option<Endpoint>,
+    /// Where metrics and the page are served.
+    pub endpoints: Vec<Endpoint>,
     uid: u32,
     stats_file: Option<(PathBuf, File)>,
 }
@@ -121,7 +121,7 @@ impl Daemon {
         let interface = usable(options.engine);
         // What takes its time comes before another daemon's place is taken.
         let source = options.succeed.then(|| probes(options, interface));
-        let endpoint = Endpoint::bind(&options.endpoint, options.succeed)?;
+        let endpoints = Endpoint::bind(&options.endpoint, options.succeed)?;
         let (listener, before) = match activation::inherited(&options.socket)? {
             Some(fd) => (Listener::take(fd, &options.socket, options.succeed)?, None),
             None => Listener::bind(&options.socket, options.succeed)?,
@@ -145,7 +145,7 @@ impl Daemon {
             ),
             catalog: Arc::new(catalog),
             source,
-            endpoint,
+            endpoints,
             uid: rustix::process::geteuid().as_raw(),
             stats_file,
         };
@@ -168,12 +168,11 @@ impl Daemon {
         let admission = Arc::<Admission>::default();
         let keeper = Arc::clone(&self);
         let keeper = tokio::spawn(async move { keeper.sessions.keep_leases().await });
-        let server = Arc::clone(&self);
-        let server = tokio::spawn(async move {
-            if let Some(endpoint) = &server.endpoint {
-                endpoint.serve(Arc::clone(&server)).await;
-            }
-        });
+        let mut servers = JoinSet::new();
+        for at in 0..self.endpoints.len() {
+            let server = Arc::clone(&self);
+            servers.spawn(async move { server.endpoints[at].serve(Arc::clone(&server)).await });
+        }
         loop {
             tokio::select! {
                 () = &mut stop => break,
@@ -217,7 +216,7 @@ impl Daemon {
         let _ = stopping.send(true);
         while connections.join_next().await.is_some() {}
         keeper.abort();
-        server.abort();
+        servers.abort_all();
         self.write_stats()
     }
 

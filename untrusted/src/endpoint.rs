@@ -1,7 +1,8 @@
-//! The metrics endpoint: HTTP/1.1, `GET /metrics`, one answer to a connection.
+//! Where metrics and the page are served: HTTP/1.1, `GET` only, one answer to a connection.
 //!
-//! Holds: it listens only where the operator said, and reads nothing but requests for metrics; what
-//! is not loopback wants the token; a peer that sends too much, too slowly or nonsense is answered
+//! Holds: it listens only where the operator said, and answers only what is served there; who asks
+//! from another machine needs the token for all that was measured (the page's own files are no
+//! secret); a peer that sends too much, too slowly or nonsense is answered
 //! or dropped and holds nobody up: at most 16 are served at once, each for at most
 //! 10 seconds. Does not hold: secrecy of the answers on their way; use a tunnel.
 
@@ -18,6 +19,7 @@ use tokio::sync::Semaphore;
 use crate::daemon::Daemon;
 use crate::metrics::{Format, text};
 use crate::problem::{Problem, log};
+use crate::web;
 
 /// Most connections that are served at once; further ones wait in the kernel.
 const MOST_PEERS: usize = 16;
@@ -29,18 +31,38 @@ const MOST_HEADERS: usize = 64;
 /// Shortest token, bytes.
 const LEAST_TOKEN: usize = 16;
 
-/// Where and to whom metrics are served.
+/// Where and to whom metrics and the page are served.
 #[derive(Clone, Debug, Default, clap::Args)]
-#[command(next_help_heading = "Metrics")]
+#[command(next_help_heading = "Metrics and the page")]
 pub struct EndpointOptions {
     /// Serves metrics to Prometheus at http://ADDRESS/metrics, for example 127.0.0.1:9464. An
     /// address that is not loopback needs --metrics-token-file.
     #[arg(long = "metrics", value_name = "ADDRESS")]
     pub address: Option<SocketAddr>,
-    /// Serves metrics only to those who send the token in FILE (16 characters or more) as
-    /// `Authorization: Bearer TOKEN`.
-    #[arg(long = "metrics-token-file", value_name = "FILE", requires = "address")]
+    /// Serves a page for a browser at http://ADDRESS/: latency over time, stages, slow requests. It
+    /// may be the address of the metrics. One that is not loopback needs --web-token-file.
+    #[arg(long, value_name = "ADDRESS")]
+    pub web: Option<SocketAddr>,
+    /// Serves what was measured only to those who send the token in FILE (16 characters or more) as
+    /// `Authorization: Bearer TOKEN`; the page asks for it.
+    #[arg(long = "metrics-token-file", visible_alias = "web-token-file", value_name = "FILE")]
     pub token_file: Option<std::path::PathBuf>,
+}
+
+/// What is served at an address.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Served {
+    /// `/metrics`.
+    pub metrics: bool,
+    /// The page.
+    pub page: bool,
+}
+
+impl Served {
+    /// The option that asked for it.
+    const fn option(self) -> &'static str {
+        if self.metrics { "metrics" } else { "web" }
+    }
 }
 
 /// A bound endpoint.
@@ -48,41 +70,79 @@ pub struct EndpointOptions {
 pub struct Endpoint {
     listener: TcpListener,
     address: SocketAddr,
+    served: Served,
     token: Option<Vec<u8>>,
 }
 
 impl Endpoint {
-    /// Binds the endpoint that the options ask for, if they do. `succeed`: another daemon may have
-    /// the address still. Needs a tokio runtime around it.
+    /// Binds the endpoints that the options ask for; one where both are asked for at one address.
+    /// `succeed`: another daemon may have the address still. Needs a tokio runtime around it.
     ///
     /// # Errors
     /// A [`Problem`] for the operator: an address that is in use or needs a token, a token file that
     /// holds none.
-    pub fn bind(options: &EndpointOptions, succeed: bool) -> Result<Option<Self>, Problem> {
-        let Some(address) = options.address else { return Ok(None) };
-        let token = options.token_file.as_deref().map(read_token).transpose()?;
+    pub fn bind(options: &EndpointOptions, succeed: bool) -> Result<Vec<Self>, Problem> {
+        let EndpointOptions { address, web, token_file } = options;
+        if let (Some(file), None, None) = (token_file, address, web) {
+            return Err(Problem::config(
+                "a token, and nothing is served",
+                file.display(),
+                "say where with --metrics or --web",
+            ));
+        }
+        let token = token_file.as_deref().map(read_token).transpose()?;
+        let (metrics, page) =
+            (Served { metrics: true, page: false }, Served { metrics: false, page: true });
+        let wanted = match (*address, *web) {
+            (Some(one), Some(other)) if one == other => {
+                vec![(one, Served { metrics: true, page: true })]
+            }
+            (one, other) => {
+                let one = one.map(|address| (address, metrics));
+                one.into_iter().chain(other.map(|address| (address, page))).collect()
+            }
+        };
+        let bound = wanted.into_iter();
+        bound.map(|(address, served)| Self::at(address, served, token.clone(), succeed)).collect()
+    }
+
+    fn at(
+        address: SocketAddr,
+        served: Served,
+        token: Option<Vec<u8>>,
+        succeed: bool,
+    ) -> Result<Self, Problem> {
+        let option = served.option();
         if token.is_none() && !address.ip().is_loopback() {
             return Err(Problem::config(
-                "metrics for other machines need a token",
+                format_args!("--{option} for other machines needs a token"),
                 address,
-                "name one with --metrics-token-file, or use an address like 127.0.0.1:9464",
+                &format!(
+                    "name one with --{option}-token-file, or use an address like 127.0.0.1:9464"
+                ),
             ));
         }
         let listener = listen(address, succeed).map_err(|e| {
             Problem::config(
-                format_args!("metrics can not be served ({e})"),
+                format_args!("nothing can be served ({e})"),
                 address,
-                "name a free address of this machine with --metrics",
+                &format!("name a free address of this machine with --{option}"),
             )
         })?;
         let address = listener.local_addr().unwrap_or(address);
-        Ok(Some(Self { listener, address, token }))
+        Ok(Self { listener, address, served, token })
     }
 
     /// Where it listens.
     #[must_use]
     pub const fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// What is served there.
+    #[must_use]
+    pub const fn served(&self) -> Served {
+        self.served
     }
 
     /// Serves for ever.
@@ -93,14 +153,16 @@ impl Endpoint {
             match self.listener.accept().await {
                 Ok((stream, _)) => {
                     let (daemon, token) = (Arc::clone(&daemon), self.token.clone());
+                    let served = self.served;
                     tokio::spawn(async move {
+                        let answered = answer(stream, daemon, served, token);
                         // A peer that is gone or too slow has nobody to be told to.
-                        let _ = tokio::time::timeout(PATIENCE, answer(stream, daemon, token)).await;
+                        let _ = tokio::time::timeout(PATIENCE, answered).await;
                         drop(permit);
                     });
                 }
                 Err(e) => {
-                    log(format_args!("accept failed ({e})"), "metrics", "it is tried again");
+                    log(format_args!("accept failed ({e})"), self.address, "it is tried again");
                     tokio::time::sleep(Duration::from_millis(100)).await;
                 }
             }
@@ -141,27 +203,47 @@ fn read_token(path: &Path) -> Result<Vec<u8>, Problem> {
     Ok(token.as_bytes().to_vec())
 }
 
-/// Why a request gets no metrics: status and reason.
+/// Why a request gets nothing: status and reason.
 type Refusal = &'static str;
+
+/// What a request asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wish {
+    Metrics(Format),
+    Page(web::Wish),
+}
 
 async fn answer(
     mut stream: TcpStream,
     daemon: Arc<Daemon>,
+    served: Served,
     token: Option<Vec<u8>>,
 ) -> std::io::Result<()> {
     let Some(head) = read_head(&mut stream).await? else {
         return respond(&mut stream, "431 Request Header Fields Too Large", "text/plain", "").await;
     };
-    match judge(&head, token.as_deref()) {
-        Ok(format) => {
-            daemon.sessions.settle().await;
-            let body =
-                tokio::task::spawn_blocking(move || text(&daemon.sessions, &daemon.source, format));
-            let body = body.await.map_err(std::io::Error::other)?;
-            respond(&mut stream, "200 OK", format.content_type(), &body).await
+    let (content_type, made) = match judge(&head, served, token.as_deref()) {
+        Ok(Wish::Page(web::Wish::File(file))) => {
+            return respond(&mut stream, "200 OK", file.content_type, file.text).await;
         }
-        Err(refusal) => respond(&mut stream, refusal, "text/plain", &format!("{refusal}\n")).await,
-    }
+        Ok(Wish::Page(wish)) => {
+            if wish == web::Wish::Snapshot {
+                daemon.sessions.settle().await;
+            }
+            let make = move || web::text(&daemon.sessions, &daemon.source, wish);
+            ("application/json", tokio::task::spawn_blocking(make))
+        }
+        Ok(Wish::Metrics(format)) => {
+            daemon.sessions.settle().await;
+            let make = move || text(&daemon.sessions, &daemon.source, format);
+            (format.content_type(), tokio::task::spawn_blocking(make))
+        }
+        Err(refusal) => {
+            return respond(&mut stream, refusal, "text/plain", &format!("{refusal}\n")).await;
+        }
+    };
+    let body = made.await.map_err(std::io::Error::other)?;
+    respond(&mut stream, "200 OK", content_type, &body).await
 }
 
 /// The head of a request; `None` if it is too long.
@@ -181,8 +263,8 @@ async fn read_head(stream: &mut TcpStream) -> std::io::Result<Option<Vec<u8>>> {
     Ok(Some(head))
 }
 
-/// Whether a request gets metrics, and in which format.
-fn judge(head: &[u8], token: Option<&[u8]>) -> Result<Format, Refusal> {
+/// Whether a request gets what it asks for.
+fn judge(head: &[u8], served: Served, token: Option<&[u8]>) -> Result<Wish, Refusal> {
     let mut headers = [httparse::EMPTY_HEADER; MOST_HEADERS];
     let mut request = httparse::Request::new(&mut headers);
     if !request.parse(head).is_ok_and(|status| status.is_complete()) {
@@ -192,7 +274,12 @@ fn judge(head: &[u8], token: Option<&[u8]>) -> Result<Format, Refusal> {
         let mut all = request.headers.iter();
         all.find(|header| header.name.eq_ignore_ascii_case(name)).map(|header| header.value)
     };
+    let (path, query) =
+        request.path.map_or(("", ""), |path| path.split_once('?').unwrap_or((path, "")));
+    let page = web::Wish::of(path, query).filter(|_| served.page);
     match token {
+        // A page that could not be shown could not ask for the token.
+        Some(_) if matches!(page, Some(web::Wish::File(_))) => {}
         Some(token) => {
             let sent = header("authorization").and_then(|value| value.strip_prefix(b"Bearer "));
             if !sent.is_some_and(|sent| is_same(sent, token)) {
@@ -203,15 +290,14 @@ fn judge(head: &[u8], token: Option<&[u8]>) -> Result<Format, Refusal> {
         None if !header("host").is_some_and(is_local) => return Err("403 Forbidden"),
         None => {}
     }
-    let path = request.path.map(|path| path.split('?').next().unwrap_or(path));
-    match (request.method, path) {
-        (Some("GET"), Some("/metrics")) => {
-            let accept = header("accept").unwrap_or_default();
-            Ok(Format::asked_for(&String::from_utf8_lossy(accept)))
-        }
-        (Some("GET"), _) => Err("404 Not Found"),
-        _ => Err("405 Method Not Allowed"),
+    if request.method != Some("GET") {
+        return Err("405 Method Not Allowed");
     }
+    if served.metrics && path == "/metrics" {
+        let accept = header("accept").unwrap_or_default();
+        return Ok(Wish::Metrics(Format::asked_for(&String::from_utf8_lossy(accept))));
+    }
+    page.map(Wish::Page).ok_or("404 Not Found")
 }
 
 /// Compares without telling by its time where the difference is.
@@ -238,8 +324,11 @@ async fn respond(
 ) -> std::io::Result<()> {
     let head = format!(
         "HTTP/1.1 {status}\r\nContent-Type: {content_type}\r\nContent-Length: {}\r\n\
-         Connection: close\r\n\r\n",
-        body.len()
+         Connection: close\r\nCache-Control: no-store\r\nContent-Security-Policy: {}\r\n\
+         X-Content-Type-Options: nosniff\r\nCross-Origin-Resource-Policy: same-origin\r\n\
+         Referrer-Policy: no-referrer\r\n\r\n",
+        body.len(),
+        postern_page::POLICY
     );
     stream.write_all(head.as_bytes()).await?;
     stream.write_all(body.as_bytes()).await?;
@@ -252,19 +341,64 @@ mod tests {
 
     const HOST: &str = "Host: 127.0.0.1:9464\r\n";
 
-    fn ask(line: &str, headers: &str, token: Option<&[u8]>) -> Result<Format, Refusal> {
-        judge(format!("{line} HTTP/1.1\r\n{headers}\r\n").as_bytes(), token)
+    const BOTH: Served = Served { metrics: true, page: true };
+
+    fn ask_at(
+        served: Served,
+        line: &str,
+        headers: &str,
+        token: Option<&[u8]>,
+    ) -> Result<Wish, Refusal> {
+        judge(format!("{line} HTTP/1.1\r\n{headers}\r\n").as_bytes(), served, token)
+    }
+
+    fn ask(line: &str, headers: &str, token: Option<&[u8]>) -> Result<Wish, Refusal> {
+        ask_at(Served { metrics: true, page: false }, line, headers, token)
+    }
+
+    #[test]
+    fn each_address_serves_what_was_asked_for_there() {
+        let page = Served { metrics: false, page: true };
+        for (served, metrics, shown) in [
+            (BOTH, true, true),
+            (page, false, true),
+            (Served { metrics: true, page: false }, true, false),
+        ] {
+            let ok = |line| ask_at(served, line, HOST, None).is_ok();
+            assert_eq!(ok("GET /metrics"), metrics);
+            for line in ["GET /", "GET /app.js", "GET /api/snapshot", "GET /api/records?first=1"] {
+                assert_eq!(ok(line), shown, "{line}");
+            }
+            assert!(!ok("GET /api") && !ok("GET /other.js") && !ok("POST /"));
+            assert_eq!(
+                ask_at(served, "GET /", "Host: evil.example\r\n", None),
+                Err("403 Forbidden")
+            );
+        }
+    }
+
+    #[test]
+    fn with_a_token_the_pages_files_are_open_and_what_was_measured_is_not() {
+        let token = Some(&b"0123456789abcdef"[..]);
+        for line in ["GET /", "GET /app.js", "GET /style.css"] {
+            assert!(ask_at(BOTH, line, "", token).is_ok(), "{line}");
+        }
+        for line in ["GET /api/snapshot", "GET /api/records", "GET /metrics", "GET /none"] {
+            assert_eq!(ask_at(BOTH, line, HOST, token), Err("401 Unauthorized"), "{line}");
+        }
+        let with = "Authorization: Bearer 0123456789abcdef\r\n";
+        assert!(ask_at(BOTH, "GET /api/snapshot", with, token).is_ok());
     }
 
     #[test]
     fn only_get_of_metrics_is_answered() {
-        assert_eq!(ask("GET /metrics", HOST, None), Ok(Format::Plain));
-        assert_eq!(ask("GET /metrics?x=1", HOST, None), Ok(Format::Plain));
+        assert_eq!(ask("GET /metrics", HOST, None), Ok(Wish::Metrics(Format::Plain)));
+        assert_eq!(ask("GET /metrics?x=1", HOST, None), Ok(Wish::Metrics(Format::Plain)));
         let accept = format!("{HOST}accept: application/openmetrics-text;version=1.0.0\r\n");
-        assert_eq!(ask("GET /metrics", &accept, None), Ok(Format::OpenMetrics));
+        assert_eq!(ask("GET /metrics", &accept, None), Ok(Wish::Metrics(Format::OpenMetrics)));
         assert_eq!(ask("GET /", HOST, None), Err("404 Not Found"));
         assert_eq!(ask("POST /metrics", HOST, None), Err("405 Method Not Allowed"));
-        assert_eq!(judge(b"\x16\x03\x01 nonsense\r\n\r\n", None), Err("400 Bad Request"));
+        assert_eq!(judge(b"\x16\x03\x01 nonsense\r\n\r\n", BOTH, None), Err("400 Bad Request"));
         let many = HOST.repeat(MOST_HEADERS + 1);
         assert_eq!(ask("GET /metrics", &many, None), Err("400 Bad Request"));
     }

@@ -249,7 +249,9 @@ impl Lane {
             if now_ns() >= until {
                 break false;
             }
-            std::hint::spin_loop();
+            // The kernel ends direct writes on a worker of the processor that was interrupted. It
+            // does not take the place of a thread that spins there before that one's slice is over.
+            std::thread::yield_now();
         };
         self.spinner.end(won);
         self.stats.add(|c| &c.spins_won, u64::from(won));

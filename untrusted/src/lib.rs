@@ -7,7 +7,7 @@
 //! in, on a socket that is made here or is there already ([`activation`]); [`session`] and [`files`]
 //! own what a call opens, [`mod@lease`] says for how long, [`limits`] how much of it; [`region`],
 //! [`lane`] and [`engine`] are the data path; [`stats`], [`volumes`], [`records`], [`report`],
-//! [`measured`], [`metrics`] and [`endpoint`] tell what happened; [`confinement`] is the cage around
+//! [`measured`], [`metrics`], [`web`] and [`endpoint`] tell what happened; [`confinement`] is the cage around
 //! all of it.
 
 pub mod activation;
@@ -34,3 +34,4 @@ pub mod session;
 pub mod socket;
 pub mod stats;
 pub mod volumes;
+pub mod web;

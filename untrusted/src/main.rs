@@ -51,8 +51,14 @@ async fn run(options: &Options) -> Result<(), Problem> {
     let mut out = std::io::stdout().lock();
     // Whoever started us without a place to read from does not wait for the line.
     let _ = writeln!(out, "posternd: ready on {}", options.socket.display());
-    if let Some(endpoint) = &daemon.endpoint {
-        let _ = writeln!(out, "posternd: metrics on http://{}/metrics", endpoint.address());
+    for endpoint in &daemon.endpoints {
+        let (address, served) = (endpoint.address(), endpoint.served());
+        if served.metrics {
+            let _ = writeln!(out, "posternd: metrics on http://{address}/metrics");
+        }
+        if served.page {
+            let _ = writeln!(out, "posternd: page on http://{address}/");
+        }
     }
     let _ = out.flush();
     drop(out);

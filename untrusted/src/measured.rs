@@ -9,7 +9,9 @@ use serde_json::Value;
 
 use crate::engine::now_ns;
 use crate::histogram::Snapshot;
-use crate::report::Source;
+use crate::records::Record;
+use crate::report::{Source, report};
+use crate::session::Sessions;
 use crate::stats::StatsHub;
 use crate::volumes::{OPERATIONS, OUTCOMES, STAGES, VolumeTotals};
 
@@ -46,7 +48,7 @@ pub fn page(
         MEASURED_LATENCY => Box::new(latency(hub, source).into_iter()),
         MEASURED_RECORDS => {
             let records = hub.records(first.saturating_sub(1)).into_iter();
-            Box::new(records.map(|record| (record.number, to_value(record))))
+            Box::new(records.map(|record| (record.number, told(&record))))
         }
         _ => return None,
     };
@@ -66,8 +68,37 @@ pub fn page(
     serde_json::to_vec(&page).ok()
 }
 
-fn to_value(item: impl Serialize) -> Value {
-    serde_json::to_value(item).unwrap_or_default()
+/// A record, with its id as other faces show it: a script's numbers do not hold all of one.
+fn told(record: &Record) -> Value {
+    let mut value = serde_json::to_value(record).unwrap_or_default();
+    value["request"] = record.request().into();
+    value
+}
+
+/// All that was measured but records, with the daemon's report: what the page shows. Of latency at
+/// most `most` bytes, as far as that goes; the number of what is left out is in it.
+#[must_use]
+pub fn snapshot(sessions: &Sessions, source: &Source, most: usize) -> String {
+    let (mut length, mut left_out) = (0, 0);
+    let mut kept = Vec::new();
+    for (_, item) in latency(sessions.hub(), source) {
+        length += item.to_string().len() + 1;
+        if length <= most {
+            kept.push(item);
+        } else {
+            left_out += 1;
+        }
+    }
+    let volumes: Vec<Value> = volumes(sessions.hub()).into_iter().map(|(_, item)| item).collect();
+    serde_json::json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "now_ns": now_ns(),
+        "report": report(sessions, source),
+        "volumes": volumes,
+        "latency": kept,
+        "left_out": left_out,
+    })
+    .to_string()
 }
 
 fn volumes(hub: &StatsHub) -> Vec<(u64, Value)> {
@@ -182,5 +213,35 @@ mod tests {
         assert_eq!(volumes[1]["operations"]["read"]["outcomes"]["ok"], 12);
         let source = Source::Daemon(String::new());
         assert!(page(&hub, &source, 0, 0, 1 << 17).is_none());
+    }
+
+    #[test]
+    fn a_snapshot_says_what_the_pages_say_and_how_much_it_leaves_out() {
+        let sessions = Sessions::default();
+        let lane = sessions.hub().lane(1, true);
+        let stats = lane.volume(lane.place_of("a")).unwrap();
+        for n in 1..50 {
+            stats.begin();
+            stats.record(Stage::Device, 1 + n % 4, n * 1_000);
+            stats.end(1 + n % 4, 0, 0);
+        }
+        let source = Source::Daemon("no probes".to_owned());
+        let of = |most| serde_json::from_str::<Value>(&snapshot(&sessions, &source, most)).unwrap();
+        let whole = of(1 << 20);
+        for (name, what) in [("volumes", MEASURED_VOLUMES), ("latency", MEASURED_LATENCY)] {
+            let items = Value::Array(pages(sessions.hub(), what, 1 << 17));
+            assert_eq!(whole[name], items, "{name}");
+        }
+        assert_eq!(whole["left_out"], 0);
+        assert_eq!(whole["report"]["source_note"], "no probes");
+        let part = of(whole["latency"][0].to_string().len() + 1);
+        assert_eq!((part["latency"].as_array().unwrap().len(), &part["left_out"]), (1, &3.into()));
+    }
+
+    #[test]
+    fn a_record_names_its_request_as_text() {
+        let id = 0x9057_0010_0200_0003;
+        let told = told(&Record { id, ..Record::default() });
+        assert_eq!((&told["request"], &told["id"]), (&"001002000003".into(), &id.into()));
     }
 }

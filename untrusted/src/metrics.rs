@@ -276,7 +276,7 @@ fn exemplar(record: &Record, stage: usize) -> Option<Exemplar> {
     let ago = Duration::from_nanos(now_ns().saturating_sub(reaped_ns));
     let at = SystemTime::now().checked_sub(ago)?.duration_since(UNIX_EPOCH).ok()?;
     let at = format!("{}.{:03}", at.as_secs(), at.subsec_millis());
-    Some(Exemplar { request: format!("{:012x}", record.id & 0xffff_ffff_ffff), ns, at })
+    Some(Exemplar { request: record.request(), ns, at })
 }
 
 struct Text {

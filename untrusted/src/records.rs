@@ -89,6 +89,14 @@ record! {
     delivered_ns: u64,
 }
 
+impl Record {
+    /// The request's id without its tag, as all faces show it.
+    #[must_use]
+    pub fn request(&self) -> String {
+        format!("{:012x}", self.id & 0xffff_ffff_ffff)
+    }
+}
+
 /// What the daemon keeps records of; all its lanes share it.
 #[derive(Debug)]
 pub struct Terms {

@@ -234,6 +234,9 @@ fn metrics_for_other_machines_want_a_token_and_a_busy_address_is_refused() {
     assert!(refused(&["--metrics", "0.0.0.0:0"]).contains("--metrics-token-file"));
     let token = dir.path().join("token");
     std::fs::write(&token, "short\n").unwrap();
+    assert!(refused(&["--web", "0.0.0.0:0"]).contains("--web-token-file"));
+    let alone = ["--web-token-file", token.to_str().unwrap()];
+    assert!(refused(&alone).contains("nothing is served"));
     let with = ["--metrics", "127.0.0.1:0", "--metrics-token-file", token.to_str().unwrap()];
     assert!(refused(&with).contains("16 characters"));
     let busy = TcpListener::bind("127.0.0.1:0").unwrap();

@@ -5,6 +5,7 @@
 
 mod heat;
 mod perfetto;
+pub mod report;
 mod sample;
 pub mod top;
 pub mod trace;

@@ -82,7 +82,7 @@ pub enum Ending {
 }
 
 /// A time: digits and one of ns, us, ms, s.
-fn nanoseconds(text: &str) -> Result<u64, String> {
+pub(super) fn nanoseconds(text: &str) -> Result<u64, String> {
     let number = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let unit = match &text[number.len()..] {
         "ns" => 1,
@@ -158,7 +158,7 @@ fn wanted(args: &TraceArgs, record: &Record, name: &str) -> bool {
 
 /// Takes each record once and counts those that never came.
 #[derive(Debug, Default)]
-struct Reader {
+pub(super) struct Reader {
     /// Where the next question begins.
     next: u64,
     /// Highest number that was looked at.
@@ -169,9 +169,24 @@ struct Reader {
 }
 
 impl Reader {
+    /// One that begins with the record of this number.
+    pub(super) fn from(next: u64) -> Self {
+        Self { next, ..Self::default() }
+    }
+
+    /// Where the next question begins.
+    pub(super) const fn next(&self) -> u64 {
+        self.next
+    }
+
+    /// How many never came.
+    pub(super) const fn lost(&self) -> u64 {
+        self.lost
+    }
+
     /// Those of `records` that are new, in the order of their numbers; `last` had been given out
     /// when they were read.
-    fn take(&mut self, mut records: Vec<Record>, last: u64) -> Vec<Record> {
+    pub(super) fn take(&mut self, mut records: Vec<Record>, last: u64) -> Vec<Record> {
         records.sort_unstable_by_key(|record| record.number);
         records.dedup_by_key(|record| record.number);
         let begin = self.highest.max(self.next.saturating_sub(1));

@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod activation;
+mod browser;
 mod common;
 mod counter;
 mod death;
@@ -21,6 +22,7 @@ mod limits;
 mod matrix;
 mod memory;
 mod observe;
+mod page;
 mod programs;
 mod reader;
 mod record;

@@ -12,7 +12,7 @@ use posternd::problem::Problem;
 
 pub struct InProcess {
     pub socket: PathBuf,
-    /// Where it serves metrics, if it does.
+    /// Where it serves metrics or the page, if it does.
     pub metrics: Option<SocketAddr>,
     stop: Option<tokio::sync::oneshot::Sender<()>>,
     thread: Option<std::thread::JoinHandle<Result<(), Problem>>>,
@@ -36,7 +36,7 @@ impl InProcess {
             runtime.block_on(async {
                 match Daemon::start(&options) {
                     Ok((daemon, listener)) => {
-                        let metrics = daemon.endpoint.as_ref().map(Endpoint::address);
+                        let metrics = daemon.endpoints.first().map(Endpoint::address);
                         ready.send(Ok(metrics)).unwrap();
                         let stop = async {
                             let _ = stopped.await;
