@@ -111,8 +111,9 @@ fn latency(hub: &StatsHub, source: &Source) -> Vec<(u64, Value)> {
         }
     }
     if let Source::Probes(probes) = source {
-        for (number, (stage, operation, histogram)) in (OF_PROBES..).zip(probes.latency()) {
-            all.push((number, series("ebpf", None, stage, operation, &histogram)));
+        let of_probes = (OF_PROBES..).zip(probes.latency());
+        for (number, (volume, stage, operation, histogram)) in of_probes {
+            all.push((number, series("ebpf", Some(volume), stage, operation, &histogram)));
         }
     }
     all

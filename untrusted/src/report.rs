@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use crate::engine::Interface;
 use crate::problem::log;
 use crate::session::Sessions;
 use crate::stats::{StageRow, StatsReport};
@@ -16,13 +17,14 @@ pub enum Source {
 }
 
 impl Source {
-    /// Has the probes loaded for this process, unless `wanted` is false.
+    /// Has the probes loaded for this process, which does its I/O by `interface`, unless `wanted` is
+    /// false.
     #[must_use]
-    pub fn load(wanted: bool, object: Option<&Path>) -> Self {
+    pub fn load(wanted: bool, object: Option<&Path>, interface: Interface) -> Self {
         if !wanted {
             return Self::Daemon("probes are off; start posternd without --no-probes".to_owned());
         }
-        match crate::probes::Probes::start(object) {
+        match crate::probes::Probes::start(object, interface) {
             Ok(probes) => Self::Probes(Box::new(probes)),
             Err(unavailable) => {
                 log("no eBPF probes", &unavailable, "stages are taken by the daemon's own clock");

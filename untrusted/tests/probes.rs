@@ -16,6 +16,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use postern_ebpf_common::{TracedIocb, aio_data};
+use posternd::engine::Interface;
 use posternd::probes::{OBJECT_NAME, OBJECT_VARIABLE, Probes, ProbesUnavailable};
 use posternd::stats::StageRow;
 
@@ -43,7 +44,7 @@ fn probes_on(tgid: u32) -> Option<(MutexGuard<'static, ()>, Probes)> {
         say("SKIPPED: no postern-probes.o; build it by `cargo xtask build`");
         return None;
     };
-    match Probes::load(Some(&object), tgid) {
+    match Probes::load(Some(&object), tgid, Interface::Libaio) {
         Ok(probes) => Some((guard, probes)),
         Err(error @ (ProbesUnavailable::Object { .. } | ProbesUnavailable::Refused { .. })) => {
             panic!("{error}")
@@ -188,7 +189,8 @@ impl Program {
             prev_delivered_ns: self.delivered.get(&index).copied().unwrap_or(0),
             op,
             length: length as u64,
-            reserved: [0; 3],
+            volume: 0,
+            reserved: [0; 2],
         }
     }
 
