@@ -7,10 +7,13 @@
 #![allow(clippy::unwrap_used)]
 
 mod activation;
+mod blame;
 mod common;
 mod counter;
 mod death;
+mod devices;
 mod directory;
+
 mod full;
 mod handshake;
 mod keys;
