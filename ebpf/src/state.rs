@@ -5,8 +5,8 @@ use core::ptr::read_volatile;
 
 use aya_ebpf::bindings::{bpf_pidns_info, task_struct};
 use aya_ebpf::helpers::generated::{
-    bpf_get_current_pid_tgid, bpf_get_current_task, bpf_get_current_task_btf, bpf_get_ns_current_pid_tgid,
-    bpf_probe_read_kernel, bpf_probe_read_user, bpf_task_pt_regs,
+    bpf_get_current_pid_tgid, bpf_get_current_task, bpf_get_current_task_btf,
+    bpf_get_ns_current_pid_tgid, bpf_probe_read_kernel, bpf_probe_read_user, bpf_task_pt_regs,
 };
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, PerCpuArray};

@@ -26,7 +26,7 @@ const HELD_NS: u64 = 2_000_000_000;
 
 /// A daemon with its probes on a device that can be held, and a program that does I/O on it. What is
 /// first here goes first.
-struct Scene {
+pub struct Scene {
     server: Server,
     daemon: Running,
     socket: PathBuf,
@@ -38,7 +38,8 @@ struct Scene {
 }
 
 impl Scene {
-    fn new() -> Option<Self> {
+    /// `None` (said loudly) where this machine can not have it.
+    pub fn new() -> Option<Self> {
         let world = World::new()?;
         if !are_possible(&["fsfreeze", "mkfs.ext4"]) {
             return None;
@@ -66,10 +67,16 @@ impl Scene {
         Some(scene)
     }
 
-    fn report(&self) -> Value {
-        let mut command = self.world.postern(["stats", "--json", "--socket"]);
-        let said = end(command.arg(&self.socket)).expect(0).stdout;
+    /// What `postern WORDS --json` says of the daemon.
+    pub fn ask(&self, words: &[&str]) -> Value {
+        let mut command = self.world.postern(words);
+        let said = end(command.args(["--json", "--socket"]).arg(&self.socket)).expect(0).stdout;
         serde_json::from_str(&said).unwrap()
+    }
+
+    /// The daemon's statistics.
+    pub fn report(&self) -> Value {
+        self.ask(&["stats"])
     }
 
     fn counter(&self, name: &str) -> u64 {
@@ -97,7 +104,7 @@ impl Scene {
 
     /// Writes and collects, so often that each place in the lane is used again: only then is it known
     /// when what was there before was delivered.
-    fn requests(&mut self, times: usize) {
+    pub fn requests(&mut self, times: usize) {
         for _ in 0..times {
             self.submit(32);
             self.collect(32);
@@ -128,7 +135,8 @@ impl Scene {
         }
     }
 
-    fn end(self) {
+    /// Ends the program, then the daemon.
+    pub fn end(self) {
         let Self { server, daemon, socket, .. } = self;
         server.end();
         signal("TERM", daemon.pid());
@@ -139,7 +147,7 @@ impl Scene {
 
 /// A daemon with probes that lets `device` be opened as `v`; `None` (said loudly) where probes can not
 /// run.
-pub fn probed(world: &World, socket: &Path, device: &Path) -> Option<Running> {
+fn probed(world: &World, socket: &Path, device: &Path) -> Option<Running> {
     let mut command = Command::new(world.part("posternd"));
     command.arg("--socket").arg(socket).arg("--file").arg(format!("v={}", device.display()));
     let mut daemon = begin(&mut command);

@@ -13,7 +13,7 @@ mod counter;
 mod death;
 mod devices;
 mod directory;
-
+mod filesystems;
 mod full;
 mod handshake;
 mod keys;
@@ -31,4 +31,5 @@ mod refusals;
 mod seal;
 mod sight;
 mod succession;
+mod switch;
 mod tamper;
