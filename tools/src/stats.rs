@@ -178,7 +178,7 @@ fn table(report: &Report) -> String {
 }
 
 /// Nanoseconds as microseconds with one decimal.
-fn micros(ns: u64) -> String {
+pub(crate) fn micros(ns: u64) -> String {
     let tenths = ns.saturating_add(50) / 100;
     format!("{}.{}", tenths / 10, tenths % 10)
 }

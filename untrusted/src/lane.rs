@@ -16,7 +16,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::engine::{Act, Engine, Place, ThreadWork, now_ns};
+use crate::engine::{Act, Engine, Place, Work, now_ns};
 use crate::files::HostFile;
 use crate::problem::log;
 use crate::socket::watch as watch_fd;
@@ -137,7 +137,7 @@ struct Lane {
     stopping: bool,
     /// Wait for their turn: one at a time, the file system works on each for a while. At most one
     /// for each request index.
-    discards: VecDeque<ThreadWork>,
+    discards: VecDeque<Work>,
     discarding: bool,
 }
 
@@ -175,7 +175,7 @@ impl Lane {
             true
         });
         // Of nothing, which is usual, this allocates nothing.
-        let work: Vec<_> = self.engine.take_thread_work().collect();
+        let work: Vec<_> = self.engine.take_work().collect();
         for work in work {
             match (work.place, work.act) {
                 (Place::Here, _) => self.engine.done(work.index, work.run()),
@@ -188,7 +188,7 @@ impl Lane {
     }
 
     /// Does `work` on a thread, which tells the lane of its end.
-    fn on_thread(&mut self, work: ThreadWork, end: fn(usize, i64) -> Command) {
+    fn on_thread(&mut self, work: Work, end: fn(usize, i64) -> Command) {
         let Some(commands) = self.commands.upgrade() else {
             // The session forgot this lane: nobody is delayed by it any more.
             let result = work.run();
@@ -196,7 +196,7 @@ impl Lane {
         };
         tokio::task::spawn_blocking(move || {
             let result = work.run();
-            let ThreadWork { index, file, .. } = work;
+            let Work { index, file, .. } = work;
             drop(file);
             // The lane waits for this before it ends.
             let _ = commands.send(end(index, result));
@@ -249,7 +249,9 @@ impl Lane {
             if now_ns() >= until {
                 break false;
             }
-            std::hint::spin_loop();
+            // The kernel ends direct writes on a worker of the processor that was interrupted. It
+            // does not take the place of a thread that spins there before that one's slice is over.
+            std::thread::yield_now();
         };
         self.spinner.end(won);
         self.stats.add(|c| &c.spins_won, u64::from(won));

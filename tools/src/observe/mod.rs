@@ -229,9 +229,3 @@ impl<'a> Daemon<'a> {
 fn printable(name: &str) -> String {
     name.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
 }
-
-/// Nanoseconds as microseconds with one decimal.
-fn micros(ns: u64) -> String {
-    let tenths = ns.saturating_add(50) / 100;
-    format!("{}.{}", tenths / 10, tenths % 10)
-}

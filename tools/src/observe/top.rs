@@ -14,7 +14,10 @@ use super::{
     sample::{Interval, Sample},
     view::View,
 };
-use crate::error::{Exit, Failure};
+use crate::{
+    error::{Exit, Failure},
+    stats::micros,
+};
 
 /// `postern top`.
 #[derive(Args, Debug)]
@@ -145,8 +148,8 @@ fn table(interval: &Interval) -> String {
             super::printable(&row.name),
             row.rate(),
             row.throughput() / 1e6,
-            super::micros(row.p50_ns),
-            super::micros(row.p99_ns),
+            micros(row.p50_ns),
+            micros(row.p99_ns),
             row.errors
         );
     }

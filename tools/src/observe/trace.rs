@@ -12,8 +12,8 @@ use std::{
 
 use clap::{Args, ValueEnum};
 
-use super::{Daemon, Record, STAGES, micros, perfetto::Perfetto, printable};
-use crate::error::Failure;
+use super::{Daemon, Record, STAGES, perfetto::Perfetto, printable};
+use crate::{error::Failure, stats::micros};
 
 /// How often the daemon is asked.
 const ROUND: Duration = Duration::from_millis(100);

@@ -13,9 +13,10 @@ use ratatui::{
 
 use super::{
     heat::{Heat, label},
-    micros, printable,
+    printable,
     sample::{Interval, VolumeRow, WHOLE},
 };
+use crate::stats::micros;
 
 /// Width of the heatmap's labels.
 const LABELS: u16 = 8;

@@ -11,7 +11,7 @@
 
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use crate::wait;
+use crate::{sys, wait};
 
 /// Longest spin in nanoseconds.
 const LONGEST_NS: u64 = 400_000;
@@ -87,6 +87,9 @@ impl Spinner {
             if wait::now_ns() >= end {
                 break false;
             }
+            // The kernel ends direct writes on a worker of the processor that was interrupted. It
+            // does not take the place of a thread that spins there before that one's slice is over.
+            sys::yield_now();
         };
         self.settle(won);
         won

@@ -75,6 +75,30 @@ impl Queue for Pushed {
     }
 }
 
+/// A fresh port, as the daemon has it and as the enclave has it, and its doorbells.
+#[allow(clippy::unwrap_used, reason = "a fuzz target and tests fail by panicking")]
+pub(super) fn fresh_port(entries: usize, data_bytes: usize) -> (Arc<Region>, Region, Doorbells) {
+    let geometry = Geometry::new(entries, data_bytes).unwrap();
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let memory = rustix::fs::memfd_create("port", flags).unwrap();
+    let bytes = geometry.region_bytes() as u64;
+    rustix::fs::ftruncate(&memory, bytes).unwrap();
+    rustix::fs::fcntl_add_seals(&memory, SealFlags::SHRINK | SealFlags::GROW).unwrap();
+    for (word, value) in [
+        (header::MAGIC, port::MAGIC),
+        (header::VERSION, 1),
+        (header::ENTRIES, entries as u64),
+        (header::DATA_OFFSET, geometry.data_offset as u64),
+        (header::DATA_BYTES, geometry.data_bytes as u64),
+    ] {
+        rustix::io::pwrite(&memory, &value.to_ne_bytes(), word as u64 * 8).unwrap();
+    }
+    let bell = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
+    let doorbells = Doorbells { driver: bell(), service: bell() };
+    let map = || Region::map(&memory, bytes).unwrap();
+    (Arc::new(map()), map(), doorbells)
+}
+
 /// An engine, and the enclave's view of its port.
 struct Bench {
     engine: Engine,
@@ -96,24 +120,7 @@ impl Bench {
     #[allow(clippy::unwrap_used, reason = "a fuzz target fails by panicking")]
     fn new() -> Self {
         static MADE: AtomicU64 = AtomicU64::new(0);
-        let geometry = Geometry::new(ENTRIES as usize, 4 << 20).unwrap();
-        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-        let memory = rustix::fs::memfd_create("port", flags).unwrap();
-        let bytes = geometry.region_bytes() as u64;
-        rustix::fs::ftruncate(&memory, bytes).unwrap();
-        rustix::fs::fcntl_add_seals(&memory, SealFlags::SHRINK | SealFlags::GROW).unwrap();
-        for (word, value) in [
-            (header::MAGIC, port::MAGIC),
-            (header::VERSION, 1),
-            (header::ENTRIES, ENTRIES),
-            (header::DATA_OFFSET, geometry.data_offset as u64),
-            (header::DATA_BYTES, geometry.data_bytes as u64),
-        ] {
-            rustix::io::pwrite(&memory, &value.to_ne_bytes(), word as u64 * 8).unwrap();
-        }
-        let bell = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
-        let doorbells = Doorbells { driver: bell(), service: bell() };
-        let region = Arc::new(Region::map(&memory, bytes).unwrap());
+        let (region, enclave, doorbells) = fresh_port(ENTRIES as usize, 4 << 20);
         let share = LaneShare::unlimited();
         let (stats, interface) = (Arc::default(), Interface::Libaio);
         let mut engine = Engine::new(region, LANE, doorbells, stats, share, interface).unwrap();
@@ -135,7 +142,6 @@ impl Bench {
             engine.add_file(handle, Arc::new(file));
         }
         std::fs::remove_dir_all(&directory).unwrap();
-        let enclave = Region::map(&memory, bytes).unwrap();
         Self { engine, pushed, enclave, files }
     }
 
@@ -215,7 +221,7 @@ impl Bench {
             })
             .collect();
         assert_eq!(pushed, asked, "for the kernel");
-        let work: Vec<_> = (self.engine.thread_work.iter())
+        let work: Vec<_> = (self.engine.work.iter())
             .map(|work| (work.index as u64, work.place, work.act))
             .collect();
         assert_eq!(work, discards, "for threads");
@@ -227,7 +233,7 @@ impl Bench {
         while let Some(index) = self.engine.queue.drop_first() {
             self.engine.complete(index, CANCELED, 1);
         }
-        let work: Vec<_> = self.engine.take_thread_work().map(|work| work.index).collect();
+        let work: Vec<_> = self.engine.take_work().map(|work| work.index).collect();
         work.into_iter().for_each(|index| self.engine.done(index, CANCELED));
         self.engine.publish();
         // No flush is short: they all go to the kernel.

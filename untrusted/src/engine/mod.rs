@@ -91,7 +91,7 @@ impl std::fmt::Display for BrokenRing {
 /// A request that the kernel is not asked for by io_submit: to be done elsewhere, then told by
 /// [`Engine::done`].
 #[derive(Debug)]
-pub struct ThreadWork {
+pub struct Work {
     /// Request index.
     pub index: usize,
     /// Where.
@@ -111,7 +111,7 @@ pub enum Place {
     Here,
 }
 
-/// What a thread does.
+/// What is to be done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Act {
     /// fdatasync(2).
@@ -125,7 +125,7 @@ pub enum Act {
     },
 }
 
-impl ThreadWork {
+impl Work {
     /// Does it: 0 or a negative errno. Blocks.
     #[must_use]
     pub fn run(&self) -> i64 {
@@ -155,7 +155,7 @@ pub struct Engine {
     files: FileTable,
     /// Completions not yet written to the ring: id, result, when reaped.
     staged: Vec<(u64, i64, u64)>,
-    thread_work: Vec<ThreadWork>,
+    work: Vec<Work>,
     flushes: Pace,
     taken: u64,
     published: u64,
@@ -213,7 +213,7 @@ impl Engine {
             chooser: Chooser::default(),
             files: FileTable::default(),
             staged: Vec::with_capacity(entries),
-            thread_work: Vec::new(),
+            work: Vec::new(),
             flushes: Pace::default(),
             taken: 0,
             published: 0,
@@ -270,12 +270,12 @@ impl Engine {
         self.in_flight == 0
     }
 
-    /// Requests that need a thread, since the last call.
-    pub fn take_thread_work(&mut self) -> impl Iterator<Item = ThreadWork> + '_ {
-        self.thread_work.drain(..)
+    /// Requests that the owner is to do, since the last call.
+    pub fn take_work(&mut self) -> impl Iterator<Item = Work> + '_ {
+        self.work.drain(..)
     }
 
-    /// A request handed out by [`Self::take_thread_work`] is done: 0 or a negative errno.
+    /// A request handed out by [`Self::take_work`] is done: 0 or a negative errno.
     pub fn done(&mut self, index: usize, result: i64) {
         self.complete(index, result, now_ns());
         self.publish();
@@ -512,7 +512,7 @@ impl Engine {
     /// Has the owner of the engine do a request that has just been taken, or refused by the kernel.
     fn elsewhere(&mut self, index: usize, place: Place, act: Act) {
         if let Some(file) = self.files.at(self.slots[index].file) {
-            self.thread_work.push(ThreadWork { index, place, file: Arc::clone(file), act });
+            self.work.push(Work { index, place, file: Arc::clone(file), act });
         }
     }
 

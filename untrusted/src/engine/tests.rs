@@ -1,7 +1,4 @@
 use super::*;
-use postern_edl::port::{self, Geometry, header};
-use rustix::event::{EventfdFlags, eventfd};
-use rustix::fs::{MemfdFlags, SealFlags};
 
 struct Bench {
     engine: Engine,
@@ -20,28 +17,11 @@ fn bench_with(entries: usize, share: LaneShare) -> Bench {
 }
 
 fn bench_over(entries: usize, share: LaneShare, interface: Interface) -> Bench {
-    let geometry = Geometry::new(entries, 1 << 20).unwrap();
-    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-    let memory = rustix::fs::memfd_create("port", flags).unwrap();
-    let bytes = geometry.region_bytes() as u64;
-    rustix::fs::ftruncate(&memory, bytes).unwrap();
-    rustix::fs::fcntl_add_seals(&memory, SealFlags::SHRINK | SealFlags::GROW).unwrap();
-    for (word, value) in [
-        (header::MAGIC, port::MAGIC),
-        (header::VERSION, 1),
-        (header::ENTRIES, entries as u64),
-        (header::DATA_OFFSET, geometry.data_offset as u64),
-        (header::DATA_BYTES, geometry.data_bytes as u64),
-    ] {
-        rustix::io::pwrite(&memory, &value.to_ne_bytes(), word as u64 * 8).unwrap();
-    }
+    let (region, enclave, doorbells) = fuzz::fresh_port(entries, 1 << 20);
     let directory = tempfile::tempdir().unwrap();
     std::fs::write(directory.path().join("disk"), vec![7u8; 65536]).unwrap();
     let roots = [directory.path().to_owned()];
     let catalog = crate::files::Catalog::new(&[], &roots, &[], true).unwrap();
-    let bell = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
-    let doorbells = Doorbells { driver: bell(), service: bell() };
-    let region = Arc::new(Region::map(&memory, bytes).unwrap());
     let mut engine = Engine::new(region, 0, doorbells, Arc::default(), share, interface).unwrap();
     let handle = MAX_FILES as u32;
     let crate::files::Opening::Leased(file) =
@@ -50,7 +30,6 @@ fn bench_over(entries: usize, share: LaneShare, interface: Interface) -> Bench {
         panic!("somebody has the lease of a file that is ours");
     };
     engine.add_file(handle, Arc::new(file));
-    let enclave = Region::map(&memory, bytes).unwrap();
     Bench { engine, enclave, handle, directory }
 }
 
@@ -77,7 +56,7 @@ impl Bench {
     /// A turn of the engine, and what its owner does after it.
     fn turn(&mut self) {
         self.engine.turn().unwrap();
-        let work: Vec<_> = self.engine.take_thread_work().collect();
+        let work: Vec<_> = self.engine.take_work().collect();
         for work in work {
             self.engine.done(work.index, work.run());
         }
@@ -97,7 +76,7 @@ fn a_flush_the_kernel_has_no_operation_for_goes_to_a_thread_and_completes_once()
     bench.engine.refused_by_kernel(Errno::INVAL);
     bench.engine.publish();
     assert_eq!((bench.published(), bench.engine.is_drained()), (0, false));
-    let flushes: Vec<_> = bench.engine.take_thread_work().collect();
+    let flushes: Vec<_> = bench.engine.take_work().collect();
     assert_eq!((flushes.len(), flushes[0].index, flushes[0].act), (1, 3, Act::Flush));
     bench.engine.done(flushes[0].index, flushes[0].run());
     assert_eq!((bench.published(), bench.engine.is_drained()), (1, true));
@@ -110,13 +89,13 @@ fn a_short_flush_is_done_here_if_nothing_else_is_in_flight() {
     bench.engine.flushes.learn(1000);
     bench.publish(0, bench.flush(1));
     assert!(bench.engine.turn().unwrap());
-    let alone: Vec<_> = bench.engine.take_thread_work().collect();
+    let alone: Vec<_> = bench.engine.take_work().collect();
     assert_eq!((alone.len(), alone[0].place, alone[0].act), (1, Place::Here, Act::Flush));
     assert_eq!((bench.published(), bench.engine.is_drained()), (0, false));
     // Beside it, another one goes to the kernel.
     bench.publish(1, bench.flush(2));
     assert!(bench.engine.turn().unwrap());
-    assert_eq!(bench.engine.take_thread_work().count(), 0);
+    assert_eq!(bench.engine.take_work().count(), 0);
     bench.engine.done(alone[0].index, alone[0].run());
     while bench.published() < 2 {
         bench.turn();
@@ -135,7 +114,7 @@ fn a_discard_goes_to_a_thread_and_leaves_the_rest_of_the_file_and_its_length() {
     let discard = Submission { op: op::DISCARD as u32, offset, length, ..bench.flush(2) };
     bench.publish(0, discard);
     assert!(bench.engine.turn().unwrap());
-    let work: Vec<_> = bench.engine.take_thread_work().collect();
+    let work: Vec<_> = bench.engine.take_work().collect();
     assert_eq!((work.len(), work[0].act), (1, Act::Discard { offset, length }));
     assert_eq!((bench.published(), bench.engine.is_drained()), (0, false));
     let result = work[0].run();
@@ -161,7 +140,7 @@ fn a_discard_that_was_not_agreed_on_is_refused_and_leaves_the_file_alone() {
         Submission { op: op::DISCARD as u32, offset: 8192, length: 16384, ..bench.flush(2) };
     bench.publish(0, discard);
     assert!(bench.engine.turn().unwrap());
-    assert_eq!(bench.engine.take_thread_work().count(), 0);
+    assert_eq!(bench.engine.take_work().count(), 0);
     let answer = bench.completion(0);
     assert_eq!((answer.id, answer.result), (2, -i64::from(libc::EINVAL)));
     let bytes = std::fs::read(bench.directory.path().join("disk")).unwrap();

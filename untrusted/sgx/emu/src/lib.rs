@@ -30,4 +30,5 @@ mod trap;
 pub use enclave::{Config, Counts, Enclave, EnterError, Exit, LoadError, Thread};
 pub use enter::Registers;
 pub use keys::{KeyRoot, REPORT_BYTES, Secs};
+pub use memory::reserve;
 pub use trap::{Fault, FaultKind};

@@ -19,24 +19,7 @@ pub struct Range {
 impl Range {
     /// Reserves `size` bytes, a power of two, aligned to it; `keep`: also after this value is gone.
     pub fn reserve(size: usize, keep: bool) -> io::Result<Self> {
-        let whole = size.checked_mul(2).ok_or(io::ErrorKind::OutOfMemory)?;
-        // SAFETY: a fresh mapping at an address of the kernel's choice.
-        let start = unsafe {
-            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-            libc::mmap(core::ptr::null_mut(), whole, libc::PROT_NONE, flags, -1, 0)
-        };
-        if start == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        let start = start as usize;
-        let base = start.next_multiple_of(size);
-        for (from, length) in [(start, base - start), (base + size, start + whole - base - size)] {
-            if length > 0 {
-                // SAFETY: both parts lie inside the mapping made above, which nobody uses yet.
-                unsafe { libc::munmap(from as *mut libc::c_void, length) };
-            }
-        }
-        Ok(Self { base, size, keep })
+        Ok(Self { base: reserve(size, libc::MAP_PRIVATE)?, size, keep })
     }
 
     /// First address.
@@ -113,4 +96,30 @@ impl Drop for Range {
             unsafe { libc::munmap(self.base as *mut libc::c_void, self.size) };
         }
     }
+}
+
+/// Reserves `size` bytes of addresses, a power of two, aligned to it, without any rights; `sharing`:
+/// `MAP_PRIVATE` or `MAP_SHARED`. The caller's from then on, to unmap.
+///
+/// # Errors
+/// That of mmap(2).
+pub fn reserve(size: usize, sharing: libc::c_int) -> io::Result<usize> {
+    let whole = size.checked_mul(2).ok_or(io::ErrorKind::OutOfMemory)?;
+    // SAFETY: a fresh mapping at an address of the kernel's choice.
+    let start = unsafe {
+        let flags = sharing | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        libc::mmap(core::ptr::null_mut(), whole, libc::PROT_NONE, flags, -1, 0)
+    };
+    if start == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    let start = start as usize;
+    let base = start.next_multiple_of(size);
+    for (from, length) in [(start, base - start), (base + size, start + whole - base - size)] {
+        if length > 0 {
+            // SAFETY: both parts lie inside the mapping made above, which nobody uses yet.
+            unsafe { libc::munmap(from as *mut libc::c_void, length) };
+        }
+    }
+    Ok(base)
 }

@@ -144,7 +144,8 @@ impl Hardware {
             .map_err(|error| HardwareError::System("open the driver", error))?;
         let size = usize::try_from(image.size())
             .map_err(|_| HardwareError::System("reserve", io::ErrorKind::OutOfMemory.into()))?;
-        let base = reserve(size).map_err(|error| HardwareError::System("reserve", error))?;
+        let base = sgx_emu::reserve(size, libc::MAP_SHARED)
+            .map_err(|error| HardwareError::System("reserve", error))?;
         let enclave = Self {
             base,
             size,
@@ -260,28 +261,6 @@ impl Drop for Hardware {
 fn tcs(image: &Image, base: u64) -> Vec<u64> {
     let control = image.pages().iter().filter(|page| page.is_tcs());
     control.map(|page| base + page.offset()).collect()
-}
-
-/// Reserves `size` bytes aligned to `size`, a power of two.
-fn reserve(size: usize) -> io::Result<usize> {
-    let whole = size.checked_mul(2).ok_or(io::ErrorKind::OutOfMemory)?;
-    // SAFETY: a fresh mapping at an address of the kernel's choice.
-    let start = unsafe {
-        let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-        libc::mmap(ptr::null_mut(), whole, libc::PROT_NONE, flags, -1, 0)
-    };
-    if start == libc::MAP_FAILED {
-        return Err(io::Error::last_os_error());
-    }
-    let start = start as usize;
-    let base = start.next_multiple_of(size);
-    for (from, length) in [(start, base - start), (base + size, start + whole - base - size)] {
-        if length > 0 {
-            // SAFETY: both parts lie inside of the mapping made above, which nobody uses yet.
-            unsafe { libc::munmap(from as *mut libc::c_void, length) };
-        }
-    }
-    Ok(base)
 }
 
 /// The address of a function of the kernel's own library.
