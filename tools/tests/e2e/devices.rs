@@ -4,6 +4,7 @@ use std::{
     ffi::OsStr,
     path::{Path, PathBuf},
     process::Command,
+    time::{Duration, Instant},
 };
 
 use crate::common::{Ended, end, is_root, on_path, skip};
@@ -61,6 +62,24 @@ impl Loop {
 impl Drop for Loop {
     fn drop(&mut self) {
         let _ = Command::new("losetup").arg("-d").arg(&self.0).status();
+        // The kernel lets the file go when the last has closed the device, a moment later at times.
+        let name = self.0.file_name().unwrap();
+        let file = Path::new("/sys/block").join(name).join("loop/backing_file");
+        patiently(|| !file.exists());
+    }
+}
+
+/// Tries until it works, or for half a minute. A test that has ended can not fail any more.
+fn patiently(mut works: impl FnMut() -> bool) -> bool {
+    let started = Instant::now();
+    loop {
+        if works() {
+            return true;
+        }
+        if started.elapsed() > Duration::from_secs(30) {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(10));
     }
 }
 
@@ -108,7 +127,10 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        let _ = Command::new("umount").arg(&self.0).status();
+        let unmounted = || run("umount", [self.0.as_os_str()]).code() == 0;
+        if !patiently(unmounted) {
+            let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
+        }
     }
 }
 

@@ -640,6 +640,23 @@ mod tests {
     use super::*;
 
     #[test]
+    fn histograms_take_no_more_memory_than_is_theirs_and_one_volume_always_has_some() {
+        let each = SERIES * 8 * HISTOGRAM_WORDS as u64;
+        for cpus in [0, 1, 2, 15, 64, 256, 1 << 20] {
+            let volumes = volumes_for(cpus);
+            assert!((1..=VOLUMES).contains(&volumes), "{cpus}");
+            assert!(volumes == 1 || volumes * each * cpus <= HISTOGRAM_MEMORY, "{cpus}");
+        }
+        assert_eq!((volumes_for(2), volumes_for(1 << 20)), (VOLUMES, 1));
+    }
+
+    #[test]
+    fn a_series_has_the_names_of_its_stage_and_operation() {
+        assert_eq!(names_of(series(stage::REAP, 2)), Some(("reap", "write")));
+        assert_eq!(names_of(SERIES), None);
+    }
+
+    #[test]
     fn a_missing_object_is_named_with_its_remedy() {
         let path = Path::new("/nowhere/postern-probes.o");
         let error = Probes::load(Some(path), 1, Interface::Libaio).unwrap_err();
