@@ -5,10 +5,11 @@ use std::fmt::Write as _;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::{Daemon, micros, printable};
+use super::{Daemon, printable};
 use crate::{
     cli::{ProbesArgs, Switch},
     error::{Exit, Failure},
+    stats::micros,
 };
 
 /// The probes as a whole.
