@@ -460,7 +460,7 @@ fn switched_off_probes_end_what_they_saw_and_see_nothing_new() {
     let Some((_guard, probes)) = probes() else { return };
     let file = TestFile::new(MIB, MIB);
     let mut program = Program::new(12, MIB);
-    let mut request = |program: &mut Program, index| {
+    let request = |program: &mut Program, index| {
         [program.request(&file.file, index, READ, BLOCK, usize::try_from(index).unwrap() * BLOCK)]
     };
     let mut first = request(&mut program, 0);
