@@ -1,5 +1,5 @@
-//! Where a delay is, the probes say that it is: a slow device, a stopped daemon, a busy enclave, a
-//! full queue of the host.
+//! Where a delay is, the probes say that it is: a stopped daemon, a busy enclave, a full queue of the
+//! host.
 //!
 //! Each test holds a few requests for [`HELD`] at one place, a hundred times longer than anything else
 //! takes, and compares how much each stage grew. The device is a loop device on a file system in
@@ -186,20 +186,6 @@ fn hold_still() {
 }
 
 #[test]
-fn a_slow_device_is_blamed_on_the_device() {
-    let Some(mut scene) = Scene::new() else { return };
-    let (before, seen) = (scene.spent(), scene.counter("probe_requests_seen"));
-    let held = scene.hold();
-    scene.submit(8);
-    scene.handed_over(seen, 8);
-    hold_still();
-    drop(held);
-    scene.collect(8);
-    scene.blames("device", 8, &before);
-    scene.end();
-}
-
-#[test]
 fn a_stopped_daemon_is_blamed_on_the_way_to_it() {
     let Some(mut scene) = Scene::new() else { return };
     let before = scene.spent();
@@ -227,14 +213,15 @@ fn a_busy_enclave_is_blamed_on_the_way_back() {
         let of = |name: &str| report["counters"][name].as_u64().unwrap();
         (of("completions") == of("submissions")).then_some(())
     });
-    hold_still();
+    // Longer than the device was held.
+    (0..3).for_each(|_| hold_still());
     signal("CONT", enclave);
     scene.collect(8);
     until("each place in the lane is used again", || {
         scene.requests(1);
-        (scene.spent()["crossing_in"] - before["crossing_in"] >= 8 * HELD_NS).then_some(())
+        (scene.spent()["crossing_in"] - before["crossing_in"] >= 24 * HELD_NS).then_some(())
     });
-    scene.blames("crossing_in", 8, &before);
+    scene.blames("crossing_in", 24, &before);
     scene.end();
 }
 

@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// Blocks of 4 KiB that fio writes, and then reads once each.
-const BLOCKS: u64 = 1024;
+const BLOCKS: u64 = 256;
 /// What may not happen to any request.
 const TROUBLES: [&str; 9] = [
     "overwritten",
@@ -100,7 +100,7 @@ fn measured(world: &World, volume: &Path, options: &[&str], load: &[&str]) -> Op
 /// Writes all, then reads all: what was said of each.
 fn both(world: &World, volume: &Path, options: &[&str]) -> Option<[Said; 2]> {
     let size = format!("--size={}k", BLOCKS * 4);
-    let write = ["--rw=randwrite", "--bs=4k", "--iodepth=16", "--fsync=128", &size];
+    let write = ["--rw=randwrite", "--bs=4k", "--iodepth=16", "--fsync=64", &size];
     let written = measured(world, volume, options, &write)?;
     let read =
         measured(world, volume, options, &["--rw=randread", "--bs=4k", "--iodepth=16", &size])?;
