@@ -126,8 +126,9 @@ fn device(world: &World) -> Option<(Loop, Mounted)> {
     Some((device, base))
 }
 
-/// A file system of `kind` on such a device, and the volume `v` on it.
-fn on(kind: &str) -> Option<(PathBuf, Mounted, (Loop, Mounted), World)> {
+/// A file system of `kind` on such a device, and the volume `v` on it; to be
+/// bound in this order, so that the last goes first.
+fn on(kind: &str) -> Option<(World, (Loop, Mounted), Mounted, PathBuf)> {
     let world = World::new()?;
     if !are_possible(&[&format!("mkfs.{kind}")]) {
         return None;
@@ -136,7 +137,7 @@ fn on(kind: &str) -> Option<(PathBuf, Mounted, (Loop, Mounted), World)> {
     let mounted = Mounted::new(kind, Some(device.0.path()), &world.path("mounted"))?;
     let volume = mounted.path().join("v");
     format(&world, &volume, &[]);
-    Some((volume, mounted, device, world))
+    Some((world, device, mounted, volume))
 }
 
 fn format(world: &World, volume: &Path, options: &[&str]) {
@@ -148,14 +149,14 @@ fn format(world: &World, volume: &Path, options: &[&str]) {
 
 #[test]
 fn on_ext4_the_device_is_known_of_every_request() {
-    let Some((volume, _mounted, _device, world)) = on("ext4") else { return };
+    let Some((world, _device, _mounted, volume)) = on("ext4") else { return };
     let Some(said) = both(&world, &volume, &[]) else { return };
     is_exact(&said);
 }
 
 #[test]
 fn io_uring_is_followed_like_native_aio() {
-    let Some((volume, _mounted, _device, world)) = on("ext4") else { return };
+    let Some((world, _device, _mounted, volume)) = on("ext4") else { return };
     let options = ["--engine", "io_uring"];
     let Some(said) = both(&world, &volume, &options) else { return };
     is_exact(&said);
@@ -163,7 +164,7 @@ fn io_uring_is_followed_like_native_aio() {
 
 #[test]
 fn on_xfs_the_device_is_known_of_every_request() {
-    let Some((volume, _mounted, _device, world)) = on("xfs") else { return };
+    let Some((world, _device, _mounted, volume)) = on("xfs") else { return };
     let Some(said) = both(&world, &volume, &[]) else { return };
     is_exact(&said);
 }
@@ -172,7 +173,7 @@ fn on_xfs_the_device_is_known_of_every_request() {
 /// checksums, since Linux 6.15): that both kinds are told apart is what counts.
 #[test]
 fn on_btrfs_what_went_through_memory_is_told_from_what_did_not() {
-    let Some((volume, _mounted, _device, world)) = on("btrfs") else { return };
+    let Some((world, _device, _mounted, volume)) = on("btrfs") else { return };
     both(&world, &volume, &[]);
 }
 
@@ -197,12 +198,13 @@ fn on_a_block_device_the_device_is_known_of_every_request() {
     if !are_possible(&[]) {
         return;
     }
-    let Some((device, _base)) = device(&world) else { return };
+    let Some(memory) = device(&world) else { return };
+    let device = memory.0.path();
     let volume = world.path("v");
     format(&world, &volume, &[]);
     let mut copy = Command::new("dd");
-    copy.arg(format!("if={}", volume.display())).arg(format!("of={}", device.path().display()));
+    copy.arg(format!("if={}", volume.display())).arg(format!("of={}", device.display()));
     end(copy.args(["bs=1M", "oflag=direct", "conv=fsync", "status=none"])).expect(0);
-    let Some(said) = both(&world, device.path(), &[]) else { return };
+    let Some(said) = both(&world, device, &[]) else { return };
     is_exact(&said);
 }
