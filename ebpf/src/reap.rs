@@ -6,11 +6,12 @@ use aya_ebpf::macros::tracepoint;
 use aya_ebpf::programs::TracePointContext;
 use postern_ebpf_common::config::Config;
 use postern_ebpf_common::counter::Counter;
-use postern_ebpf_common::slot::{op_of, slot_of};
-use postern_ebpf_common::{INDEXES, TAG, series, stage};
+use postern_ebpf_common::slot::{op_of, slot_of, volume_of};
+use postern_ebpf_common::{INDEXES, TAG, gate, series, stage};
 
 use crate::state::{
-    CHUNK, argument, count, field, is_traced, opaque, postern_record, read_user, scratch, slot_at,
+    CHUNK, argument, count, field, gate, is_wanted, opaque, postern_record, read_user, scratch,
+    slot_at,
 };
 
 /// Most events that are looked at in one call.
@@ -33,7 +34,7 @@ pub fn exit_io_pgetevents(tracepoint: TracePointContext) -> u32 {
 fn reaped(tracepoint: &TracePointContext) -> u32 {
     // SAFETY: the record of a system call's exit: word 2 is the result.
     let events = unsafe { field(tracepoint.as_ptr(), 2) };
-    if events.cast_signed() <= 0 || !is_traced() {
+    if events.cast_signed() <= 0 || !is_wanted(gate::CLOSING) {
         return 0;
     }
     // SAFETY: no arguments.
@@ -89,7 +90,12 @@ pub extern "C" fn postern_finish_one(id: u64, now: u64) -> u64 {
     //       inside io_submit and stamp the slot, which is read once here.
     let (link, entered, submitted, ended, enqueued) = unsafe {
         if (*slot).id != id {
-            count(Counter::ReapUnmatched, 1);
+            // Once the probes were switched off, there are requests that they did not see begin.
+            if (*slot).id == 0 && (gate(gate::STATE) | gate(gate::OPENED_NS)) != 0 {
+                count(Counter::SubmittedWhileOff, 1);
+            } else {
+                count(Counter::ReapUnmatched, 1);
+            }
             return 0;
         }
         (*slot).id = 0;
@@ -97,36 +103,30 @@ pub extern "C" fn postern_finish_one(id: u64, now: u64) -> u64 {
         let s = &*slot;
         (s.link, s.enter_ns, s.submitted_ns, s.device_end_ns, s.enqueued_ns)
     };
-    let op = op_of(link);
+    let (op, volume) = (op_of(link), volume_of(link));
     if enqueued == 0 {
         count(Counter::ClaimMissing, 1);
     } else if enqueued > entered {
         count(Counter::NegativeCrossingOut, 1);
     } else {
-        postern_record(series(stage::CROSSING_OUT, op), entered - enqueued);
+        postern_record(volume, series(stage::CROSSING_OUT, op), entered - enqueued);
     }
-    // Still inside io_submit counts as not yet returned from it.
-    let submitted = if submitted == 0 { now } else { submitted };
     let known = ended != 0;
     let end = if known { ended } else { now };
-    let start = if submitted < end || !known && submitted != now {
-        submitted
-    } else {
-        count(Counter::CompletedInSubmit, 1);
-        entered
-    };
-    postern_record(series(stage::HOST_SUBMIT, op), start - entered);
+    // Unknown, or behind the end by the time between two CPUs: all of it counts as the device's.
+    let start = if submitted == 0 || submitted > end { entered } else { submitted };
+    postern_record(volume, series(stage::HOST_SUBMIT, op), start - entered);
     if end < start {
         count(Counter::NegativeDevice, 1);
     } else {
-        postern_record(series(stage::DEVICE, op), end - start);
+        postern_record(volume, series(stage::DEVICE, op), end - start);
     }
     if !known {
         count(Counter::DeviceEndUnknown, 1);
     } else if now < end {
         count(Counter::NegativeReap, 1);
     } else {
-        postern_record(series(stage::REAP, op), now - end);
+        postern_record(volume, series(stage::REAP, op), now - end);
     }
     1
 }

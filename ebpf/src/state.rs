@@ -5,8 +5,8 @@ use core::ptr::read_volatile;
 
 use aya_ebpf::bindings::{bpf_pidns_info, task_struct};
 use aya_ebpf::helpers::generated::{
-    bpf_get_current_pid_tgid, bpf_get_current_task_btf, bpf_get_ns_current_pid_tgid,
-    bpf_probe_read_kernel, bpf_probe_read_user, bpf_task_pt_regs,
+    bpf_get_current_pid_tgid, bpf_get_current_task, bpf_get_current_task_btf,
+    bpf_get_ns_current_pid_tgid, bpf_probe_read_kernel, bpf_probe_read_user, bpf_task_pt_regs,
 };
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, PerCpuArray};
@@ -14,7 +14,7 @@ use postern_ebpf_common::config::{Config, WORDS};
 use postern_ebpf_common::counter::{COUNTERS as COUNTER_COUNT, Counter, WRITERS};
 use postern_ebpf_common::histogram::{BUCKETS, Histogram, bucket};
 use postern_ebpf_common::slot::Slot;
-use postern_ebpf_common::{SERIES, TracedIocb, slot};
+use postern_ebpf_common::{SERIES, TracedIocb, VOLUMES, gate, slot};
 
 /// Written by the loader before the kernel sees it; read-only and frozen afterwards.
 #[unsafe(no_mangle)]
@@ -23,8 +23,16 @@ static CONFIG: [u64; WORDS] = [0; WORDS];
 #[map]
 static SLOTS: Array<Slot> = Array::with_max_entries(slot::SLOTS as u32, 0);
 
+/// [`SERIES`] histograms for each volume; the loader makes it smaller where there are many CPUs.
 #[map]
-static HISTOGRAMS: PerCpuArray<Histogram> = PerCpuArray::with_max_entries(SERIES as u32, 0);
+static HISTOGRAMS: PerCpuArray<Histogram> =
+    PerCpuArray::with_max_entries((VOLUMES * SERIES) as u32, 0);
+
+/// `BPF_F_MMAPABLE`: the daemon writes it without a system call.
+const MMAPABLE: u32 = 1 << 10;
+
+#[map]
+static GATE: Array<[u64; gate::WORDS]> = Array::with_max_entries(1, MMAPABLE);
 
 #[map]
 static COUNTERS: PerCpuArray<[u64; COUNTER_COUNT]> = PerCpuArray::with_max_entries(WRITERS, 0);
@@ -51,6 +59,15 @@ pub fn config(word: Config) -> u64 {
     // SAFETY: in bounds, as `Config` has WORDS values. Volatile, because the loader rewrites the
     // array after compilation.
     unsafe { read_volatile(&raw const CONFIG[word as usize]) }
+}
+
+/// A word of the gate, as it is now.
+#[inline(always)]
+pub fn gate(word: usize) -> u64 {
+    let Some(words) = GATE.get_ptr(0) else { return 0 };
+    // SAFETY: in bounds: `word` is a constant of `postern_ebpf_common::gate`. Volatile, because user
+    // space writes it meanwhile.
+    unsafe { read_volatile(words.cast::<u64>().add(word)) }
 }
 
 /// This CPU's scratch memory.
@@ -88,12 +105,14 @@ pub extern "C" fn postern_count(writer: u64, counter: u64, by: u64) -> u64 {
     0
 }
 
-/// Records `ns` nanoseconds in the histogram `series`; too large a value is counted instead.
-/// Only for the probes of system calls. A `series` that does not exist is ignored.
+/// Records `ns` nanoseconds in the histogram `series` of `volume`, its place among the histograms;
+/// too large a value is counted instead. Not for the probes of the block layer. A histogram that does
+/// not exist is ignored.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn postern_record(series: u64, ns: u64) -> u64 {
-    let Some(histogram) = HISTOGRAMS.get_ptr_mut(series as u32) else { return 0 };
+pub extern "C" fn postern_record(volume: u64, series: u64, ns: u64) -> u64 {
+    let at = (volume * SERIES + series) as u32;
+    let Some(histogram) = HISTOGRAMS.get_ptr_mut(at) else { return 0 };
     let at = bucket(ns);
     if at >= BUCKETS as u64 {
         count(Counter::Overflow, 1);
@@ -112,9 +131,23 @@ pub extern "C" fn postern_record(series: u64, ns: u64) -> u64 {
     1
 }
 
+/// Whether the calling thread belongs to the traced process, as far as the gate lets this be of
+/// interest: `most` is the last of its states in which it is.
+#[inline(always)]
+pub fn is_wanted(most: u64) -> bool {
+    gate(gate::STATE) <= most && is_traced()
+}
+
+/// The kernel's record of the current thread.
+#[inline(always)]
+pub fn current_task() -> u64 {
+    // SAFETY: no arguments.
+    unsafe { bpf_get_current_task() }
+}
+
 /// Whether the calling thread belongs to the traced process.
 #[inline(always)]
-pub fn is_traced() -> bool {
+fn is_traced() -> bool {
     let inode = config(Config::PidNsInode);
     if inode == 0 {
         // SAFETY: no arguments.

@@ -43,6 +43,9 @@ pub const MEASURED_VOLUMES: u32 = 1;
 pub const MEASURED_LATENCY: u32 = 2;
 /// What `postern_measured` tells: records of single requests.
 pub const MEASURED_RECORDS: u32 = 3;
+/// What `postern_measured` tells: the probes' programs and what each costs. A wish of 0 or 1 nanoseconds
+/// switches the probes off or on.
+pub const MEASURED_PROBES: u32 = 4;
 
 /// `postern_file_t` flag: the host file system refused O_DIRECT and the operator allowed buffered I/O.
 pub const FILE_BUFFERED: u32 = 1;

@@ -100,6 +100,12 @@ pub enum Command {
     Rekey(RekeyArgs),
     /// Latency per stage of a running daemon
     Stats(StatsArgs),
+    /// The eBPF probes of a running daemon: what they cost; switch them on or off
+    #[command(
+        after_help = "Switched off, the probes stay loaded and end with their first look; what they recorded stays.\n\
+                      What they saw begin is recorded to its end. Times of `runs` need kernel.bpf_stats_enabled=1."
+    )]
+    Probes(ProbesArgs),
     /// SGX enclave images: look at one, sign it, run it
     #[command(after_help = crate::enclave::EXAMPLES)]
     Enclave {
@@ -507,6 +513,29 @@ pub struct ExportArgs {
     /// Write what the guest sees, readable by whoever can read the file (mode 0600)
     #[arg(long)]
     pub plain: bool,
+}
+
+/// `postern probes`.
+#[derive(Args, Debug)]
+pub struct ProbesArgs {
+    /// Switch them; without it they are only shown
+    #[arg(value_name = "on|off")]
+    pub switch: Option<Switch>,
+    /// The daemon's control socket
+    #[arg(long, value_name = "PATH")]
+    pub socket: PathBuf,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// On or off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Switch {
+    /// On.
+    On,
+    /// Off.
+    Off,
 }
 
 /// `postern stats`.

@@ -166,8 +166,12 @@ fn length_of(mut file: &File) -> io::Result<u64> {
 /// Whether a file opened with `O_DIRECT` really bypasses the page cache. The open alone does not
 /// tell: tmpfs takes the flag since Linux 6.6.
 fn does_direct_io(file: &File) -> bool {
-    let memory = fstatfs(file)
-        .is_ok_and(|fs| u64::try_from(fs.f_type).is_ok_and(|t| MEMORY_FILE_SYSTEMS.contains(&t)));
+    // A block device's node lies on a tmpfs; what counts there is the device.
+    let is_file = file.metadata().is_ok_and(|data| data.is_file());
+    let memory = is_file
+        && fstatfs(file).is_ok_and(|fs| {
+            u64::try_from(fs.f_type).is_ok_and(|t| MEMORY_FILE_SYSTEMS.contains(&t))
+        });
     // A file system that reports its alignment (Linux 6.1) and names none does no direct I/O.
     let refuses = statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).is_ok_and(|stat| {
         stat.stx_mask & StatxFlags::DIOALIGN.bits() != 0 && stat.stx_dio_offset_align == 0

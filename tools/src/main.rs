@@ -63,6 +63,7 @@ fn dispatch() -> Result<u8, Failure> {
         Command::Rekey(args) => rekey::run(&args).map(|()| 0),
         Command::Enclave { command } => enclave::run(&command),
         Command::Stats(args) => stats::show(&args).map(|()| 0),
+        Command::Probes(args) => observe::probes::run(&args).map(|()| 0),
         Command::Top(args) => observe::top::run(&args).map(|()| 0),
         Command::Trace(args) => observe::trace::run(&args).map(|()| 0),
         Command::Report(args) => observe::report::run(&args).map(|()| 0),

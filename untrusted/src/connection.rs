@@ -13,7 +13,7 @@ use postern_edl::calls::{
     PosternStatsRequest,
 };
 use postern_edl::wire::Writer;
-use postern_edl::{FEATURE_DISCARD, MEASURED_RECORDS, VERSION};
+use postern_edl::{FEATURE_DISCARD, MEASURED_PROBES, MEASURED_RECORDS, VERSION};
 use rustix::io::Errno;
 
 use crate::admission::Place;
@@ -265,6 +265,9 @@ impl Caller {
         let sessions = &self.daemon.sessions;
         if what == MEASURED_RECORDS {
             sessions.hub().terms().wish(least_ns, one_in, now_ns());
+        }
+        if what == MEASURED_PROBES && least_ns <= 1 {
+            self.daemon.source.switch(least_ns == 1).await;
         }
         sessions.settle().await;
         let most = usize::try_from(capacity.min(MAX_STATS)).map_err(|_| Errno::INVAL)?;

@@ -237,12 +237,7 @@ impl Daemon {
 }
 
 fn probes(options: &Options, interface: Interface) -> Source {
-    if interface == Interface::Uring && !options.no_probes {
-        return Source::Daemon(
-            "the probes do not follow io_uring; start posternd with --engine libaio".to_owned(),
-        );
-    }
-    Source::load(!options.no_probes, options.probe_object.as_deref())
+    Source::load(!options.no_probes, options.probe_object.as_deref(), interface)
 }
 
 /// The interface that was asked for, or what takes its place where the kernel says no.

@@ -3,7 +3,7 @@
 //! Holds: a page is never longer than asked for; with the number that a page names next, the pages
 //! go over everything once. Does not hold: that pages are of one moment.
 
-use postern_edl::{MEASURED_LATENCY, MEASURED_RECORDS, MEASURED_VOLUMES};
+use postern_edl::{MEASURED_LATENCY, MEASURED_PROBES, MEASURED_RECORDS, MEASURED_VOLUMES};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -50,6 +50,7 @@ pub fn page(
             let records = hub.records(first.saturating_sub(1)).into_iter();
             Box::new(records.map(|record| (record.number, told(&record))))
         }
+        MEASURED_PROBES => Box::new((1..).zip(programs(source))),
         _ => return None,
     };
     let mut page = Page { now_ns: now_ns(), last_record, next: 0, items: Vec::new() };
@@ -129,33 +130,48 @@ fn latency(hub: &StatsHub, source: &Source) -> Vec<(u64, Value)> {
             for (operation, histogram) in of_stage.iter().enumerate() {
                 if histogram.count() > 0 {
                     let number = 1 + (volume << 8 | (stage << 4 | operation) as u64);
-                    let value = series(
-                        "daemon",
-                        Some(volume),
-                        STAGES[stage],
-                        OPERATIONS[operation],
-                        histogram,
-                    );
+                    let value =
+                        series("daemon", volume, STAGES[stage], OPERATIONS[operation], histogram);
                     all.push((number, value));
                 }
             }
         }
     }
     if let Source::Probes(probes) = source {
-        for (number, (stage, operation, histogram)) in (OF_PROBES..).zip(probes.latency()) {
-            all.push((number, series("ebpf", None, stage, operation, &histogram)));
+        let of_probes = (OF_PROBES..).zip(probes.latency());
+        for (number, (volume, stage, operation, histogram)) in of_probes {
+            all.push((number, series("ebpf", volume, stage, operation, &histogram)));
         }
     }
     all
 }
 
-fn series(
-    source: &str,
-    volume: Option<u64>,
-    stage: &str,
-    operation: &str,
-    histogram: &Snapshot,
-) -> Value {
+/// The probes as a whole, then each program.
+fn programs(source: &Source) -> Vec<Value> {
+    let probes = match source {
+        Source::Probes(probes) => probes,
+        Source::Daemon(why) => return vec![serde_json::json!({ "on": false, "note": why })],
+    };
+    let note = probes.notes().join("; ");
+    let whole = serde_json::json!({
+        "on": probes.is_on(),
+        "note": Some(note).filter(|note| !note.is_empty()),
+        "under_way": probes.under_way(),
+        "volumes": probes.volumes(),
+    });
+    let each = probes.costs().into_iter().map(|cost| {
+        serde_json::json!({
+            "program": cost.name,
+            "verified_instructions": cost.verified_instructions,
+            "runs": cost.runs,
+            "run_ns": cost.run_ns,
+            "missed": cost.missed,
+        })
+    });
+    std::iter::once(whole).chain(each).collect()
+}
+
+fn series(source: &str, volume: u64, stage: &str, operation: &str, histogram: &Snapshot) -> Value {
     serde_json::json!({
         "source": source,
         "volume": volume,

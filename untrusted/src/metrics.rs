@@ -169,7 +169,7 @@ pub fn text(sessions: &Sessions, source: &Source, format: Format) -> String {
         }
     }
     if let Source::Probes(running) = source {
-        probes(&mut text, running);
+        probes(&mut text, running, sessions.hub());
     }
     if format == Format::OpenMetrics {
         text.out.push_str("# EOF\n");
@@ -225,11 +225,12 @@ fn latency(text: &mut Text, merged: &Merged, hub: &StatsHub) {
     }
 }
 
-fn probes(text: &mut Text, probes: &crate::probes::Probes) {
-    let help = "Time of a stage, by the probes in the kernel, all volumes together.";
+fn probes(text: &mut Text, probes: &crate::probes::Probes, hub: &StatsHub) {
+    let help = "Time of a stage, by the probes in the kernel.";
     text.family("probe_stage_seconds", "histogram", "seconds", help);
-    for (stage, operation, histogram) in probes.latency() {
-        let labels = [("operation", operation), ("stage", stage)];
+    for (volume, stage, operation, histogram) in probes.latency() {
+        let volume = hub.name(volume);
+        let labels = [("volume", &*volume), ("operation", operation), ("stage", stage)];
         text.histogram("probe_stage_seconds", &labels, &histogram, None);
     }
     text.family("probe_events", "counter", "", "What the probes counted beside times.");

@@ -1,7 +1,9 @@
 //! Makes the statistics report: the probes' rows where there are probes, the daemon's own beside.
 
 use std::path::Path;
+use std::time::Duration;
 
+use crate::engine::Interface;
 use crate::problem::log;
 use crate::session::Sessions;
 use crate::stats::{StageRow, StatsReport};
@@ -16,13 +18,33 @@ pub enum Source {
 }
 
 impl Source {
-    /// Has the probes loaded for this process, unless `wanted` is false.
+    /// Switches the probes on or off, where there are some; switched off, what they saw begin is
+    /// recorded to its end. Answers when nothing of it is left, or after some seconds: a request may
+    /// take longer, and counts as one that has not ended.
+    pub async fn switch(&self, on: bool) {
+        const PATIENCE: Duration = Duration::from_secs(2);
+        const STEP: Duration = Duration::from_millis(5);
+        let Self::Probes(probes) = self else { return };
+        if on {
+            return probes.switch_on();
+        }
+        probes.switch_off();
+        let mut left = PATIENCE;
+        while probes.under_way() > 0 && !left.is_zero() {
+            tokio::time::sleep(STEP).await;
+            left = left.saturating_sub(STEP);
+        }
+        probes.close();
+    }
+
+    /// Has the probes loaded for this process, which does its I/O by `interface`, unless `wanted` is
+    /// false.
     #[must_use]
-    pub fn load(wanted: bool, object: Option<&Path>) -> Self {
+    pub fn load(wanted: bool, object: Option<&Path>, interface: Interface) -> Self {
         if !wanted {
             return Self::Daemon("probes are off; start posternd without --no-probes".to_owned());
         }
-        match crate::probes::Probes::start(object) {
+        match crate::probes::Probes::start(object, interface) {
             Ok(probes) => Self::Probes(Box::new(probes)),
             Err(unavailable) => {
                 log("no eBPF probes", &unavailable, "stages are taken by the daemon's own clock");
@@ -44,7 +66,9 @@ pub fn report(sessions: &Sessions, source: &Source) -> StatsReport {
             let named = probes.counters().into_iter();
             counters.extend(named.map(|(name, count)| (format!("probe_{name}"), count)));
             let notes = probes.notes().join("; ");
-            ("ebpf", Some(notes).filter(|notes| !notes.is_empty()), probes.rows())
+            let stages = if probes.is_on() { probes.rows() } else { daemon_stages.clone() };
+            let name = if probes.is_on() { "ebpf" } else { "daemon" };
+            (name, Some(notes).filter(|notes| !notes.is_empty()), stages)
         }
         Source::Daemon(why) => ("daemon", Some(why.clone()), daemon_stages.clone()),
     };

@@ -12,6 +12,7 @@ use std::process::{Child, Command, Stdio};
 
 use common::{FakeLane, direct_io_works, skip};
 use postern_edl::port::{Submission, op};
+use posternd::engine::Interface;
 use posternd::probes::{OBJECT_NAME, OBJECT_VARIABLE, Probes, ProbesUnavailable};
 
 /// A user that owns nothing on any machine.
@@ -42,7 +43,7 @@ fn object() -> Option<PathBuf> {
         skip("no postern-probes.o; build it by `cargo xtask build`");
         return None;
     };
-    match Probes::load(Some(&object), std::process::id()) {
+    match Probes::load(Some(&object), std::process::id(), Interface::Libaio) {
         Ok(_) => Some(object),
         Err(error @ ProbesUnavailable::Refused { .. }) => panic!("{error}"),
         Err(error) => {

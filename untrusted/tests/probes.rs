@@ -16,6 +16,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use postern_ebpf_common::{TracedIocb, aio_data};
+use posternd::engine::Interface;
 use posternd::probes::{OBJECT_NAME, OBJECT_VARIABLE, Probes, ProbesUnavailable};
 use posternd::stats::StageRow;
 
@@ -43,7 +44,7 @@ fn probes_on(tgid: u32) -> Option<(MutexGuard<'static, ()>, Probes)> {
         say("SKIPPED: no postern-probes.o; build it by `cargo xtask build`");
         return None;
     };
-    match Probes::load(Some(&object), tgid) {
+    match Probes::load(Some(&object), tgid, Interface::Libaio) {
         Ok(probes) => Some((guard, probes)),
         Err(error @ (ProbesUnavailable::Object { .. } | ProbesUnavailable::Refused { .. })) => {
             panic!("{error}")
@@ -188,7 +189,8 @@ impl Program {
             prev_delivered_ns: self.delivered.get(&index).copied().unwrap_or(0),
             op,
             length: length as u64,
-            reserved: [0; 3],
+            volume: 0,
+            reserved: [0; 2],
         }
     }
 
@@ -422,6 +424,68 @@ fn what_io_submit_does_not_accept_is_not_recorded() {
     let counters = probes.counters();
     assert_eq!((counters["requests_seen"], counters["not_accepted"]), (50, 10));
     assert_eq!((counters["reap_unmatched"], counters["overwritten"]), (0, 0));
+}
+
+#[test]
+fn each_volume_has_histograms_of_its_own_and_unknown_ones_share_one() {
+    let Some((_guard, probes)) = probes() else { return };
+    let file = TestFile::new(MIB, MIB);
+    let mut program = Program::new(11, MIB);
+    let last = probes.volumes() - 1;
+    let mut batch: Vec<_> = (0..12)
+        .map(|i| program.request(&file.file, i, READ, BLOCK, usize::try_from(i).unwrap() * BLOCK))
+        .collect();
+    for (request, volume) in batch.iter_mut().zip([1, 1, 1, last, last, last + 1, u64::MAX]) {
+        request.volume = volume;
+    }
+    program.run(&mut batch);
+    let mut found = BTreeMap::new();
+    for (volume, stage, operation, histogram) in probes.latency() {
+        assert_eq!(operation, "read");
+        if stage == "device" {
+            *found.entry(volume).or_insert(0) += histogram.count();
+        }
+    }
+    let mut expected = BTreeMap::new();
+    for request in &batch {
+        let own = if request.volume <= last { request.volume } else { 0 };
+        *expected.entry(own).or_insert(0) += 1;
+    }
+    assert_eq!(found, expected);
+    assert_eq!(row(&probes, "device", "read").count, 12, "all together");
+}
+
+#[test]
+fn switched_off_probes_end_what_they_saw_and_see_nothing_new() {
+    let Some((_guard, probes)) = probes() else { return };
+    let file = TestFile::new(MIB, MIB);
+    let mut program = Program::new(12, MIB);
+    let request = |program: &mut Program, index| {
+        [program.request(&file.file, index, READ, BLOCK, usize::try_from(index).unwrap() * BLOCK)]
+    };
+    let mut first = request(&mut program, 0);
+    assert_eq!(program.submit(&mut first), 1);
+    probes.switch_off();
+    assert!(!probes.is_on());
+    assert_eq!(probes.under_way(), 1);
+    let mut unseen = request(&mut program, 1);
+    assert_eq!(program.submit(&mut unseen), 1);
+    program.reap(2);
+    assert_eq!(probes.under_way(), 0);
+    probes.close();
+    let mut unseen = request(&mut program, 2);
+    assert_eq!(program.submit(&mut unseen), 1);
+    probes.switch_on();
+    program.reap(1);
+    // What was in this place before was delivered while nobody looked.
+    let mut again = request(&mut program, 0);
+    again[0].prev_delivered_ns = now();
+    program.run(&mut again);
+    let counters = probes.counters();
+    assert_eq!((counters["requests_seen"], counters["submitted_while_off"]), (2, 2));
+    assert_eq!((counters["reap_unmatched"], counters["overwritten"]), (0, 0));
+    assert_eq!(row(&probes, "device", "read").count, 2);
+    assert_eq!(row(&probes, "crossing_in", "read").count, 0);
 }
 
 #[test]

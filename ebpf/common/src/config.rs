@@ -34,6 +34,10 @@ words! {
     ArgPointers,
     /// Byte offset in `struct pt_regs` of the fourth argument.
     ArgEvents,
+    /// Byte offset in `struct pt_regs` of the fifth and sixth argument.
+    ArgDescribed,
+    /// See [`Self::ArgDescribed`].
+    ArgLength,
     /// Byte offsets of members; `request.bio`.
     RequestBio,
     /// `bio.bi_next`.
@@ -58,7 +62,23 @@ words! {
     AioKiocbContext,
     /// `kioctx.user_id`.
     KioctxUserId,
-    /// Addresses of kernel functions, 0 if there is none: `aio_complete_rw`.
+    /// `request.start_time_ns`.
+    RequestStart,
+    /// Volumes with histograms of their own, and one more for all others.
+    Volumes,
+    /// `btrfs_bio.bio`; `u64::MAX` where the kernel does not describe btrfs.
+    BtrfsBio,
+    /// `btrfs_bio.end_io`.
+    BtrfsEndIo,
+    /// `btrfs_bio.private`.
+    BtrfsPrivate,
+    /// `io_kiocb.cqe` of a request of io_uring, whose first word is the `user_data`.
+    IoReqResult,
+    /// `io_kiocb.tctx`, or `io_kiocb.task` where there is no such member.
+    IoReqTask,
+    /// `io_uring_task.task`; `u64::MAX` where [`Self::IoReqTask`] leads to the task itself.
+    IoTaskTask,
+    /// Addresses of kernel functions, `u64::MAX` if there is none: `aio_complete_rw`.
     AioCompleteRw,
     /// `bio_chain_endio`.
     BioChainEndIo,
@@ -68,4 +88,10 @@ words! {
     BlkdevEndIo,
     /// `blkdev_bio_end_io_async`.
     BlkdevEndIoAsync,
+    /// `btrfs_simple_end_io`.
+    BtrfsSimpleEndIo,
+    /// `btrfs_dio_end_io`.
+    BtrfsDioEndIo,
+    /// `io_complete_rw`.
+    IoCompleteRw,
 }

@@ -45,6 +45,8 @@ counters! {
     ReapTooLong = "reap_too_long",
     /// Tagged events whose request is not the one in its slot.
     ReapUnmatched = "reap_unmatched",
+    /// Tagged events of requests that were submitted while the probes were switched off.
+    SubmittedWhileOff = "submitted_while_off",
     /// Requests without a claimed time of publication.
     ClaimMissing = "claim_missing",
     /// Completions by the device for a request that is not the one in its slot.

@@ -35,8 +35,10 @@ pub struct TracedIocb {
     pub op: u64,
     /// Length in bytes.
     pub length: u64,
+    /// The daemon's number of the volume; those that have no histograms of their own count as 0.
+    pub volume: u64,
     /// Unused, zero.
-    pub reserved: [u64; 3],
+    pub reserved: [u64; 2],
 }
 
 const _: () = assert!(core::mem::size_of::<TracedIocb>() == TRACED_WORDS * 8);
@@ -52,23 +54,28 @@ pub mod stage {
     /// Published by the enclave (claimed) until io_submit is entered.
     pub const CROSSING_OUT: u64 = 0;
     /// io_submit, from its entry until it returns: the whole batch, for each of its requests.
-    /// 0 for a request that the device finished before io_submit returned.
+    /// For a request that the device finished before io_submit returned: until the block layer had
+    /// a place for it, 0 where that is unknown.
     pub const HOST_SUBMIT: u64 = 1;
-    /// From io_submit's return (its entry, for a request that was finished before) until the block
+    /// From the end of [`HOST_SUBMIT`] until the block
     /// layer saw the device's last completion of the request. Where that is unknown, until
     /// io_getevents returned the request; such requests have no `reap` stage.
     pub const DEVICE: u64 = 2;
-    /// From the device's last completion until io_getevents returned the request.
+    /// From the device's last completion until io_getevents returned the request; with io_uring,
+    /// until the kernel wrote its completion to the ring.
     pub const REAP: u64 = 3;
-    /// From io_getevents' return until delivered in the enclave (claimed). Learnt from the next
+    /// From the end of [`REAP`] until delivered in the enclave (claimed). Learnt from the next
     /// request with the same lane and index, so the last of each index is missing.
     pub const CROSSING_IN: u64 = 4;
 }
 
-/// Number of histograms: every stage of every operation.
+/// Number of histograms of a volume: every stage of every operation.
 pub const SERIES: u64 = (STAGES.len() * (OPERATIONS.len() - 1)) as u64;
 
-/// Number of the histogram of a stage ([`stage`]) and an operation (1..=3).
+/// Most volumes that have histograms of their own, and one more for all others.
+pub const VOLUMES: u64 = 33;
+
+/// Number of a volume's histogram of a stage ([`stage`]) and an operation (1..=3).
 #[must_use]
 #[inline(always)]
 pub const fn series(stage: u64, op: u64) -> u64 {
@@ -79,6 +86,23 @@ pub const fn series(stage: u64, op: u64) -> u64 {
 pub const LANES: u64 = 64;
 /// Request indexes per lane.
 pub const INDEXES: u64 = 4096;
+
+/// The words of the gate, an array that the daemon writes and the probes read.
+pub mod gate {
+    /// What is looked at: [`OPEN`], [`CLOSING`] or [`CLOSED`].
+    pub const STATE: usize = 0;
+    /// When it was opened again, CLOCK_MONOTONIC nanoseconds; 0: it was never closed.
+    pub const OPENED_NS: usize = 1;
+    /// Number of words.
+    pub const WORDS: usize = 2;
+
+    /// Everything.
+    pub const OPEN: u64 = 0;
+    /// What is under way, but nothing new.
+    pub const CLOSING: u64 = 1;
+    /// Nothing.
+    pub const CLOSED: u64 = 2;
+}
 
 /// The id carried in `aio_data`: `TAG << 48 | lane << 36 | index << 24 | generation (24 bits)`.
 /// `lane` is below 4096 ([`LANES`] of them are traced), `index` below [`INDEXES`].

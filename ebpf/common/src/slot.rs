@@ -22,11 +22,13 @@ pub const fn slot_of(data: u64) -> Option<u64> {
 pub struct Slot {
     /// `aio_data` of the request in flight; 0 if there is none.
     pub id: u64,
-    /// AIO context (the address that io_setup returned) it was submitted to.
+    /// AIO context (the address that io_setup returned) it was submitted to; with io_uring, the
+    /// address of the kernel's record of the thread that submitted it.
     pub context: u64,
     /// io_submit entered. Kept after the request is reaped: it tells one batch from another.
     pub enter_ns: u64,
-    /// io_submit returned.
+    /// io_submit returned; if the device was done before, when the block layer had a place for the
+    /// request, 0 where that is unknown.
     pub submitted_ns: u64,
     /// Last completion by the device.
     pub device_end_ns: u64,
@@ -46,26 +48,33 @@ pub const NO_SLOT: u64 = 0xffff_ffff;
 
 const _: () = assert!(NO_SLOT >= SLOTS);
 
-/// Word [`Slot::link`]: `op | position << 8 | before << 32`. `position` (24 bits) counts from 0 in
-/// its io_submit call, `before` is the slot of the traced request before it or [`NO_SLOT`].
+/// Word [`Slot::link`]: `op | volume << 4 | position << 16 | before << 32`. `volume` (12 bits) is its
+/// place among the histograms, `position` (16 bits) counts from 0 in its io_submit call, `before` is the slot of the traced request before it or [`NO_SLOT`].
 #[must_use]
 #[inline(always)]
-pub const fn link(op: u64, position: u64, before: u64) -> u64 {
-    op & 0xff | (position & 0xff_ffff) << 8 | before << 32
+pub const fn link(op: u64, volume: u64, position: u64, before: u64) -> u64 {
+    op & 0xf | (volume & 0xfff) << 4 | (position & 0xffff) << 16 | before << 32
 }
 
 /// Operation in a [`link`].
 #[must_use]
 #[inline(always)]
 pub const fn op_of(link: u64) -> u64 {
-    link & 0xff
+    link & 0xf
+}
+
+/// Volume in a [`link`].
+#[must_use]
+#[inline(always)]
+pub const fn volume_of(link: u64) -> u64 {
+    link >> 4 & 0xfff
 }
 
 /// Position in a [`link`].
 #[must_use]
 #[inline(always)]
 pub const fn position_of(link: u64) -> u64 {
-    link >> 8 & 0xff_ffff
+    link >> 16 & 0xffff
 }
 
 /// Slot before in a [`link`].
@@ -90,8 +99,9 @@ mod tests {
 
     #[test]
     fn a_link_gives_back_what_was_put_in() {
-        let word = link(3, 4095, SLOTS - 1);
+        let word = link(3, 32, 4095, SLOTS - 1);
         assert_eq!((op_of(word), position_of(word), before_of(word)), (3, 4095, SLOTS - 1));
-        assert_eq!(before_of(link(1, 0, NO_SLOT)), NO_SLOT);
+        assert_eq!(volume_of(word), 32);
+        assert_eq!(before_of(link(1, 0, 0, NO_SLOT)), NO_SLOT);
     }
 }

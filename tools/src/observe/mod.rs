@@ -5,6 +5,7 @@
 
 mod heat;
 mod perfetto;
+pub mod probes;
 pub mod report;
 mod sample;
 pub mod top;
@@ -13,7 +14,7 @@ mod view;
 
 use std::{collections::BTreeMap, path::Path};
 
-use postern_edl::{MEASURED_LATENCY, MEASURED_RECORDS, MEASURED_VOLUMES};
+use postern_edl::{MEASURED_LATENCY, MEASURED_PROBES, MEASURED_RECORDS, MEASURED_VOLUMES};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{
@@ -209,6 +210,13 @@ impl<'a> Daemon<'a> {
     /// Latency by volume, operation and stage.
     fn latency(&mut self) -> Result<Vec<Series>, Failure> {
         Ok(self.items(MEASURED_LATENCY, 0, (u64::MAX, 0))?.0)
+    }
+
+    /// The probes as a whole, then each program, as the daemon says it; switches them first if `switch`
+    /// says to.
+    fn probes(&mut self, switch: Option<bool>) -> Result<Vec<serde_json::Value>, Failure> {
+        let wish = switch.map_or(u64::MAX, u64::from);
+        Ok(self.items(MEASURED_PROBES, 0, (wish, 0))?.0)
     }
 
     /// The records from number `first` on, and the number of the last one; has the daemon keep more

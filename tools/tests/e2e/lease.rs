@@ -67,8 +67,13 @@ impl Server {
 
     /// The program below `postern run`.
     fn program(&self) -> u32 {
+        self.program_called("serve")
+    }
+
+    /// The program of this name below `postern run`.
+    pub fn program_called(&self, name: &str) -> u32 {
         let all = children(self.child.id());
-        all.into_iter().find(|&pid| name_of(pid) == "serve").expect("the program runs")
+        all.into_iter().find(|&pid| name_of(pid) == name).expect("the program runs")
     }
 
     pub fn end(mut self) {

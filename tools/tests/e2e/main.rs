@@ -7,11 +7,14 @@
 #![allow(clippy::unwrap_used)]
 
 mod activation;
+mod blame;
 mod browser;
 mod common;
 mod counter;
 mod death;
+mod devices;
 mod directory;
+mod filesystems;
 mod full;
 mod handshake;
 mod keys;
@@ -30,4 +33,5 @@ mod refusals;
 mod seal;
 mod sight;
 mod succession;
+mod switch;
 mod tamper;

@@ -122,10 +122,9 @@ function offer(select, options) {
 function showStages() {
   const { report } = state.snapshots.at(-1);
   const probes = report.source === "ebpf";
-  offer($("clock"), [...(probes ? [["ebpf", "eBPF probes (all volumes together)"]] : []), ["daemon", "the daemon's clock"]]);
-  const source = probes && state.volume === null ? $("clock").value || "ebpf" : "daemon";
-  $("clock").disabled = !probes || state.volume !== null;
-  if ($("clock").disabled) $("clock").value = "daemon";
+  offer($("clock"), [...(probes ? [["ebpf", "eBPF probes"]] : []), ["daemon", "the daemon's clock"]]);
+  const source = probes ? $("clock").value || "ebpf" : "daemon";
+  $("clock").disabled = !probes;
   $("stages-source").textContent = source === "ebpf" ? "by eBPF probes in the kernel" : "by the daemon's own clock";
   const interval = between(earlier(Number($("window").value)), state.snapshots.at(-1));
   stageBars($("bars"), interval, source, state.volume);

@@ -15,18 +15,8 @@ use postern_ebpf_common::TracedIocb;
 use postern_edl::port::op;
 use rustix::io::Errno;
 
-use super::queue::{BATCH, Entry, Queue, REAP, Wanted};
+use super::queue::{BATCH, Entry, NOT_TRACED, Queue, REAP, Wanted};
 use super::waiting::Waiting;
-
-const EMPTY: TracedIocb = TracedIocb {
-    iocb: [0; 8],
-    enqueued_ns: 0,
-    picked_ns: 0,
-    prev_delivered_ns: 0,
-    op: 0,
-    length: 0,
-    reserved: [0; 3],
-};
 
 /// A batch of iocbs and the context they go into.
 pub struct Libaio {
@@ -49,7 +39,7 @@ impl Libaio {
     /// `EAGAIN` when fs.aio-max-nr is used up, else as io_setup(2).
     pub fn new(wanted: &Wanted) -> Result<Self, Errno> {
         let context = AioContext::new(wanted.requests, wanted.least)?;
-        let iocbs = Box::new([const { UnsafeCell::new(EMPTY) }; BATCH]);
+        let iocbs = Box::new([const { UnsafeCell::new(NOT_TRACED) }; BATCH]);
         let pointers = std::array::from_fn(|i| iocbs[i].get().cast::<iocb>());
         Ok(Self { context, iocbs, pointers, waiting: Waiting::default(), wake: wanted.wake })
     }
@@ -66,26 +56,18 @@ impl Queue for Libaio {
             op::WRITE => IO_CMD_PWRITE,
             _ => IO_CMD_FDSYNC,
         };
-        let [enqueued_ns, picked_ns, prev_delivered_ns] = entry.stamps;
         let low = |fd: i32| u64::from(fd.cast_unsigned());
-        *self.iocbs[self.waiting.add(entry.index)].get_mut() = TracedIocb {
-            iocb: [
-                entry.data,
-                0,
-                u64::from(opcode.cast_unsigned()) | low(entry.fd) << 32,
-                entry.address,
-                entry.length,
-                entry.offset,
-                0,
-                u64::from(IOCB_FLAG_RESFD) | low(self.wake) << 32,
-            ],
-            enqueued_ns,
-            picked_ns,
-            prev_delivered_ns,
-            op: entry.op,
-            length: entry.length,
-            reserved: [0; 3],
-        };
+        let iocb = [
+            entry.data,
+            0,
+            u64::from(opcode.cast_unsigned()) | low(entry.fd) << 32,
+            entry.address,
+            entry.length,
+            entry.offset,
+            0,
+            u64::from(IOCB_FLAG_RESFD) | low(self.wake) << 32,
+        ];
+        *self.iocbs[self.waiting.add(entry.index)].get_mut() = entry.traced(iocb);
     }
 
     unsafe fn submit(&mut self) -> Result<&[usize], Errno> {
@@ -235,6 +217,7 @@ mod tests {
             data: 0x9057_0000_0000_0001,
             index: 5,
             op: op::WRITE,
+            volume: 0,
             fd: 7,
             address: 0xabc000,
             length: 8192,

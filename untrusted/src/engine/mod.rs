@@ -481,7 +481,7 @@ impl Engine {
         let delivered_ns = self.slots[index].delivered_ns;
         self.slots[index] = Slot::begin(submission, at, picked_ns, &self.stats);
         let bytes = self.slots[index].bytes();
-        let (file, _) = at;
+        let (file, volume) = at;
         self.files.begin(file);
         if op == op::DISCARD {
             self.elsewhere(index, Place::Thread, act);
@@ -499,6 +499,7 @@ impl Engine {
             data: aio_data(self.lane, index as u64, id >> 32),
             index,
             op,
+            volume: self.stats.number_at(volume),
             fd,
             address,
             length: submission.length,

@@ -6,6 +6,7 @@
 
 use std::os::fd::RawFd;
 
+use postern_ebpf_common::TracedIocb;
 use rustix::io::Errno;
 
 use super::{libaio::Libaio, uring::Uring};
@@ -23,8 +24,8 @@ pub enum Interface {
     /// Native AIO: io_submit(2). The probes follow these requests into the device.
     #[default]
     Libaio,
-    /// io_uring(7) with the port's memory as a registered buffer. The probes do not see it: stages
-    /// are taken by the daemon's own clock.
+    /// io_uring(7) with the port's memory as a registered buffer. The probes follow these as well,
+    /// where the kernel has what that takes.
     #[value(name = "io_uring")]
     Uring,
 }
@@ -51,6 +52,8 @@ pub struct Entry {
     pub index: usize,
     /// Port operation: read, write or flush.
     pub op: u64,
+    /// The daemon's number of the volume, for the probes.
+    pub volume: u64,
     /// Host descriptor.
     pub fd: i32,
     /// Address of the data; 0 for a flush.
@@ -63,6 +66,36 @@ pub struct Entry {
     /// request.
     pub stamps: [u64; 3],
 }
+
+impl Entry {
+    /// What the probes read of the request; `iocb` is the kernel's part, if it has one.
+    pub const fn traced(&self, mut iocb: [u64; 8]) -> TracedIocb {
+        let [enqueued_ns, picked_ns, prev_delivered_ns] = self.stamps;
+        iocb[0] = self.data;
+        TracedIocb {
+            iocb,
+            enqueued_ns,
+            picked_ns,
+            prev_delivered_ns,
+            op: self.op,
+            length: self.length,
+            volume: self.volume,
+            reserved: [0; 2],
+        }
+    }
+}
+
+/// A place for what the probes read.
+pub const NOT_TRACED: TracedIocb = TracedIocb {
+    iocb: [0; 8],
+    enqueued_ns: 0,
+    picked_ns: 0,
+    prev_delivered_ns: 0,
+    op: 0,
+    length: 0,
+    volume: 0,
+    reserved: [0; 2],
+};
 
 /// Requests on their way into the kernel and out of it.
 pub trait Queue: Send {

@@ -3,13 +3,15 @@
 //!
 //! Holds: nothing is in flight after the drop, which waits. Completions are worked off by the
 //! lane's own thread when it enters the kernel (IORING_SETUP_DEFER_TASKRUN), never by an interrupt
-//! of it; older kernels do as they like.
+//! of it; older kernels do as they like. A call that submits hands the kernel, in arguments that it
+//! does not look at then, where the probes find their description of the batch.
 
 use io_uring::{IoUring, opcode, squeue, types};
+use postern_ebpf_common::TracedIocb;
 use postern_edl::port::op;
 use rustix::io::Errno;
 
-use super::queue::{BATCH, Entry, Queue, REAP, Wanted};
+use super::queue::{BATCH, Entry, NOT_TRACED, Queue, REAP, Wanted};
 use super::waiting::Waiting;
 
 /// How often a submission is tried again that the kernel has no memory for.
@@ -22,6 +24,8 @@ const GETEVENTS: u32 = 1;
 pub struct Uring {
     ring: IoUring,
     entries: [squeue::Entry; BATCH],
+    /// What the probes read of the entries.
+    traced: Box<[TracedIocb; BATCH]>,
     waiting: Waiting,
     events: [(u64, i64); REAP],
     /// Accepted by the kernel and not reaped.
@@ -96,6 +100,7 @@ impl Uring {
         Ok(Self {
             ring,
             entries: std::array::from_fn(|_| opcode::Nop::new().build()),
+            traced: Box::new([NOT_TRACED; BATCH]),
             waiting: Waiting::default(),
             events: [(0, 0); REAP],
             in_kernel: 0,
@@ -143,7 +148,7 @@ impl Uring {
     fn enter(&mut self) -> Result<usize, Errno> {
         self.enable()?;
         for _ in 0..TRIES {
-            match self.ring.submit().map_err(|e| errno(&e)) {
+            match self.hand_over().map_err(|e| errno(&e)) {
                 Err(Errno::INTR) => {}
                 // The kernel is short of memory: room comes with a completion.
                 Err(Errno::AGAIN | Errno::BUSY) if self.in_kernel > 0 => return Err(Errno::AGAIN),
@@ -152,6 +157,24 @@ impl Uring {
             }
         }
         Err(Errno::IO)
+    }
+
+    /// io_uring_enter(2) for what lies in the ring. The first of it is the first that waits.
+    fn hand_over(&mut self) -> std::io::Result<usize> {
+        let first = self.waiting.places().start;
+        let (pushed, overflown) = {
+            let ring = self.ring.submission();
+            (ring.len(), ring.cq_overflow())
+        };
+        match (u32::try_from(pushed), self.traced.get(first)) {
+            (Ok(count), Some(first)) if !overflown => {
+                // SAFETY: without IORING_ENTER_GETEVENTS the kernel does not look at the argument;
+                //    the probes read no further than the batch, and only what `self` owns.
+                unsafe { self.ring.submitter().enter(count, 0, 0, Some(first)) }
+            }
+            // The kernel has completions that the ring had no room for: they come first.
+            _ => self.ring.submit(),
+        }
     }
 }
 
@@ -162,7 +185,9 @@ impl Queue for Uring {
 
     fn push(&mut self, entry: &Entry) {
         let sqe = self.entry(entry);
-        self.entries[self.waiting.add(entry.index)] = sqe;
+        let place = self.waiting.add(entry.index);
+        self.entries[place] = sqe;
+        self.traced[place] = entry.traced([0; 8]);
     }
 
     unsafe fn submit(&mut self) -> Result<&[usize], Errno> {

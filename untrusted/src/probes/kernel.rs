@@ -13,40 +13,49 @@ pub type Words = [u64; WORDS];
 /// Inode of the initial process-id namespace (`PROC_PID_INIT_INO`, include/linux/proc_ns.h).
 const INITIAL_PID_NAMESPACE: u64 = 0xefff_fffc;
 
-/// `(word, member of pt_regs, bytes behind it)`: the first four arguments of a system call as they
+/// `(word, member of pt_regs, bytes behind it)`: the six arguments of a system call as they
 /// are when it returns, where the first register may hold the result already.
 #[cfg(target_arch = "x86_64")]
-const ARGUMENTS: [(Config, &str, u64); 4] = [
+const ARGUMENTS: [(Config, &str, u64); 6] = [
     (Config::ArgContext, "di", 0),
     (Config::ArgCount, "si", 0),
     (Config::ArgPointers, "dx", 0),
     (Config::ArgEvents, "r10", 0),
+    (Config::ArgDescribed, "r8", 0),
+    (Config::ArgLength, "r9", 0),
 ];
 #[cfg(target_arch = "aarch64")]
-const ARGUMENTS: [(Config, &str, u64); 4] = [
+const ARGUMENTS: [(Config, &str, u64); 6] = [
     (Config::ArgContext, "orig_x0", 0),
     (Config::ArgCount, "regs", 8),
     (Config::ArgPointers, "regs", 16),
     (Config::ArgEvents, "regs", 24),
+    (Config::ArgDescribed, "regs", 32),
+    (Config::ArgLength, "regs", 40),
 ];
 #[cfg(target_arch = "riscv64")]
-const ARGUMENTS: [(Config, &str, u64); 4] = [
+const ARGUMENTS: [(Config, &str, u64); 6] = [
     (Config::ArgContext, "orig_a0", 0),
     (Config::ArgCount, "a1", 0),
     (Config::ArgPointers, "a2", 0),
     (Config::ArgEvents, "a3", 0),
+    (Config::ArgDescribed, "a4", 0),
+    (Config::ArgLength, "a5", 0),
 ];
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64", target_arch = "riscv64")))]
-const ARGUMENTS: [(Config, &str, u64); 4] = [
+const ARGUMENTS: [(Config, &str, u64); 6] = [
     (Config::ArgContext, "unknown architecture", 0),
     (Config::ArgCount, "unknown architecture", 0),
     (Config::ArgPointers, "unknown architecture", 0),
     (Config::ArgEvents, "unknown architecture", 0),
+    (Config::ArgDescribed, "unknown architecture", 0),
+    (Config::ArgLength, "unknown architecture", 0),
 ];
 
 /// Members on the way from a block request to the AIO request it serves.
-const MEMBERS: [(Config, &str, &str); 12] = [
+const MEMBERS: [(Config, &str, &str); 13] = [
     (Config::RequestBio, "request", "bio"),
+    (Config::RequestStart, "request", "start_time_ns"),
     (Config::BioNext, "bio", "bi_next"),
     (Config::BioEndIo, "bio", "bi_end_io"),
     (Config::BioPrivate, "bio", "bi_private"),
@@ -60,14 +69,25 @@ const MEMBERS: [(Config, &str, &str); 12] = [
     (Config::KioctxUserId, "kioctx", "user_id"),
 ];
 
+/// What a bio of btrfs carries beside. A kernel without btrfs, or with btrfs in a module, whose types
+/// stand elsewhere, does without.
+const BTRFS: [(Config, &str, &str); 3] = [
+    (Config::BtrfsBio, "btrfs_bio", "bio"),
+    (Config::BtrfsEndIo, "btrfs_bio", "end_io"),
+    (Config::BtrfsPrivate, "btrfs_bio", "private"),
+];
+
 /// Functions that tell what a bio belongs to. Without the first there is no way; of the others, a
 /// kernel may lack some.
-const FUNCTIONS: [(Config, &str); 5] = [
+const FUNCTIONS: [(Config, &str); 8] = [
     (Config::AioCompleteRw, "aio_complete_rw"),
     (Config::BioChainEndIo, "bio_chain_endio"),
     (Config::IomapDioEndIo, "iomap_dio_bio_end_io"),
     (Config::BlkdevEndIo, "blkdev_bio_end_io"),
     (Config::BlkdevEndIoAsync, "blkdev_bio_end_io_async"),
+    (Config::BtrfsSimpleEndIo, "btrfs_simple_end_io"),
+    (Config::BtrfsDioEndIo, "btrfs_dio_end_io"),
+    (Config::IoCompleteRw, "io_complete_rw"),
 ];
 
 /// Sets what names the traced process. A process-id namespace other than the initial one (a
@@ -99,6 +119,29 @@ pub fn set_arguments(words: &mut Words, types: &KernelTypes) -> Result<(), Strin
     Ok(())
 }
 
+/// Sets what leads from a request of io_uring to its id and to the thread that submitted it.
+///
+/// # Errors
+/// What the kernel lacks.
+pub fn set_uring(words: &mut Words, types: &KernelTypes) -> Result<(), String> {
+    let offset = |structure: &str, member: &str| {
+        let found = types.offset(structure, member);
+        found.ok_or_else(|| format!("this kernel has no `{structure}.{member}`"))
+    };
+    if (offset("io_kiocb", "cmd")?, offset("io_rw", "kiocb")?) != (0, 0) {
+        return Err("a request of io_uring does not begin with its kiocb here".to_owned());
+    }
+    words[Config::IoReqResult as usize] = offset("io_kiocb", "cqe")?;
+    // Since Linux 6.13 by way of what io_uring knows of the thread.
+    let (task, inner) = match offset("io_kiocb", "tctx") {
+        Ok(tctx) => (tctx, offset("io_uring_task", "task")?),
+        Err(_) => (offset("io_kiocb", "task")?, u64::MAX),
+    };
+    words[Config::IoReqTask as usize] = task;
+    words[Config::IoTaskTask as usize] = inner;
+    Ok(())
+}
+
 /// Sets what leads from a completed bio to its AIO request. Leaves `words` alone on failure.
 ///
 /// # Errors
@@ -119,6 +162,13 @@ pub fn set_device(words: &mut Words, types: &KernelTypes) -> Result<(), String> 
         return Err("the addresses of kernel functions are hidden: CAP_SYSLOG and \
              `sysctl kernel.kptr_restrict=1` show them"
             .to_owned());
+    }
+    let btrfs = BTRFS.map(|(word, structure, member)| (word, types.offset(structure, member)));
+    if btrfs.iter().any(|(_, offset)| offset.is_none()) {
+        found[Config::BtrfsSimpleEndIo as usize] = 0;
+    }
+    for (word, offset) in btrfs {
+        found[word as usize] = offset.unwrap_or(u64::MAX);
     }
     // A zero would match a bio without completion function.
     for (word, _) in FUNCTIONS {

@@ -8,6 +8,7 @@
 //! Holds: the daemon never loads or attaches anything itself; it takes what came from its own child
 //! alone, and only descriptors of the kinds that it expects.
 
+use std::ffi::OsStr;
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -22,17 +23,18 @@ use rustix::net::{
 use rustix::thread::{CapabilitySet, CapabilitySets};
 use serde::{Deserialize, Serialize};
 
-use super::{Attached, Probes, ProbesUnavailable};
+use super::{Attached, Gate, Probes, ProbesUnavailable};
+use crate::engine::Interface;
 
-/// First argument of the executable that makes it a loader; the number of the process to trace
-/// and, if one was named, the object follow. Its standard input is the socket.
+/// First argument of the executable that makes it a loader; the number of the process to trace, the
+/// interface that it does its I/O by and, if one was named, the object follow. Its standard input is the socket.
 pub const ARGUMENT: &str = "--load-probes";
 
 /// Most descriptors of one hand-over, and longest text with them, bytes.
-const MOST_DESCRIPTORS: usize = 32;
+const MOST_DESCRIPTORS: usize = 64;
 const MOST_BYTES: usize = 16 << 10;
 
-/// What the loader says; the descriptors come with it: both maps, the programs, the links.
+/// What the loader says; the descriptors come with it: the maps, the programs, the links.
 #[derive(Debug, Serialize, Deserialize)]
 enum Said {
     Loaded { notes: Vec<String>, programs: Vec<String> },
@@ -54,13 +56,14 @@ impl Probes {
     ///
     /// # Errors
     /// As there, in that process's words.
-    pub fn start(object: Option<&Path>) -> Result<Self, ProbesUnavailable> {
+    pub fn start(object: Option<&Path>, interface: Interface) -> Result<Self, ProbesUnavailable> {
         let lost = |what: String| ProbesUnavailable::Loader { what };
         let flags = SocketFlags::CLOEXEC;
         let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
             .map_err(|e| lost(format!("no socket for the probes' loader ({e})")))?;
         let mut command = Command::new("/proc/self/exe");
-        command.arg(ARGUMENT).arg(std::process::id().to_string()).args(object);
+        command.arg(ARGUMENT).arg(std::process::id().to_string());
+        command.arg(word_for(interface)).args(object);
         command.stdin(Stdio::from(theirs)).stdout(Stdio::null());
         let mut child = command
             .spawn()
@@ -89,11 +92,12 @@ impl Probes {
         let map = |fd| Map::from_map_data(MapData::from_fd(fd).ok()?).ok();
         let histograms = PerCpuArray::try_from(map(next("bpf-map")?)?).ok()?;
         let counters = PerCpuArray::try_from(map(next("bpf-map")?)?).ok()?;
+        let gate = Gate::of(next("bpf-map")?.as_fd()).ok()?;
         let programs: Option<Vec<_>> =
             names.into_iter().map(|name| Some((name, next("bpf-prog")?))).collect();
         let (programs, links) = (programs?, descriptors.collect::<Vec<_>>());
         let attached = Attached::Elsewhere { _links: links };
-        Some(Self { histograms, counters, notes, programs, attached })
+        Some(Self { histograms, counters, gate, notes, programs, attached })
     }
 
     /// What is handed over for these probes.
@@ -119,8 +123,12 @@ impl Probes {
 #[must_use]
 pub fn main(mut arguments: impl Iterator<Item = std::ffi::OsString>) -> u8 {
     let process = arguments.next().and_then(|number| number.to_str()?.parse().ok());
+    let interface = arguments.next();
+    let interface = [Interface::Libaio, Interface::Uring]
+        .into_iter()
+        .find(|known| interface.as_deref() == Some(OsStr::new(word_for(*known))));
     let object = arguments.next().map(PathBuf::from);
-    let Some(process) = process else { return 2 };
+    let (Some(process), Some(interface)) = (process, interface) else { return 2 };
     let socket = std::io::stdin();
     let said = |said: &Said, descriptors: &[OwnedFd]| match send(socket.as_fd(), said, descriptors)
     {
@@ -131,12 +139,19 @@ pub fn main(mut arguments: impl Iterator<Item = std::ffi::OsString>) -> u8 {
     if let Err(e) = keep_only(needed()) {
         return failed(format!("the probes' loader can not give up capabilities ({e})"));
     }
-    match Probes::load(object.as_deref(), process) {
+    match Probes::load(object.as_deref(), process, interface) {
         Ok(probes) => match probes.parts() {
             Ok((loaded, descriptors)) => said(&loaded, &descriptors),
             Err(e) => failed(format!("the probes can not be handed over ({e})")),
         },
         Err(unavailable) => failed(unavailable.to_string()),
+    }
+}
+
+const fn word_for(interface: Interface) -> &'static str {
+    match interface {
+        Interface::Libaio => "libaio",
+        Interface::Uring => "io_uring",
     }
 }
 

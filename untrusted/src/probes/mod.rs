@@ -1,7 +1,7 @@
 //! Loads the eBPF probes and reads what they found out.
 //!
 //! The probes see every request of one process from the kernel's side: io_submit, the block layer's
-//! completion, io_getevents. What they record, and what a stage means, stands in
+//! completion, io_getevents; or what io_uring has in their place. What they record, and what a stage means, stands in
 //! [`postern_ebpf_common`].
 //!
 //! Loading takes privileges that serving does not need: [`Probes::start`] has a process of its own
@@ -13,23 +13,27 @@
 
 mod btf;
 mod error;
+mod gate;
 mod kernel;
 pub mod loader;
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use aya::maps::{Map, MapData, PerCpuArray};
 use aya::programs::{BtfTracePoint, ProgramError, TracePoint};
 use aya::{Btf, Ebpf, EbpfError, EbpfLoader};
-use postern_ebpf_common::counter::{COUNTERS, NAMES, WRITERS};
-use postern_ebpf_common::histogram::{HISTOGRAM_WORDS, highest, quantile};
-use postern_ebpf_common::{OPERATIONS, STAGES, config, series};
+use postern_ebpf_common::counter::{COUNTERS, Counter, NAMES, WRITERS};
+use postern_ebpf_common::histogram::{HISTOGRAM_WORDS, Histogram, highest, quantile};
+use postern_ebpf_common::{OPERATIONS, SERIES, STAGES, VOLUMES, config, series, stage};
 
+use crate::engine::{Interface, now_ns};
 use crate::histogram::Snapshot;
 use crate::stats::StageRow;
 pub use error::ProbesUnavailable;
+use gate::Gate;
 
 /// Environment variable with the path of the object.
 pub const OBJECT_VARIABLE: &str = "POSTERN_PROBES";
@@ -37,12 +41,21 @@ pub const OBJECT_VARIABLE: &str = "POSTERN_PROBES";
 pub const OBJECT_NAME: &str = "postern-probes.o";
 
 /// Probes of system calls: program, tracepoint.
-const SYSTEM_CALLS: [(&str, &str); 3] = [
+type SystemCall = (&'static str, &'static str);
+/// Those of native AIO.
+const AIO: [SystemCall; 3] = [
     ("exit_io_getevents", "sys_exit_io_getevents"),
     ("exit_io_submit", "sys_exit_io_submit"),
     ("enter_io_submit", "sys_enter_io_submit"),
 ];
-const PGETEVENTS: (&str, &str) = ("exit_io_pgetevents", "sys_exit_io_pgetevents");
+const PGETEVENTS: SystemCall = ("exit_io_pgetevents", "sys_exit_io_pgetevents");
+/// Those of io_uring; [`URING_COMPLETE`] comes first.
+const URING: [SystemCall; 2] = [
+    ("exit_io_uring_enter", "sys_exit_io_uring_enter"),
+    ("enter_io_uring_enter", "sys_enter_io_uring_enter"),
+];
+/// Program and tracepoint of io_uring's completions: argument, and its type.
+const URING_COMPLETE: (&str, usize, &str) = ("io_uring_complete", 0, "io_ring_ctx");
 /// Probes of the block layer (program and tracepoint have one name): argument that leads to the bio,
 /// and its type.
 const BLOCK_LAYER: [(&str, usize, &str); 2] =
@@ -51,6 +64,11 @@ const BLOCK_LAYER: [(&str, usize, &str); 2] =
 /// The maps that are read, by their names in the object.
 const HISTOGRAMS: &str = "HISTOGRAMS";
 const COUNTERS_MAP: &str = "COUNTERS";
+const GATE_MAP: &str = "GATE";
+
+/// Most memory that the histograms of all volumes take on all processors together, bytes. One volume
+/// has some in any case.
+const HISTOGRAM_MEMORY: u64 = 32 << 20;
 
 const TRACEFS: &str = "/sys/kernel/tracing";
 
@@ -58,6 +76,7 @@ const TRACEFS: &str = "/sys/kernel/tracing";
 pub struct Probes {
     histograms: PerCpuArray<MapData, [u64; HISTOGRAM_WORDS]>,
     counters: PerCpuArray<MapData, [u64; COUNTERS]>,
+    gate: Gate,
     notes: Vec<String>,
     programs: Vec<(String, OwnedFd)>,
     /// What keeps the programs attached.
@@ -95,14 +114,18 @@ pub struct ProgramCost {
 
 impl Probes {
     /// Loads the probes and attaches them to the process `tgid` (a number in the caller's process-id
-    /// namespace).
+    /// namespace), which does its I/O by `interface`.
     ///
     /// The object is `object`, else `$POSTERN_PROBES`, else `postern-probes.o` beside the
     /// executable. tracefs is mounted at its usual place if it is not, and stays mounted.
     ///
     /// # Errors
     /// Why the probes can not run; what the block layer's probes lack is only a note.
-    pub fn load(object: Option<&Path>, tgid: u32) -> Result<Self, ProbesUnavailable> {
+    pub fn load(
+        object: Option<&Path>,
+        tgid: u32,
+        interface: Interface,
+    ) -> Result<Self, ProbesUnavailable> {
         let path = object_path(object)?;
         let bytes = std::fs::read(&path).map_err(|error| ProbesUnavailable::Object {
             path: path.clone(),
@@ -117,29 +140,53 @@ impl Probes {
         kernel::set_process(&mut words, tgid);
         kernel::set_arguments(&mut words, &types)
             .map_err(|what| ProbesUnavailable::Kernel { what })?;
+        if interface == Interface::Uring {
+            kernel::set_uring(&mut words, &types).map_err(not_followed)?;
+        }
         let device = kernel::set_device(&mut words, &types);
+        let volumes = volumes_for(aya::util::nr_cpus().map_or(1, |cpus| cpus as u64));
+        words[config::Config::Volumes as usize] = volumes;
 
         let mut ebpf = EbpfLoader::new()
             .btf(None)
+            .map_max_entries(HISTOGRAMS, u32::try_from(volumes * SERIES).unwrap_or(u32::MAX))
             .override_global(config::SYMBOL, &words[..], true)
             .load(&bytes)
             .map_err(|error| refused_object(&path, &error))?;
-        for (program, tracepoint) in SYSTEM_CALLS {
-            attach_system_call(&mut ebpf, program, tracepoint)?;
-        }
-        let (program, tracepoint) = PGETEVENTS;
-        if let Err(error) = attach_system_call(&mut ebpf, program, tracepoint) {
-            notes.push(format!("io_pgetevents is not traced: {error}"));
+        match interface {
+            Interface::Libaio => {
+                for (program, tracepoint) in AIO {
+                    attach_system_call(&mut ebpf, program, tracepoint)?;
+                }
+                let (program, tracepoint) = PGETEVENTS;
+                if let Err(error) = attach_system_call(&mut ebpf, program, tracepoint) {
+                    notes.push(format!("io_pgetevents is not traced: {error}"));
+                }
+            }
+            Interface::Uring => {
+                attach_uring(&mut ebpf, &types)?;
+                for (program, tracepoint) in URING {
+                    attach_system_call(&mut ebpf, program, tracepoint)?;
+                }
+            }
         }
         match device {
             Ok(()) => attach_block_layer(&mut ebpf, &types, &mut notes),
             Err(reason) => notes.push(no_device(&reason)),
         }
-        let maps = [HISTOGRAMS, COUNTERS_MAP].iter().filter_map(|name| match ebpf.map(name) {
-            Some(Map::PerCpuArray(data)) => data.fd().as_fd().try_clone_to_owned().ok(),
+        let maps = [HISTOGRAMS, COUNTERS_MAP, GATE_MAP].iter();
+        let maps = maps.filter_map(|name| match ebpf.map(name) {
+            Some(Map::PerCpuArray(data) | Map::Array(data)) => {
+                data.fd().as_fd().try_clone_to_owned().ok()
+            }
             _ => None,
         });
-        let maps = maps.collect();
+        let maps: Vec<OwnedFd> = maps.collect();
+        let gate = maps.last().map(|map| Gate::of(map.as_fd()));
+        let gate = gate.and_then(Result::ok).ok_or_else(|| ProbesUnavailable::Object {
+            path: path.clone(),
+            reason: format!("its map {GATE_MAP} can not be used"),
+        })?;
         let histograms = map(&mut ebpf, HISTOGRAMS, &path)?;
         let counters = map(&mut ebpf, COUNTERS_MAP, &path)?;
         let programs = ebpf
@@ -150,79 +197,132 @@ impl Probes {
             })
             .collect();
         let attached = Attached::Here { _ebpf: Box::new(ebpf), maps };
-        Ok(Self { histograms, counters, notes, programs, attached })
+        Ok(Self { histograms, counters, gate, notes, programs, attached })
     }
 
-    /// Latency by stage and operation since the probes were loaded, in the order of a request's way.
-    /// Combinations that did not occur are left out.
+    /// Latency by stage and operation since the probes were loaded, all volumes together, in the
+    /// order of a request's way. Combinations that did not occur are left out.
     #[must_use]
     pub fn rows(&self) -> Vec<StageRow> {
-        let mut rows = Vec::new();
-        for (stage, stage_name) in (0..).zip(STAGES) {
-            for (op, operation) in (1..).zip(&OPERATIONS[1..]) {
-                rows.extend(self.row(series(stage, op), stage_name, operation));
+        let mut all: BTreeMap<u64, Sums> = BTreeMap::new();
+        self.each(|_, series, sums| {
+            let Sums { sum_ns, max_ns, buckets } = sums;
+            match all.entry(series) {
+                Entry::Vacant(place) => drop(place.insert(Sums { sum_ns, max_ns, buckets })),
+                Entry::Occupied(mut place) => {
+                    let total = place.get_mut();
+                    total.sum_ns = total.sum_ns.wrapping_add(sum_ns);
+                    total.max_ns = total.max_ns.max(max_ns);
+                    total.buckets.iter_mut().zip(buckets).for_each(|(total, n)| *total += n);
+                }
             }
-        }
-        rows
+        });
+        all.iter().filter_map(|(series, sums)| sums.row(*series)).collect()
     }
 
-    /// The histogram of each stage and operation, in the order of a request's way; without those
-    /// that are empty.
+    /// The histogram of each volume (its number; 0: others together), stage and operation, in the
+    /// order of a request's way; without those that are empty.
     #[must_use]
-    pub fn latency(&self) -> Vec<(&'static str, &'static str, Snapshot)> {
+    pub fn latency(&self) -> Vec<(u64, &'static str, &'static str, Snapshot)> {
         let mut all = Vec::new();
-        for (stage, stage_name) in (0..).zip(STAGES) {
-            for (op, operation) in (1..).zip(&OPERATIONS[1..]) {
-                let Some((sum_ns, max_ns, buckets)) = self.histogram(series(stage, op)) else {
-                    continue;
-                };
-                let mut snapshot = Snapshot::default();
-                (snapshot.sum_ns, snapshot.max_ns) = (sum_ns, max_ns);
-                for (bucket, &count) in (0..).zip(&buckets).filter(|(_, count)| **count > 0) {
-                    snapshot.add(highest(bucket), count);
-                }
-                if snapshot.count() > 0 {
-                    all.push((stage_name, *operation, snapshot));
-                }
+        self.each(|volume, series, sums| {
+            let Some((stage, operation)) = names_of(series) else { return };
+            let mut snapshot = Snapshot::default();
+            (snapshot.sum_ns, snapshot.max_ns) = (sums.sum_ns, sums.max_ns);
+            for (bucket, &count) in (0..).zip(&sums.buckets).filter(|(_, count)| **count > 0) {
+                snapshot.add(highest(bucket), count);
             }
-        }
+            all.push((volume, stage, operation, snapshot));
+        });
         all
     }
 
-    fn row(&self, series: u64, stage: &str, operation: &str) -> Option<StageRow> {
-        let (sum_ns, max_ns, buckets) = self.histogram(series)?;
-        let count = buckets.iter().sum();
-        (count > 0).then(|| StageRow {
-            stage: stage.to_owned(),
-            operation: operation.to_owned(),
-            count,
-            p50_ns: quantile(&buckets, max_ns, 500),
-            p99_ns: quantile(&buckets, max_ns, 990),
-            p999_ns: quantile(&buckets, max_ns, 999),
-            max_ns,
-            sum_ns,
-        })
+    /// Volumes that have histograms of their own: those with a number below this, above 0.
+    #[must_use]
+    pub fn volumes(&self) -> u64 {
+        u64::from(self.histograms.len()) / SERIES
     }
 
-    /// Sum, maximum and buckets of a histogram, of all processors together.
-    fn histogram(&self, series: u64) -> Option<(u64, u64, Vec<u64>)> {
-        let each_cpu = self.histograms.get(&u32::try_from(series).ok()?, 0).ok()?;
-        let (mut sum_ns, mut max_ns) = (0u64, 0);
-        let mut buckets = vec![0u64; HISTOGRAM_WORDS - 2];
+    /// Gives `to` every histogram that is not empty: volume, series, what is in it.
+    fn each(&self, mut to: impl FnMut(u64, u64, Sums)) {
+        for volume in 0..self.volumes() {
+            let read = |series: u64| self.histogram(volume * SERIES + series);
+            // Every request that is recorded is recorded there.
+            let seen = (1..OPERATIONS.len() as u64).map(|op| series(stage::HOST_SUBMIT, op));
+            if !seen.clone().any(|series| read(series).is_some()) {
+                continue;
+            }
+            for series in 0..SERIES {
+                if let Some(sums) = read(series) {
+                    to(volume, series, sums);
+                }
+            }
+        }
+    }
+
+    /// A histogram of all processors together; `None` while it is empty.
+    fn histogram(&self, at: u64) -> Option<Sums> {
+        let each_cpu = self.histograms.get(&u32::try_from(at).ok()?, 0).ok()?;
+        let mut sums = Sums { sum_ns: 0, max_ns: 0, buckets: vec![0; HISTOGRAM_WORDS - 2] };
         for [sum, max, rest @ ..] in each_cpu.iter() {
-            sum_ns = sum_ns.wrapping_add(*sum);
-            max_ns = max_ns.max(*max);
-            for (total, n) in buckets.iter_mut().zip(rest) {
+            sums.sum_ns = sums.sum_ns.wrapping_add(*sum);
+            sums.max_ns = sums.max_ns.max(*max);
+            for (total, n) in sums.buckets.iter_mut().zip(rest) {
                 *total += n;
             }
         }
-        Some((sum_ns, max_ns, buckets))
+        (sums.buckets.iter().any(|n| *n > 0)).then_some(sums)
+    }
+
+    /// Whether new requests are looked at.
+    #[must_use]
+    pub fn is_on(&self) -> bool {
+        self.gate.is_open()
+    }
+
+    /// Looks at new requests again; what was recorded before stays.
+    pub fn switch_on(&self) {
+        self.gate.open(now_ns());
+    }
+
+    /// Looks at no new requests any more. Those that are under way are recorded as usual: call
+    /// [`Self::close`] when [`Self::under_way`] says that there are none, or after a while.
+    pub fn switch_off(&self) {
+        self.gate.begin_to_close();
+    }
+
+    /// Looks at nothing any more, unless it was switched on again.
+    pub fn close(&self) {
+        self.gate.close();
+    }
+
+    /// Requests that were seen and have not ended, as far as the probes know.
+    #[must_use]
+    pub fn under_way(&self) -> u64 {
+        let counters = self.totals();
+        let of = |counter: Counter| counters[counter as usize];
+        let rows = self.rows();
+        let ended = rows.iter().filter(|row| row.stage == STAGES[stage::HOST_SUBMIT as usize]);
+        let ended = ended.map(|row| row.count).sum::<u64>();
+        of(Counter::Seen)
+            .saturating_sub(of(Counter::NotAccepted) + of(Counter::Overwritten) + ended)
     }
 
     /// What was counted instead of recorded, by name; also the requests seen and, for each program
     /// that missed a run, `missed_PROGRAM`.
     #[must_use]
     pub fn counters(&self) -> BTreeMap<String, u64> {
+        let totals = self.totals();
+        let mut named: BTreeMap<String, u64> =
+            NAMES.iter().map(|name| (*name).to_owned()).zip(totals).collect();
+        for cost in self.costs() {
+            named.insert(format!("missed_{}", cost.name), cost.missed);
+        }
+        named
+    }
+
+    /// The counters, of all writers and processors together.
+    fn totals(&self) -> [u64; COUNTERS] {
         let mut totals = [0u64; COUNTERS];
         for writer in 0..WRITERS {
             // The kernel answers every index below the map's size.
@@ -233,12 +333,7 @@ impl Probes {
                 }
             }
         }
-        let mut named: BTreeMap<String, u64> =
-            NAMES.iter().map(|name| (*name).to_owned()).zip(totals).collect();
-        for cost in self.costs() {
-            named.insert(format!("missed_{}", cost.name), cost.missed);
-        }
-        named
+        totals
     }
 
     /// What an operator should know to read the numbers: what could not be attached and what follows
@@ -246,15 +341,32 @@ impl Probes {
     #[must_use]
     pub fn notes(&self) -> Vec<String> {
         let mut notes = self.notes.clone();
+        if !self.is_on() {
+            notes.push(
+                "the probes are switched off; `postern probes on` switches them on".to_owned(),
+            );
+        }
         let rows = self.rows();
-        let on_device = |stage: &str| {
-            let rows = rows.iter().filter(|r| r.stage == stage && r.operation != OPERATIONS[3]);
-            rows.map(|r| r.count).sum::<u64>()
+        let on_device = |stage: u64| {
+            let rows = rows.iter().filter(|row| {
+                row.stage == STAGES[stage as usize] && row.operation != OPERATIONS[3]
+            });
+            rows.map(|row| row.count).sum::<u64>()
         };
-        if self.traces_device() && on_device(STAGES[2]) > 0 && on_device(STAGES[3]) == 0 {
+        let (all, known) = (on_device(stage::DEVICE), on_device(stage::REAP));
+        if !self.traces_device() {
+            return notes;
+        }
+        if all > 0 && known == 0 {
             notes.push(no_device(
                 "no completion in the block layer could be led back to a request; \
                  the file system may keep its own records, or serve all from memory",
+            ));
+        } else if all > known {
+            let unknown = all - known;
+            notes.push(format!(
+                "when the device was done is not known of {unknown} of {all} reads and writes (page \
+                 cache, holes, what a file system does by itself): their `device` contains `reap`",
             ));
         }
         notes
@@ -280,6 +392,59 @@ impl Probes {
             .collect();
         costs.sort_by(|a, b| a.name.cmp(&b.name));
         costs
+    }
+}
+
+/// What a histogram holds.
+struct Sums {
+    sum_ns: u64,
+    max_ns: u64,
+    buckets: Vec<u64>,
+}
+
+impl Sums {
+    fn row(&self, series: u64) -> Option<StageRow> {
+        let (stage, operation) = names_of(series)?;
+        let Self { sum_ns, max_ns, buckets } = self;
+        Some(StageRow {
+            stage: stage.to_owned(),
+            operation: operation.to_owned(),
+            count: buckets.iter().sum(),
+            p50_ns: quantile(buckets, *max_ns, 500),
+            p99_ns: quantile(buckets, *max_ns, 990),
+            p999_ns: quantile(buckets, *max_ns, 999),
+            max_ns: *max_ns,
+            sum_ns: *sum_ns,
+        })
+    }
+}
+
+/// Stage and operation of a series.
+fn names_of(number: u64) -> Option<(&'static str, &'static str)> {
+    let stages = (0..).zip(STAGES);
+    let mut all = stages.flat_map(|stage| (1..).zip(&OPERATIONS[1..]).map(move |op| (stage, op)));
+    all.find(|((stage, _), (op, _))| series(*stage, *op) == number)
+        .map(|((_, stage), (_, operation))| (stage, *operation))
+}
+
+/// For how many volumes there is memory on `cpus` processors, the others' together included.
+const fn volumes_for(cpus: u64) -> u64 {
+    let each = SERIES * size_of::<Histogram>() as u64 * if cpus == 0 { 1 } else { cpus };
+    let fit = HISTOGRAM_MEMORY / each;
+    if fit == 0 {
+        1
+    } else if fit > VOLUMES {
+        VOLUMES
+    } else {
+        fit
+    }
+}
+
+fn not_followed(reason: String) -> ProbesUnavailable {
+    ProbesUnavailable::Kernel {
+        what: format!(
+            "what it takes to follow io_uring ({reason}; --engine libaio can be followed)"
+        ),
     }
 }
 
@@ -378,6 +543,25 @@ fn attach_system_call(
     })
 }
 
+fn attach_uring(ebpf: &mut Ebpf, types: &btf::KernelTypes) -> Result<(), ProbesUnavailable> {
+    let (name, argument, pointee) = URING_COMPLETE;
+    if !types.tracepoint_takes(name, argument, pointee) {
+        return Err(not_followed(format!("it has no such tracepoint as {name}")));
+    }
+    let refused = |error: &(dyn std::error::Error + 'static)| {
+        self::refused(&format!("the program {name}"), error)
+    };
+    let btf = Btf::from_sys_fs().map_err(|error| refused(&error))?;
+    attach_btf(ebpf, name, &btf).map_err(|error| refused(&error))
+}
+
+fn attach_btf(ebpf: &mut Ebpf, name: &str, btf: &Btf) -> Result<(), ProgramError> {
+    let program: &mut BtfTracePoint =
+        ebpf.program_mut(name).ok_or(ProgramError::NotLoaded)?.try_into()?;
+    program.load(name, btf)?;
+    program.attach().map(drop)
+}
+
 /// Attaches what can be attached of the block layer's probes; says in `notes` what can not.
 fn attach_block_layer(ebpf: &mut Ebpf, types: &btf::KernelTypes, notes: &mut Vec<String>) {
     let btf = match Btf::from_sys_fs() {
@@ -386,15 +570,9 @@ fn attach_block_layer(ebpf: &mut Ebpf, types: &btf::KernelTypes, notes: &mut Vec
     };
     let mut attached = 0;
     for (name, argument, pointee) in BLOCK_LAYER {
-        let attach = |ebpf: &mut Ebpf| {
-            let program: &mut BtfTracePoint =
-                ebpf.program_mut(name).ok_or(ProgramError::NotLoaded)?.try_into()?;
-            program.load(name, &btf)?;
-            program.attach().map(drop)
-        };
         if !types.tracepoint_takes(name, argument, pointee) {
             notes.push(format!("{name} is not traced: this kernel has no such tracepoint"));
-        } else if let Err(error) = attach(ebpf) {
+        } else if let Err(error) = attach_btf(ebpf, name, &btf) {
             let error = refused(&format!("the program {name}"), &error);
             notes.push(format!("{name} is not traced: {error}"));
         } else {
@@ -462,9 +640,26 @@ mod tests {
     use super::*;
 
     #[test]
+    fn histograms_take_no_more_memory_than_is_theirs_and_one_volume_always_has_some() {
+        let each = SERIES * 8 * HISTOGRAM_WORDS as u64;
+        for cpus in [0, 1, 2, 15, 64, 256, 1 << 20] {
+            let volumes = volumes_for(cpus);
+            assert!((1..=VOLUMES).contains(&volumes), "{cpus}");
+            assert!(volumes == 1 || volumes * each * cpus <= HISTOGRAM_MEMORY, "{cpus}");
+        }
+        assert_eq!((volumes_for(2), volumes_for(1 << 20)), (VOLUMES, 1));
+    }
+
+    #[test]
+    fn a_series_has_the_names_of_its_stage_and_operation() {
+        assert_eq!(names_of(series(stage::REAP, 2)), Some(("reap", "write")));
+        assert_eq!(names_of(SERIES), None);
+    }
+
+    #[test]
     fn a_missing_object_is_named_with_its_remedy() {
         let path = Path::new("/nowhere/postern-probes.o");
-        let error = Probes::load(Some(path), 1).unwrap_err();
+        let error = Probes::load(Some(path), 1, Interface::Libaio).unwrap_err();
         assert!(matches!(&error, ProbesUnavailable::Object { path: p, .. } if p == path));
         let text = error.to_string();
         assert!(text.contains("/nowhere/postern-probes.o"), "{text}");

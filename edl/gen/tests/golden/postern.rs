@@ -520,6 +520,7 @@ pub trait Host {
     /// A part of what the daemon has measured, as JSON text: items from number `first` on as far
     /// as they fit, and the number of the one after them (0: none). With records, for some seconds
     /// more requests than usual are recorded: those that take at least so long, and one in so many.
+    /// With the probes, 0 and 1 in place of that time switch them off and on.
     fn postern_measured(
         &mut self,
         request: PosternMeasuredRequest,
@@ -831,6 +832,7 @@ impl<C: Carrier> Enclave<C> {
     /// A part of what the daemon has measured, as JSON text: items from number `first` on as far
     /// as they fit, and the number of the one after them (0: none). With records, for some seconds
     /// more requests than usual are recorded: those that take at least so long, and one in so many.
+    /// With the probes, 0 and 1 in place of that time switch them off and on.
     ///
     /// # Errors
     /// [`CallError`]: the carrier failed, the host refused, or the answer (or this request)
