@@ -15,8 +15,8 @@ use rustix::net::{
 };
 
 use crate::{
-    common::{World, begin, children, end, name_of, signal, until},
-    kill::{Confirmed, words},
+    common::{World, begin, end, signal},
+    kill::{Confirmed, stop, words},
 };
 
 const KILLS: usize = 5;
@@ -80,21 +80,14 @@ fn on_a_socket_that_was_handed_over_no_program_is_refused_and_no_confirmed_write
     let mut daemon = Daemon::start(&world, &socket, &volume);
     for kill in 0..KILLS {
         let enough = confirmed.now() + 1 + kill * 7;
-        until("enough confirmed writes", || {
-            let seen = confirmed.now();
-            assert!(running.is_running(), "the guest ended by itself");
-            (seen >= enough).then_some(())
-        });
+        confirmed.reach(enough, &mut running);
         drop(daemon);
         assert!(world.path("d.sock").exists(), "the socket is not the daemon's to remove");
         daemon = Daemon::start(&world, &socket, &volume);
     }
     let enough = confirmed.now() + 20;
-    until("the last daemon serves", || (confirmed.now() >= enough).then_some(()));
-    let all = children(running.pid());
-    signal("TERM", all.into_iter().find(|&pid| name_of(pid) == "synclog").unwrap());
-    let ended = running.wait().expect(128 + 15);
-    assert!(!ended.stderr.contains("EIO"), "{}", ended.stderr);
+    confirmed.reach(enough, &mut running);
+    stop(running);
     // The socket outlives a daemon that stops in order, too.
     signal("TERM", daemon.0.id());
     assert!(daemon.0.wait().unwrap().success());

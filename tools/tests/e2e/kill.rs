@@ -10,7 +10,7 @@ use std::{
     process::Command,
 };
 
-use crate::common::{World, begin, children, end, name_of, signal, until};
+use crate::common::{Ended, Running, World, begin, children, end, name_of, signal, until};
 
 /// Kills of each victim without `POSTERN_KILLS`.
 const ROUNDS: u64 = 20;
@@ -53,6 +53,24 @@ impl<'a> Confirmed<'a> {
         self.read += whole as u64;
         self.count
     }
+
+    /// Waits until there are `enough`; the guest must not end before.
+    pub fn reach(&mut self, enough: usize, running: &mut Running) {
+        until("enough confirmed writes", || {
+            let seen = self.now();
+            assert!(running.is_running() || seen >= enough, "the guest ended by itself");
+            (seen >= enough).then_some(())
+        });
+    }
+}
+
+/// Ends `synclog` below a run, which has met no error.
+pub fn stop(running: Running) -> Ended {
+    let all = children(running.pid());
+    signal("TERM", all.into_iter().find(|&pid| name_of(pid) == "synclog").unwrap());
+    let ended = running.wait().expect(128 + 15);
+    assert!(!ended.stderr.contains("EIO"), "{}", ended.stderr);
+    ended
 }
 
 /// Kills a process below `postern` by its name while it writes; then checks the volume. Each round
@@ -72,11 +90,7 @@ fn kill_in_rounds(victim: &str, expected_code: Option<i32>) {
         let mut running = begin(&mut world.run_with(&volume, &options, write));
         // A different count each round, so that the kill falls into different phases.
         let enough = before + 1 + usize::try_from(round * round * 3 % LONGEST).unwrap();
-        until("enough confirmed writes", || {
-            let seen = confirmed.now();
-            assert!(running.is_running() || seen >= enough, "the guest ended by itself");
-            (seen >= enough).then_some(())
-        });
+        confirmed.reach(enough, &mut running);
         let pid = if victim == "postern" {
             running.pid()
         } else {
@@ -157,10 +171,7 @@ fn the_checker_finds_what_a_plain_file_lost() {
     };
     let mut confirmed = Confirmed::of(&log);
     let mut running = begin(&mut tool("write"));
-    until("some confirmed writes", || {
-        assert!(running.is_running());
-        (confirmed.now() >= 50).then_some(())
-    });
+    confirmed.reach(50, &mut running);
     signal("KILL", running.pid());
     running.wait();
     end(&mut tool("check")).expect(0);

@@ -62,25 +62,24 @@ fn programs(world: &World, name: &str) -> Option<Vec<PathBuf>> {
     Some(programs)
 }
 
-/// `--no-host-writes` on a kernel that cannot do it is refused; then there is nothing to test.
-fn can_seal(world: &World, volume: &Path) -> bool {
-    let ended = end(&mut world.run_with(volume, &["--no-probes", "--no-host-writes"], ["true"]));
+/// A volume of this size, where the kernel can do what `--no-host-writes` asks for; where it can not,
+/// that is refused, and then there is nothing to test.
+fn sealable(size: &str) -> Option<(World, PathBuf)> {
+    let world = World::new()?;
+    let volume = world.format("v", size);
+    let ended = end(&mut world.run_with(&volume, &["--no-probes", "--no-host-writes"], ["true"]));
     if ended.stderr.contains("can not be enforced") {
         assert_eq!(ended.code(), 70);
         skip(ended.stderr.trim());
-        return false;
+        return None;
     }
     ended.expect(0);
-    true
+    Some((world, volume))
 }
 
 #[test]
 fn a_sealed_off_program_changes_nothing_on_the_host_by_libc_instruction_or_static_child() {
-    let Some(world) = World::new() else { return };
-    let volume = world.format("v", "1M");
-    if !can_seal(&world, &volume) {
-        return;
-    }
+    let Some((world, volume)) = sealable("1M") else { return };
     let Some(programs) = programs(&world, "escape") else { return };
     let host = stage(&world);
     let before = state(&host);
@@ -106,11 +105,7 @@ fn a_sealed_off_program_changes_nothing_on_the_host_by_libc_instruction_or_stati
 
 #[test]
 fn a_sealed_off_program_works_on_its_volume_and_writes_where_the_operator_lets_it() {
-    let Some(world) = World::new() else { return };
-    let volume = world.format("v", "4M");
-    if !can_seal(&world, &volume) {
-        return;
-    }
+    let Some((world, volume)) = sealable("4M") else { return };
     let host = stage(&world);
     let allowed = host.to_str().unwrap();
     let options = ["--no-probes", "--no-host-writes", "--allow-write", allowed];
@@ -131,11 +126,7 @@ fn a_sealed_off_program_works_on_its_volume_and_writes_where_the_operator_lets_i
 
 #[test]
 fn a_program_without_host_files_reads_lists_and_runs_none_by_libc_instruction_or_static_child() {
-    let Some(world) = World::new() else { return };
-    let volume = world.format("v", "4M");
-    if !can_seal(&world, &volume) {
-        return;
-    }
+    let Some((world, volume)) = sealable("4M") else { return };
     let Some(programs) = programs(&world, "peek") else { return };
     let host = stage(&world);
     std::fs::copy(&programs[0], host.join("program")).unwrap();
@@ -162,11 +153,7 @@ fn a_program_without_host_files_reads_lists_and_runs_none_by_libc_instruction_or
 
 #[test]
 fn a_program_without_host_files_works_on_its_volume() {
-    let Some(world) = World::new() else { return };
-    let volume = world.format("v", "4M");
-    if !can_seal(&world, &volume) {
-        return;
-    }
+    let Some((world, volume)) = sealable("4M") else { return };
     let sealed = ["--no-probes", "--no-host-files"];
     let script = "echo sealed >/sealed/data && read word </sealed/data && echo $word";
     let ended = end(&mut world.run_with(&volume, &sealed, ["sh", "-c", script])).expect(0);
@@ -181,11 +168,7 @@ fn a_program_without_host_files_works_on_its_volume() {
 
 #[test]
 fn a_place_to_write_that_is_not_there_or_not_asked_for_is_refused() {
-    let Some(world) = World::new() else { return };
-    let volume = world.format("v", "1M");
-    if !can_seal(&world, &volume) {
-        return;
-    }
+    let Some((world, volume)) = sealable("1M") else { return };
     let options = ["--no-probes", "--no-host-writes", "--allow-write", "no-such-place"];
     end(&mut world.run_with(&volume, &options, ["true"])).expect_line(64, "--allow-write");
     let alone = ["--no-probes", "--allow-write", "."];

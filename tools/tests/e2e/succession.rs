@@ -9,8 +9,8 @@ use std::{
 };
 
 use crate::{
-    common::{Running, World, begin, children, end, name_of, signal, until},
-    kill::{Confirmed, words},
+    common::{Running, World, begin, end, signal, until},
+    kill::{Confirmed, stop, words},
     launcher::{daemon_at_work, serving},
     lease::{EIO, Server},
 };
@@ -32,11 +32,7 @@ fn a_program_goes_on_and_every_confirmed_write_is_there_however_often_the_daemon
     for kill in 0..kills() {
         // Some are killed while they take over, some at work.
         let enough = confirmed.now() + kill * 7 % 40;
-        until("enough confirmed writes", || {
-            let seen = confirmed.now();
-            assert!(running.is_running(), "the guest ended by itself");
-            (seen >= enough).then_some(())
-        });
+        confirmed.reach(enough, &mut running);
         // One that dies has its files open for a moment yet.
         last = until("another daemon serves", || {
             Some(daemon_at_work(&mut running, &volume)).filter(|&daemon| daemon != last)
@@ -44,11 +40,8 @@ fn a_program_goes_on_and_every_confirmed_write_is_there_however_often_the_daemon
         signal("KILL", last);
     }
     let enough = confirmed.now() + 20;
-    until("the last daemon serves", || (confirmed.now() >= enough).then_some(()));
-    let all = children(running.pid());
-    signal("TERM", all.into_iter().find(|&pid| name_of(pid) == "synclog").unwrap());
-    let ended = running.wait().expect(128 + 15);
-    assert!(!ended.stderr.contains("EIO"), "{}", ended.stderr);
+    confirmed.reach(enough, &mut running);
+    let ended = stop(running);
     assert_eq!(ended.stderr.matches("is started again").count(), kills(), "{}", ended.stderr);
     let checked = end(&mut world.run(&volume, words(&program, "check", sealed, &log, 0)));
     assert_eq!(checked.code(), 0, "{} {}", checked.stdout, checked.stderr);

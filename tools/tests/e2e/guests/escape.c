@@ -15,17 +15,7 @@
 #include <unistd.h>
 #include <utime.h>
 
-static long raw(long number, long a, long b, long c, long d)
-{
-	register long fourth __asm__("r10") = d;
-	long answer;
-
-	__asm__ volatile("syscall"
-			 : "=a"(answer)
-			 : "0"(number), "D"(a), "S"(b), "d"(c), "r"(fourth)
-			 : "rcx", "r11", "memory");
-	return answer;
-}
+#include "raw.h"
 
 static void tell(const char *way, long answer, int error)
 {

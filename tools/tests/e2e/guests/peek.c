@@ -14,17 +14,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-static long raw(long number, long a, long b, long c, long d)
-{
-	register long fourth __asm__("r10") = d;
-	long answer;
-
-	__asm__ volatile("syscall"
-			 : "=a"(answer)
-			 : "0"(number), "D"(a), "S"(b), "d"(c), "r"(fourth)
-			 : "rcx", "r11", "memory");
-	return answer;
-}
+#include "raw.h"
 
 /* Of a descriptor or a negative errno: whether it can be read. */
 static void tell(const char *way, long fd)
