@@ -49,6 +49,10 @@ fn random_sequences_of_calls_answer_inside_what_the_kernel_answers() {
 
     let size = size(&ground, seed);
     let try_out = |keep: &[u32]| {
+        // Of nothing the program makes no sequence, and there is nothing in it that could differ.
+        if keep.is_empty() {
+            return None;
+        }
         let run = |place| ground.once(place, 0, &words(seed, 1, Some(keep)));
         let [native, inside] = [Place::Native, Place::Inside].map(run);
         (native != inside).then(|| [native, inside].map(|said| said[&name(seed)].clone()))
