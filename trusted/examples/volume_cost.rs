@@ -137,6 +137,14 @@ impl Disk for Host {
         Ok(())
     }
 
+    async fn discard(&self, place: u64, blocks: u64) -> Result<(), HostError> {
+        let mut state = self.0.lock().unwrap();
+        HOST.store(true, Relaxed);
+        (place..place + blocks).for_each(|place| drop(state.kept.remove(&place)));
+        HOST.store(false, Relaxed);
+        Ok(())
+    }
+
     fn host_blocks(&self) -> u64 {
         self.1
     }
@@ -171,11 +179,13 @@ impl Transfer for Slot {
         state.counts.written_blocks += blocks as u64;
         for (place, block) in (place..).zip(&self.1[..blocks]) {
             let zero = block.iter().all(|byte| *byte == 0) && !state.kept.contains_key(&place);
-            if !zero && (!state.dropping || place < state.fixed) {
-                HOST.store(true, Relaxed);
+            HOST.store(true, Relaxed);
+            if state.dropping && place >= state.fixed {
+                state.kept.remove(&place);
+            } else if !zero {
                 **state.kept.entry(place).or_insert_with(|| Box::new([0; BLOCK])) = *block;
-                HOST.store(false, Relaxed);
             }
+            HOST.store(false, Relaxed);
         }
         Ok(())
     }
@@ -257,6 +267,8 @@ impl Bench {
 fn amplification(gib: u64, cache_mib: usize) {
     let bench = Bench::new(gib * GIB);
     bench.volume.limit_cache(cache_mib << 20);
+    // So that the host forgets what checkpoints free.
+    bench.volume.discard_freed(true);
     bench.fill(true);
     println!("{gib} GiB; overwritten | host bytes per guest byte | flushes | host reads per write");
     let quarter = bench.blocks / 4;
