@@ -268,8 +268,9 @@ impl Drop for Prometheus {
 }
 
 impl Prometheus {
-    /// One that scrapes `target` each second; `None` if it is not installed.
-    fn start(dir: &Path, target: SocketAddr) -> Option<Self> {
+    /// One that scrapes `target` each second, with `features` switched on; `None` if it is not
+    /// installed.
+    fn start(dir: &Path, target: SocketAddr, features: &str) -> Option<Self> {
         let config = dir.join("prometheus.yml");
         let text = format!(
             "global: {{scrape_interval: 1s}}\nscrape_configs:\n- job_name: posternd\n  \
@@ -288,7 +289,7 @@ impl Prometheus {
                     dir.join(format!("tsdb{attempt}")).display()
                 ))
                 .arg(format!("--web.listen-address={address}"))
-                .args(["--log.level=error", "--enable-feature=exemplar-storage"])
+                .args(["--log.level=error", &format!("--enable-feature={features}")])
                 .stdout(Stdio::null())
                 .stderr(Stdio::null())
                 .spawn();
@@ -337,7 +338,10 @@ impl Prometheus {
 fn a_real_prometheus_has_the_daemons_counts_after_scraping_it_under_load() {
     let dir = directory();
     let daemon = daemon(dir.path(), &["--metrics", "127.0.0.1:0"]);
-    let Some(prometheus) = Prometheus::start(dir.path(), daemon.metrics.unwrap()) else { return };
+    let target = daemon.metrics.unwrap();
+    let Some(prometheus) = Prometheus::start(dir.path(), target, "exemplar-storage") else {
+        return;
+    };
     let mut lane = FakeLane::attach(&daemon.socket, 8, 1 << 16);
     let handle = lane.open("a").handle;
     let data = lane.block(0);
@@ -372,6 +376,39 @@ fn a_real_prometheus_has_the_daemons_counts_after_scraping_it_under_load() {
         prometheus.expect(&format!("postern_stage_seconds_sum{labels}"), |v| v == sum);
     }
     prometheus.expect("up", is(1));
+    drop(lane);
+    daemon.stop().unwrap();
+}
+
+/// With the feature Prometheus asks for protobuf; of a text it makes no native histograms.
+#[test]
+fn a_real_prometheus_reads_native_histograms_as_they_are() {
+    let dir = directory();
+    let daemon = daemon(dir.path(), &["--metrics", "127.0.0.1:0"]);
+    let target = daemon.metrics.unwrap();
+    let features = "exemplar-storage,native-histograms";
+    let Some(prometheus) = Prometheus::start(dir.path(), target, features) else { return };
+    let mut lane = FakeLane::attach(&daemon.socket, 8, 1 << 16);
+    work(&mut lane, "a", 3_000);
+    let report = lane.stats();
+    let is = |wanted: u64| move |value: f64| value == wanted as f64;
+    prometheus.expect("postern_completions_total", is(report.counters["completions"]));
+    for row in &report.daemon_stages {
+        let series = format!(
+            "postern_stage_seconds%7Bvolume=%22a%22,operation=%22{}%22,stage=%22{}%22%7D",
+            row.operation, row.stage
+        );
+        prometheus.expect(&format!("histogram_count({series})"), is(row.count));
+        let sum = row.sum_ns as f64 / 1e9;
+        prometheus.expect(&format!("histogram_sum({series})"), |v| v == sum);
+        // A native bucket is 1.1 % wide, and read from within; Prometheus' ranks are not whole
+        // numbers, so only many values tell.
+        if row.count > 1_000 {
+            let median = row.p50_ns as f64 / 1e9;
+            let near = move |v: f64| v > median / 1.04 && v < median * 1.04;
+            prometheus.expect(&format!("histogram_quantile(0.5,{series})"), near);
+        }
+    }
     drop(lane);
     daemon.stop().unwrap();
 }
