@@ -12,8 +12,9 @@ use std::time::{Duration, Instant};
 
 use common::host::InProcess;
 use common::{FakeLane, directory, skip};
+use postern_edl::calls::{CallError, PosternTellRequest};
 use postern_edl::port::{Submission, op};
-use postern_edl::{MEASURED_LATENCY, MEASURED_RECORDS, MEASURED_VOLUMES};
+use postern_edl::{CLAIMS, MEASURED_LATENCY, MEASURED_RECORDS, MEASURED_VOLUMES};
 use posternd::engine::now_ns;
 use posternd::problem::EXIT_CONFIG;
 use serde_json::Value;
@@ -147,6 +148,48 @@ fn every_request_leaves_a_record_while_somebody_asks_for_all_and_its_stages_add_
     }
     assert_eq!(other.measured(MEASURED_RECORDS, u64::MAX, 0), records);
     drop(other);
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn what_an_enclave_claims_is_told_of_its_own_volume_and_no_other() {
+    let dir = directory();
+    let daemon = daemon(dir.path(), &["--metrics", "127.0.0.1:0"]);
+    let mut honest = FakeLane::attach(&daemon.socket, 8, 1 << 16);
+    let mut hostile = FakeLane::attach(&daemon.socket, 8, 1 << 16);
+    let tell = |lane: &mut FakeLane, handle, claims| {
+        let told = lane.calls.postern_tell(&PosternTellRequest { handle, claims });
+        told.map_err(|error| matches!(error, CallError::Refused(9)))
+    };
+    let a = honest.open("a").handle;
+    let b = hostile.open("b").handle;
+    assert!(tell(&mut honest, a, [1, 2, 3, 4, 5, 6, 7, 80, 90]).is_ok());
+    assert!(tell(&mut honest, a, [1, 3, 3, 4, 5, 6, 7, 81, 89]).is_ok());
+    for claims in [[u64::MAX; 9], [0; 9], [u64::MAX; 9]] {
+        assert!(tell(&mut hostile, b, claims).is_ok());
+    }
+    // Handles that are not its own, or none: EBADF.
+    for handle in [0, b ^ 1, a.wrapping_add(1 << 20), u32::MAX] {
+        assert_eq!(tell(&mut hostile, handle, [7; 9]).err(), Some(true), "{handle}");
+    }
+    let claimed = |lane: &mut FakeLane, name: &str| {
+        let volumes = lane.measured(MEASURED_VOLUMES, u64::MAX, 0);
+        volumes.iter().find(|volume| volume["name"] == name).unwrap()["claimed"].clone()
+    };
+    let of_a = claimed(&mut honest, "a");
+    let numbers: Vec<u64> = CLAIMS.iter().map(|name| of_a[*name].as_u64().unwrap()).collect();
+    assert_eq!(numbers, [1, 3, 3, 4, 5, 6, 7, 81, 89]);
+    assert_eq!(claimed(&mut honest, "b")["checkpoints"], u64::MAX);
+    let ask = "GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n";
+    let samples = samples(&get(daemon.metrics.unwrap(), ask).1);
+    let checkpoints = r#"postern_claimed_events_total{volume="a",event="checkpoints"}"#;
+    assert_eq!(samples[checkpoints], 3.0);
+    assert_eq!(samples[r#"postern_claimed_space_blocks{volume="a",state="free"}"#], 89.0);
+    // What is closed has no space; what was counted stays.
+    honest.close(a).unwrap();
+    let of_a = claimed(&mut honest, "a");
+    assert_eq!((&of_a["free_blocks"], &of_a["checkpoints"]), (&0.into(), &3.into()));
+    drop((honest, hostile));
     daemon.stop().unwrap();
 }
 

@@ -9,6 +9,7 @@
 mod activation;
 mod blame;
 mod browser;
+mod claims;
 mod common;
 mod counter;
 mod death;

@@ -10,6 +10,8 @@ mod text;
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use postern_edl::{CLAIMS, COUNTED_CLAIMS};
+
 use crate::engine::now_ns;
 use crate::histogram::Snapshot;
 use crate::records::Record;
@@ -228,6 +230,7 @@ pub fn exposed(sessions: &Sessions, source: &Source, format: Format) -> Vec<u8> 
     let help = "Bytes of the requests under way.";
     text.gauge("in_flight_bytes", "bytes", help, sum(|row| row.in_flight_bytes));
     volumes(&mut *text, &merged);
+    claims(&mut *text, &merged);
     latency(&mut *text, &merged, sessions.hub());
     for (family, help, label, members) in COUNTERS {
         text.family(family, Kind::Counter, "", help);
@@ -271,6 +274,28 @@ fn volumes(text: &mut dyn Exposition, merged: &Merged) {
     );
     for (volume, totals) in &merged.volumes {
         text.sample(&[("volume", volume)], Number::Count(totals.in_flight()));
+    }
+}
+
+/// What enclaves claim, as such.
+fn claims(text: &mut dyn Exposition, merged: &Merged) {
+    let help = "What an enclave claims of its volume; blocks of 4096 bytes.";
+    text.family("claimed_events", Kind::Counter, "", help);
+    let each = || CLAIMS.iter().enumerate();
+    for (volume, claim) in &merged.claims {
+        for (at, event) in each().take(COUNTED_CLAIMS) {
+            let labels = [("volume", &**volume), ("event", *event)];
+            text.sample(&labels, Number::Count(claim[at]));
+        }
+    }
+    let help = "Space in the volumes that are open, as their enclaves claim; blocks of 4096 bytes.";
+    text.family("claimed_space_blocks", Kind::Gauge, "blocks", help);
+    for (volume, claim) in &merged.claims {
+        for (at, state) in each().skip(COUNTED_CLAIMS) {
+            let state = state.trim_end_matches("_blocks");
+            let labels = [("volume", &**volume), ("state", state)];
+            text.sample(&labels, Number::Count(claim[at]));
+        }
     }
 }
 
