@@ -26,6 +26,24 @@ pub const VERSION: u32 = 4;
 /// Feature bit of an attach: descriptors may ask for [`port::op::DISCARD`].
 pub const FEATURE_DISCARD: u64 = 1;
 
+/// Feature bit of an attach: the enclave may tell what only it knows (`postern_tell`).
+pub const FEATURE_TELL: u64 = 2;
+
+/// Names of the claims of `postern_tell`. Blocks are of 4096 bytes.
+pub const CLAIMS: [&str; 9] = [
+    "integrity_failures",
+    "checkpoints",
+    "flushes",
+    "journal_blocks",
+    "map_blocks",
+    "data_blocks",
+    "discarded_blocks",
+    "used_blocks",
+    "free_blocks",
+];
+/// So many of them, the first, are counts since the volume was opened; the others are as of now.
+pub const COUNTED_CLAIMS: usize = 7;
+
 /// `postern_open` flag: open for reading only.
 pub const OPEN_READ_ONLY: u32 = 1;
 

@@ -9,8 +9,8 @@ use postern_edl::calls::{
     PosternCreateReply, PosternCreateRequest, PosternFile, PosternKeepReply, PosternKeepRequest,
     PosternLease, PosternLeaseReply, PosternLeaseRequest, PosternListReply, PosternListRequest,
     PosternMeasuredReply, PosternMeasuredRequest, PosternOpenReply, PosternOpenRequest,
-    PosternRemoveReply, PosternRemoveRequest, PosternStatsReply, PosternStatsRequest, Request,
-    dispatch,
+    PosternRemoveReply, PosternRemoveRequest, PosternStatsReply, PosternStatsRequest,
+    PosternTellReply, PosternTellRequest, Request, dispatch,
 };
 use proptest::prelude::*;
 use std::task::{Context, Poll, Waker};
@@ -52,6 +52,7 @@ enum Any {
     Lease(PosternLeaseReply),
     Keep(PosternKeepReply),
     Measured(PosternMeasuredReply),
+    Tell(PosternTellReply),
 }
 
 macro_rules! told {
@@ -79,6 +80,7 @@ told! {
     postern_lease, PosternLease, PosternLeaseRequest, PosternLeaseReply, Lease;
     postern_keep, PosternKeep, PosternKeepRequest, PosternKeepReply, Keep;
     postern_measured, PosternMeasured, PosternMeasuredRequest, PosternMeasuredReply, Measured;
+    postern_tell, PosternTell, PosternTellRequest, PosternTellReply, Tell;
 }
 
 /// A carrier right into a host.
@@ -156,6 +158,10 @@ fn each_request_is_the_words_that_the_format_says() {
         PosternMeasuredRequest { what: 1, first: 2, least_ns: 3, one_in: 4, capacity: 5 };
     Request::PosternMeasured(measured).encode(&mut bytes).unwrap();
     assert_eq!(bytes, words(&[10, 1, 2, 3, 4, 5]));
+
+    let tell = PosternTellRequest { handle: 6, claims: [1, 2, 3, 4, 5, 6, 7, 8, 9] };
+    Request::PosternTell(tell).encode(&mut bytes).unwrap();
+    assert_eq!(bytes, words(&[11, 6, 1, 2, 3, 4, 5, 6, 7, 8, 9]));
 }
 
 #[test]
@@ -190,6 +196,7 @@ fn each_reply_is_the_words_that_the_format_says() {
             words(&[0, 3, 1]),
         ),
         (Any::Keep(PosternKeepReply), words(&[9, 3]), words(&[0])),
+        (Any::Tell(PosternTellReply), words(&[11, 3, 1, 2, 3, 4, 5, 6, 7, 8, 9]), words(&[0])),
         (
             Any::Measured(PosternMeasuredReply { text: b"{}".to_vec(), length: 2 }),
             words(&[10, 1, 0, 0, 0, 2]),
@@ -283,7 +290,7 @@ fn the_host_is_not_called_for_a_request_that_is_not_one() {
         (vec![], Malformed::Short { word: 0 }),
         (vec![0; 9], Malformed::Ragged { bytes: 9 }),
         (words(&[0]), Malformed::UnknownCall { call: 0 }),
-        (words(&[11, 0]), Malformed::UnknownCall { call: 11 }),
+        (words(&[12, 0]), Malformed::UnknownCall { call: 12 }),
         (words(&[u64::MAX]), Malformed::UnknownCall { call: u64::MAX }),
         (words(&[3]), Malformed::Short { word: 1 }),
         (words(&[3, 1, 1]), Malformed::Long { word: 2 }),

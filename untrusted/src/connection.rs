@@ -10,10 +10,10 @@ use postern_edl::calls::{
     PosternKeepRequest, PosternLease, PosternLeaseReply, PosternLeaseRequest, PosternListReply,
     PosternListRequest, PosternMeasuredReply, PosternMeasuredRequest, PosternOpenReply,
     PosternOpenRequest, PosternRemoveReply, PosternRemoveRequest, PosternStatsReply,
-    PosternStatsRequest,
+    PosternStatsRequest, PosternTellReply, PosternTellRequest,
 };
 use postern_edl::wire::Writer;
-use postern_edl::{FEATURE_DISCARD, MEASURED_PROBES, MEASURED_RECORDS, VERSION};
+use postern_edl::{FEATURE_DISCARD, FEATURE_TELL, MEASURED_PROBES, MEASURED_RECORDS, VERSION};
 use rustix::io::Errno;
 
 use crate::admission::Place;
@@ -154,7 +154,7 @@ impl Caller {
             Ok(region) => Arc::new(region),
             Err(refusal) => return self.refuse_call(refusal, refusal.errno()),
         };
-        let features = request.features & FEATURE_DISCARD;
+        let features = request.features & (FEATURE_DISCARD | FEATURE_TELL);
         let port = Port { region, features, doorbell, driver, service };
         let sessions = &self.daemon.sessions;
         let joins =
@@ -239,6 +239,13 @@ impl Caller {
         self.no_descriptors()?;
         let attached = self.attached.as_ref().ok_or(Errno::NOTCONN)?;
         attached.session.keep(handle).await
+    }
+
+    async fn tell(&mut self, request: PosternTellRequest) -> Result<(), Errno> {
+        self.no_descriptors()?;
+        let attached = self.attached.as_ref().ok_or(Errno::NOTCONN)?;
+        let hub = self.daemon.sessions.hub();
+        attached.session.tell(request.handle, request.claims, hub).await
     }
 
     async fn stats(&mut self, capacity: u64) -> Result<PosternStatsReply, Errno> {
@@ -375,6 +382,11 @@ impl Host for Caller {
         request: PosternMeasuredRequest,
     ) -> Result<PosternMeasuredReply, u32> {
         self.measured(request).await.map_err(positive)
+    }
+
+    async fn postern_tell(&mut self, request: PosternTellRequest) -> Result<PosternTellReply, u32> {
+        self.tell(request).await.map_err(positive)?;
+        Ok(PosternTellReply)
     }
 
     async fn postern_keep(&mut self, request: PosternKeepRequest) -> Result<PosternKeepReply, u32> {

@@ -17,7 +17,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 
 use crate::daemon::Daemon;
-use crate::metrics::{Format, text};
+use crate::metrics::{Format, exposed};
 use crate::problem::{Problem, log};
 use crate::web;
 
@@ -220,26 +220,28 @@ async fn answer(
     token: Option<Vec<u8>>,
 ) -> std::io::Result<()> {
     let Some(head) = read_head(&mut stream).await? else {
-        return respond(&mut stream, "431 Request Header Fields Too Large", "text/plain", "").await;
+        return respond(&mut stream, "431 Request Header Fields Too Large", "text/plain", b"")
+            .await;
     };
     let (content_type, made) = match judge(&head, served, token.as_deref()) {
         Ok(Wish::Page(web::Wish::File(file))) => {
-            return respond(&mut stream, "200 OK", file.content_type, file.text).await;
+            return respond(&mut stream, "200 OK", file.content_type, file.text.as_bytes()).await;
         }
         Ok(Wish::Page(wish)) => {
             if wish == web::Wish::Snapshot {
                 daemon.sessions.settle().await;
             }
-            let make = move || web::text(&daemon.sessions, &daemon.source, wish);
+            let make = move || web::text(&daemon.sessions, &daemon.source, wish).into_bytes();
             ("application/json", tokio::task::spawn_blocking(make))
         }
         Ok(Wish::Metrics(format)) => {
             daemon.sessions.settle().await;
-            let make = move || text(&daemon.sessions, &daemon.source, format);
+            let make = move || exposed(&daemon.sessions, &daemon.source, format);
             (format.content_type(), tokio::task::spawn_blocking(make))
         }
         Err(refusal) => {
-            return respond(&mut stream, refusal, "text/plain", &format!("{refusal}\n")).await;
+            let said = format!("{refusal}\n");
+            return respond(&mut stream, refusal, "text/plain", said.as_bytes()).await;
         }
     };
     let body = made.await.map_err(std::io::Error::other)?;
@@ -320,7 +322,7 @@ async fn respond(
     stream: &mut TcpStream,
     status: &str,
     content_type: &str,
-    body: &str,
+    body: &[u8],
 ) -> std::io::Result<()> {
     let head = format!(
         "HTTP/1.1 {status}\r\nContent-Type: {content_type}\r\nContent-Length: {}\r\n\
@@ -331,7 +333,7 @@ async fn respond(
         postern_page::POLICY
     );
     stream.write_all(head.as_bytes()).await?;
-    stream.write_all(body.as_bytes()).await?;
+    stream.write_all(body).await?;
     stream.shutdown().await
 }
 

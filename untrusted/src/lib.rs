@@ -6,12 +6,13 @@
 //! [`socket`] and [`connection`] carry the calls of `postern.edl`, for those whom [`admission`] lets
 //! in, on a socket that is made here or is there already ([`activation`]); [`session`] and [`files`]
 //! own what a call opens, [`mod@lease`] says for how long, [`limits`] how much of it; [`region`],
-//! [`lane`] and [`engine`] are the data path; [`stats`], [`volumes`], [`records`], [`report`],
+//! [`lane`] and [`engine`] are the data path; [`stats`], [`volumes`], [`claims`], [`records`], [`report`],
 //! [`measured`], [`metrics`], [`web`] and [`endpoint`] tell what happened; [`confinement`] is the cage around
 //! all of it.
 
 pub mod activation;
 pub mod admission;
+pub mod claims;
 pub mod confinement;
 pub mod connection;
 pub mod daemon;

@@ -3,7 +3,7 @@
 //! Holds: a page is never longer than asked for; with the number that a page names next, the pages
 //! go over everything once. Does not hold: that pages are of one moment.
 
-use postern_edl::{MEASURED_LATENCY, MEASURED_PROBES, MEASURED_RECORDS, MEASURED_VOLUMES};
+use postern_edl::{CLAIMS, MEASURED_LATENCY, MEASURED_PROBES, MEASURED_RECORDS, MEASURED_VOLUMES};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -103,6 +103,7 @@ pub fn snapshot(sessions: &Sessions, source: &Source, most: usize) -> String {
 }
 
 fn volumes(hub: &StatsHub) -> Vec<(u64, Value)> {
+    let claims = hub.claims.all();
     let operation = |totals: &VolumeTotals, at: usize| {
         let outcomes = OUTCOMES.iter().zip(totals.outcomes[at]);
         let outcomes = outcomes.map(|(name, count)| ((*name).to_owned(), count.into()));
@@ -113,12 +114,18 @@ fn volumes(hub: &StatsHub) -> Vec<(u64, Value)> {
         let operations = (0..).zip(OPERATIONS);
         let operations: serde_json::Map<_, _> =
             operations.map(|(at, name)| (name.to_owned(), operation(totals, at))).collect();
-        serde_json::json!({
+        let mut told = serde_json::json!({
             "volume": volume,
             "name": hub.name(volume),
             "in_flight": totals.in_flight(),
             "operations": operations,
-        })
+        });
+        if let Some(claim) = claims.get(&volume) {
+            let claim = CLAIMS.iter().zip(claim);
+            let claim = claim.map(|(name, value)| ((*name).to_owned(), (*value).into()));
+            told["claimed"] = Value::Object(claim.collect());
+        }
+        told
     };
     hub.by_volume().iter().map(|(&number, totals)| (number + 1, volume(number, totals))).collect()
 }

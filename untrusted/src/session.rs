@@ -12,10 +12,11 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use postern_edl::{FEATURE_DISCARD, OPEN_ASK, OPEN_READ_ONLY};
+use postern_edl::{COUNTED_CLAIMS, FEATURE_DISCARD, OPEN_ASK, OPEN_READ_ONLY};
 use rustix::io::Errno;
 use tokio::sync::{mpsc, oneshot};
 
+use crate::claims::{Claim, Told};
 use crate::engine::{Doorbells, Engine, Interface, MAX_FILES, slot_of};
 use crate::files::{Catalog, HostFile, Opening};
 use crate::lane::{self, Command, LaneHandle, LaneParts};
@@ -84,6 +85,8 @@ struct OpenFile {
     /// `None`: its lease was taken away.
     file: Option<Arc<HostFile>>,
     lease: Lease,
+    /// What its enclave claims of it, once it has.
+    told: Option<Told>,
 }
 
 impl OpenFile {
@@ -435,6 +438,22 @@ impl Session {
         Ok(entered)
     }
 
+    /// Takes what the enclave claims of a file that it has open. Of its space only a writer knows.
+    ///
+    /// # Errors
+    /// `EBADF` for a handle that is not open.
+    pub async fn tell(&self, handle: u32, mut claim: Claim, hub: &StatsHub) -> Result<(), Errno> {
+        let mut state = self.state.lock().await;
+        let open = state.files.iter_mut().find(|open| open.handle == handle);
+        let open = open.ok_or(Errno::BADF)?;
+        let file = open.file.as_ref().ok_or(Errno::BADF)?;
+        if !file.writable {
+            claim[COUNTED_CLAIMS..].fill(0);
+        }
+        open.told.get_or_insert_with(|| hub.told(&file.volume)).tell(claim);
+        Ok(())
+    }
+
     /// Closes a file once; the last close waits for what is in flight on it and releases it.
     ///
     /// # Errors
@@ -481,7 +500,8 @@ impl State {
         let file = Arc::new(file);
         self.tell(|done| Command::Open { handle, file: Arc::clone(&file), done }).await;
         let lease = Lease::granted(Instant::now(), terms);
-        self.files.push(OpenFile { handle, opens: 1, file: Some(Arc::clone(&file)), lease });
+        let open = OpenFile { handle, opens: 1, file: Some(Arc::clone(&file)), lease, told: None };
+        self.files.push(open);
         (handle, file)
     }
 

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
+use crate::claims::{Claim, Claims, Told};
 use crate::histogram::{Snapshot, bump, zeroed};
 use crate::limits::SessionRow;
 use crate::records::{RING, Record, Ring, Terms};
@@ -239,6 +240,8 @@ pub struct StatsHub {
     pub refused_connections: AtomicU64,
     /// What became of leases.
     pub leases: Arc<LeaseCounts>,
+    /// What enclaves claim of their volumes.
+    pub claims: Arc<Claims>,
 }
 
 /// What became of leases since the daemon started.
@@ -277,6 +280,8 @@ pub struct Merged {
     pub counters: BTreeMap<String, u64>,
     /// By volume: its name, and what was counted.
     pub volumes: Vec<(String, VolumeTotals)>,
+    /// By volume: its name, and what enclaves claim.
+    pub claims: Vec<(String, Claim)>,
 }
 
 impl Merged {
@@ -357,6 +362,12 @@ impl StatsHub {
         records
     }
 
+    /// Room for what an enclave claims of a file of the volume `name`.
+    #[must_use]
+    pub fn told(&self, name: &str) -> Told {
+        Told::new(Arc::clone(&self.claims), self.common.names.number(name))
+    }
+
     /// The name of a volume by its number.
     #[must_use]
     pub fn name(&self, number: u64) -> String {
@@ -391,7 +402,9 @@ impl StatsHub {
         counters.insert("sessions_started".to_owned(), inner.sessions_started);
         drop(inner);
         let named = volumes.into_iter().map(|(number, totals)| (self.name(number), totals));
-        let mut merged = Merged { counters, volumes: named.collect() };
+        let claims =
+            self.claims.all().into_iter().map(|(number, claim)| (self.name(number), claim));
+        let mut merged = Merged { counters, volumes: named.collect(), claims: claims.collect() };
         let sum = merged.total();
         let claims = ["claims_missing", "claims_negative", "claims_undelivered"];
         let claims: u64 = claims.iter().map(|name| merged.counters[*name]).sum();

@@ -12,8 +12,9 @@ use std::time::{Duration, Instant};
 
 use common::host::InProcess;
 use common::{FakeLane, directory, skip};
+use postern_edl::calls::{CallError, PosternTellRequest};
 use postern_edl::port::{Submission, op};
-use postern_edl::{MEASURED_LATENCY, MEASURED_RECORDS, MEASURED_VOLUMES};
+use postern_edl::{CLAIMS, MEASURED_LATENCY, MEASURED_RECORDS, MEASURED_VOLUMES};
 use posternd::engine::now_ns;
 use posternd::problem::EXIT_CONFIG;
 use serde_json::Value;
@@ -150,6 +151,48 @@ fn every_request_leaves_a_record_while_somebody_asks_for_all_and_its_stages_add_
     daemon.stop().unwrap();
 }
 
+#[test]
+fn what_an_enclave_claims_is_told_of_its_own_volume_and_no_other() {
+    let dir = directory();
+    let daemon = daemon(dir.path(), &["--metrics", "127.0.0.1:0"]);
+    let mut honest = FakeLane::attach(&daemon.socket, 8, 1 << 16);
+    let mut hostile = FakeLane::attach(&daemon.socket, 8, 1 << 16);
+    let tell = |lane: &mut FakeLane, handle, claims| {
+        let told = lane.calls.postern_tell(&PosternTellRequest { handle, claims });
+        told.map_err(|error| matches!(error, CallError::Refused(9)))
+    };
+    let a = honest.open("a").handle;
+    let b = hostile.open("b").handle;
+    assert!(tell(&mut honest, a, [1, 2, 3, 4, 5, 6, 7, 80, 90]).is_ok());
+    assert!(tell(&mut honest, a, [1, 3, 3, 4, 5, 6, 7, 81, 89]).is_ok());
+    for claims in [[u64::MAX; 9], [0; 9], [u64::MAX; 9]] {
+        assert!(tell(&mut hostile, b, claims).is_ok());
+    }
+    // Handles that are not its own, or none: EBADF.
+    for handle in [0, b ^ 1, a.wrapping_add(1 << 20), u32::MAX] {
+        assert_eq!(tell(&mut hostile, handle, [7; 9]).err(), Some(true), "{handle}");
+    }
+    let claimed = |lane: &mut FakeLane, name: &str| {
+        let volumes = lane.measured(MEASURED_VOLUMES, u64::MAX, 0);
+        volumes.iter().find(|volume| volume["name"] == name).unwrap()["claimed"].clone()
+    };
+    let of_a = claimed(&mut honest, "a");
+    let numbers: Vec<u64> = CLAIMS.iter().map(|name| of_a[*name].as_u64().unwrap()).collect();
+    assert_eq!(numbers, [1, 3, 3, 4, 5, 6, 7, 81, 89]);
+    assert_eq!(claimed(&mut honest, "b")["checkpoints"], u64::MAX);
+    let ask = "GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n";
+    let samples = samples(&get(daemon.metrics.unwrap(), ask).1);
+    let checkpoints = r#"postern_claimed_events_total{volume="a",event="checkpoints"}"#;
+    assert_eq!(samples[checkpoints], 3.0);
+    assert_eq!(samples[r#"postern_claimed_space_blocks{volume="a",state="free"}"#], 89.0);
+    // What is closed has no space; what was counted stays.
+    honest.close(a).unwrap();
+    let of_a = claimed(&mut honest, "a");
+    assert_eq!((&of_a["free_blocks"], &of_a["checkpoints"]), (&0.into(), &3.into()));
+    drop((honest, hostile));
+    daemon.stop().unwrap();
+}
+
 /// What an HTTP client gets: status line and body.
 fn get(address: SocketAddr, request: &str) -> (String, String) {
     let mut stream = TcpStream::connect(address).unwrap();
@@ -268,8 +311,9 @@ impl Drop for Prometheus {
 }
 
 impl Prometheus {
-    /// One that scrapes `target` each second; `None` if it is not installed.
-    fn start(dir: &Path, target: SocketAddr) -> Option<Self> {
+    /// One that scrapes `target` each second, with `features` switched on; `None` if it is not
+    /// installed.
+    fn start(dir: &Path, target: SocketAddr, features: &str) -> Option<Self> {
         let config = dir.join("prometheus.yml");
         let text = format!(
             "global: {{scrape_interval: 1s}}\nscrape_configs:\n- job_name: posternd\n  \
@@ -288,7 +332,7 @@ impl Prometheus {
                     dir.join(format!("tsdb{attempt}")).display()
                 ))
                 .arg(format!("--web.listen-address={address}"))
-                .args(["--log.level=error", "--enable-feature=exemplar-storage"])
+                .args(["--log.level=error", &format!("--enable-feature={features}")])
                 .stdout(Stdio::null())
                 .stderr(Stdio::null())
                 .spawn();
@@ -337,7 +381,10 @@ impl Prometheus {
 fn a_real_prometheus_has_the_daemons_counts_after_scraping_it_under_load() {
     let dir = directory();
     let daemon = daemon(dir.path(), &["--metrics", "127.0.0.1:0"]);
-    let Some(prometheus) = Prometheus::start(dir.path(), daemon.metrics.unwrap()) else { return };
+    let target = daemon.metrics.unwrap();
+    let Some(prometheus) = Prometheus::start(dir.path(), target, "exemplar-storage") else {
+        return;
+    };
     let mut lane = FakeLane::attach(&daemon.socket, 8, 1 << 16);
     let handle = lane.open("a").handle;
     let data = lane.block(0);
@@ -372,6 +419,39 @@ fn a_real_prometheus_has_the_daemons_counts_after_scraping_it_under_load() {
         prometheus.expect(&format!("postern_stage_seconds_sum{labels}"), |v| v == sum);
     }
     prometheus.expect("up", is(1));
+    drop(lane);
+    daemon.stop().unwrap();
+}
+
+/// With the feature Prometheus asks for protobuf; of a text it makes no native histograms.
+#[test]
+fn a_real_prometheus_reads_native_histograms_as_they_are() {
+    let dir = directory();
+    let daemon = daemon(dir.path(), &["--metrics", "127.0.0.1:0"]);
+    let target = daemon.metrics.unwrap();
+    let features = "exemplar-storage,native-histograms";
+    let Some(prometheus) = Prometheus::start(dir.path(), target, features) else { return };
+    let mut lane = FakeLane::attach(&daemon.socket, 8, 1 << 16);
+    work(&mut lane, "a", 3_000);
+    let report = lane.stats();
+    let is = |wanted: u64| move |value: f64| value == wanted as f64;
+    prometheus.expect("postern_completions_total", is(report.counters["completions"]));
+    for row in &report.daemon_stages {
+        let series = format!(
+            "postern_stage_seconds%7Bvolume=%22a%22,operation=%22{}%22,stage=%22{}%22%7D",
+            row.operation, row.stage
+        );
+        prometheus.expect(&format!("histogram_count({series})"), is(row.count));
+        let sum = row.sum_ns as f64 / 1e9;
+        prometheus.expect(&format!("histogram_sum({series})"), |v| v == sum);
+        // A native bucket is 1.1 % wide, and read from within; Prometheus' ranks are not whole
+        // numbers, so only many values tell.
+        if row.count > 1_000 {
+            let median = row.p50_ns as f64 / 1e9;
+            let near = move |v: f64| v > median / 1.04 && v < median * 1.04;
+            prometheus.expect(&format!("histogram_quantile(0.5,{series})"), near);
+        }
+    }
     drop(lane);
     daemon.stop().unwrap();
 }

@@ -21,7 +21,7 @@ use crate::calls::{
     PosternKeepRequest, PosternLeaseReply, PosternLeaseRequest, PosternListReply,
     PosternListRequest, PosternMeasuredReply, PosternMeasuredRequest, PosternOpenReply,
     PosternOpenRequest, PosternRemoveReply, PosternRemoveRequest, PosternStatsReply,
-    PosternStatsRequest, Request, dispatch,
+    PosternStatsRequest, PosternTellReply, PosternTellRequest, Request, dispatch,
 };
 
 std::thread_local! {
@@ -78,6 +78,7 @@ calls! {
     postern_lease, PosternLease, PosternLeaseRequest, PosternLeaseReply;
     postern_keep, PosternKeep, PosternKeepRequest, PosternKeepReply;
     postern_measured, PosternMeasured, PosternMeasuredRequest, PosternMeasuredReply;
+    postern_tell, PosternTell, PosternTellRequest, PosternTellReply;
 }
 
 /// Runs a future that has nothing to wait for.

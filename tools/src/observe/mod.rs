@@ -46,6 +46,9 @@ pub struct Volume {
     pub in_flight: u64,
     /// By name.
     pub operations: BTreeMap<String, Operation>,
+    /// What its enclaves claim, by name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub claimed: BTreeMap<String, u64>,
 }
 
 /// The requests of one operation.

@@ -113,9 +113,16 @@ pub struct VolumeRow {
     pub p50_ns: u64,
     /// As before.
     pub p99_ns: u64,
+    /// What its enclaves claim so far, by name.
+    pub claimed: BTreeMap<String, u64>,
 }
 
 impl VolumeRow {
+    /// A claim; 0 where there is none.
+    pub fn claim(&self, name: &str) -> u64 {
+        self.claimed.get(name).copied().unwrap_or(0)
+    }
+
     /// Requests a second.
     pub fn rate(&self) -> f64 {
         self.per_second.values().sum()
@@ -185,6 +192,7 @@ impl Interval {
             volume: is.volume,
             name: is.name.clone(),
             in_flight: is.in_flight,
+            claimed: is.claimed.clone(),
             ..VolumeRow::default()
         };
         for operation in OPERATIONS {
@@ -295,6 +303,11 @@ pub mod tests {
                     ]),
                 },
             )]),
+            claimed: BTreeMap::from([
+                ("checkpoints".to_owned(), volume),
+                ("free_blocks".to_owned(), 9),
+                ("integrity_failures".to_owned(), 2),
+            ]),
         };
         let series = |volume: u64, stage: &str, top: u64, count: u64| Series {
             source: "daemon".to_owned(),

@@ -153,6 +153,24 @@ fn table(interval: &Interval) -> String {
             row.errors
         );
     }
+    let claimed: Vec<_> = interval.volumes.iter().filter(|row| !row.claimed.is_empty()).collect();
+    if !claimed.is_empty() {
+        text += &format!(
+            "\n{:<24} {:>11} {:>10} {:>10} {:>10} {:>8}\n",
+            "claimed by enclaves", "checkpoints", "journal", "used", "free", "damaged"
+        );
+    }
+    for row in claimed {
+        text += &format!(
+            "{:<24} {:>11} {:>10} {:>10} {:>10} {:>8}\n",
+            super::printable(&row.name),
+            row.claim("checkpoints"),
+            row.claim("journal_blocks"),
+            row.claim("used_blocks"),
+            row.claim("free_blocks"),
+            row.claim("integrity_failures")
+        );
+    }
     text
 }
 
@@ -178,5 +196,8 @@ mod tests {
         let table = table(&interval);
         let words: Vec<&str> = table.lines().nth(1).unwrap().split_whitespace().collect();
         assert_eq!(words, ["fast", "20200", "81.9", "20.0", "160.0", "200"]);
+        let mut claimed = table.lines().skip_while(|line| !line.starts_with("claimed by"));
+        let words: Vec<&str> = claimed.nth(1).unwrap().split_whitespace().collect();
+        assert_eq!(words, ["fast", "1", "0", "0", "9", "2"]);
     }
 }

@@ -25,6 +25,9 @@ const SHADES: [char; 4] = ['░', '▒', '▓', '█'];
 const KEYS: &str =
     "q quit  s sort  r reverse  / filter  up/down volume  Esc all  Tab sessions  p pause";
 
+/// Damage found; the asterisk: as its enclaves claim.
+const CLAIMED: (&str, u16) = ("damaged*", 8);
+
 /// What the volumes are sorted by.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Sort {
@@ -205,7 +208,7 @@ impl View {
                 if name == self.sort.name() { Modifier::REVERSED } else { Modifier::empty() };
             Cell::from(name).style(Style::new().add_modifier(mark))
         };
-        let columns: &[(&str, u16)] = if narrow {
+        let all: &[(&str, u16)] = if narrow {
             &[("IOPS", 8), ("MB/s", 8), ("p99", 10)]
         } else {
             &[
@@ -217,8 +220,12 @@ impl View {
                 ("p50", 10),
                 ("p99", 10),
                 ("errors", 7),
+                CLAIMED,
             ]
         };
+        // What enclaves claim comes last, where there is room.
+        let columns =
+            if area.width < 92 { all.strip_suffix(&[CLAIMED]).unwrap_or(all) } else { all };
         let rows = self.rows().into_iter().map(|row| {
             let rate = |of: &str| row.per_second.get(of).copied().unwrap_or(0.0);
             let cell = |name: &str| match name {
@@ -228,6 +235,7 @@ impl View {
                 "p50" => micros(row.p50_ns),
                 "p99" => micros(row.p99_ns),
                 "errors" => row.errors.to_string(),
+                "damaged*" => row.claim("integrity_failures").to_string(),
                 operation => format!("{:.0}", rate(operation)),
             };
             let cells = columns.iter().map(|&(name, _)| Cell::from(cell(name)));
@@ -351,7 +359,7 @@ mod tests {
         assert!(screen[0].contains("15150 IOPS") && screen[0].contains("61.4 MB/s"), "{screen:#?}");
         let fast: Vec<String> =
             line_of(&screen, "fast").split_whitespace().map(str::to_owned).collect();
-        assert_eq!(fast, ["fast", "10100", "10100", "0", "41.0", "1", "20.0", "160.0", "100"]);
+        assert_eq!(fast, ["fast", "10100", "10100", "0", "41.0", "1", "20.0", "160.0", "100", "2"]);
         let device = line_of(&screen, "device");
         assert_eq!(device.split_whitespace().nth(2), Some("15000"), "{device}");
         assert!(screen.iter().any(|line| line.contains("32 us") && line.contains('█')));

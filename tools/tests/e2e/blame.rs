@@ -1,5 +1,5 @@
 //! Where a delay is, the probes say that it is: a stopped daemon, a busy enclave, a full queue of the
-//! host.
+//! host, a slow device.
 //!
 //! Each test holds a few requests for [`HELD`] at one place, a hundred times longer than anything else
 //! takes, and compares how much each stage grew. The device is a loop device on a file system in
@@ -16,7 +16,7 @@ use serde_json::Value;
 
 use crate::{
     common::{Running, World, begin, end, signal, skip, until},
-    devices::{Frozen, Loop, Mounted, are_possible},
+    devices::{Frozen, Loop, Mounted, Throttled, are_possible},
     lease::Server,
 };
 
@@ -147,7 +147,7 @@ impl Scene {
 
 /// A daemon with probes that lets `device` be opened as `v`; `None` (said loudly) where probes can not
 /// run.
-fn probed(world: &World, socket: &Path, device: &Path) -> Option<Running> {
+pub fn probed(world: &World, socket: &Path, device: &Path) -> Option<Running> {
     let mut command = Command::new(world.part("posternd"));
     command.arg("--socket").arg(socket).arg("--file").arg(format!("v={}", device.display()));
     let mut daemon = begin(&mut command);
@@ -242,5 +242,24 @@ fn a_full_queue_of_the_host_is_blamed_on_handing_over() {
     drop(held);
     scene.collect(32);
     scene.blames("host_submit", 20, &before);
+    scene.end();
+}
+
+/// The kernel holds the requests back behind io_submit, on their way to the device's queue: what the
+/// device would do if it were slow.
+#[test]
+fn a_slow_device_is_blamed_on_the_device() {
+    let Some(mut scene) = Scene::new() else { return };
+    let Some(slow) = Throttled::new(&scene.device, scene.daemon.pid()) else { return };
+    let (before, seen) = (scene.spent(), scene.counter("probe_requests_seen"));
+    slow.limit(Some(1));
+    scene.submit(8);
+    scene.handed_over(seen, 8);
+    hold_still();
+    slow.limit(None);
+    scene.collect(8);
+    // One or two are let through before.
+    scene.blames("device", 4, &before);
+    drop(slow);
     scene.end();
 }

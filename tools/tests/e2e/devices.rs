@@ -69,6 +69,90 @@ impl Drop for Loop {
     }
 }
 
+/// A process whose requests to a device the kernel can hold back, so that the device is slow and its
+/// queue is not: what is submitted is accepted at once. The limit goes when it is dropped.
+pub struct Throttled {
+    /// The control group that the process is in.
+    group: PathBuf,
+    /// Version 2 of control groups.
+    unified: bool,
+    device: String,
+}
+
+impl Throttled {
+    /// Makes `pid` such a process, for `device`. `None` (said loudly) where the kernel has no control of
+    /// I/O that this test may have.
+    pub fn new(device: &Loop, pid: u32) -> Option<Self> {
+        let made = Self::group(device, pid);
+        if made.is_none() {
+            skip("no control group for block devices");
+        }
+        made
+    }
+
+    fn group(device: &Loop, pid: u32) -> Option<Self> {
+        let mounts = std::fs::read_to_string("/proc/self/mounts").ok()?;
+        let mut mounts = mounts.lines().filter_map(|line| {
+            let words: Vec<&str> = line.split(' ').collect();
+            let (place, kind) = (PathBuf::from(words.get(1)?), *words.get(2)?);
+            let controls = std::fs::read_to_string(place.join("cgroup.controllers"));
+            let has_io = controls.is_ok_and(|all| all.split_whitespace().any(|one| one == "io"));
+            match kind {
+                "cgroup" if words.get(3)?.split(',').any(|word| word == "blkio") => {
+                    Some((place, false))
+                }
+                "cgroup2" if has_io => Some((place, true)),
+                _ => None,
+            }
+        });
+        let (root, unified) = mounts.next()?;
+        if unified {
+            std::fs::write(root.join("cgroup.subtree_control"), "+io").ok()?;
+        }
+        let name = device.0.file_name()?;
+        let device =
+            std::fs::read_to_string(Path::new("/sys/block").join(name).join("dev")).ok()?;
+        let group = root.join(format!("postern-test-{pid}"));
+        std::fs::create_dir(&group).ok()?;
+        let made = Self { group, unified, device: device.trim().to_owned() };
+        let control = if unified { "io.max" } else { "blkio.throttle.write_iops_device" };
+        std::fs::write(made.group.join("cgroup.procs"), pid.to_string()).ok()?;
+        made.group.join(control).exists().then_some(made)
+    }
+
+    /// Lets so many requests through in a second, of reads and of writes; `None`: all.
+    #[track_caller]
+    pub fn limit(&self, per_second: Option<u32>) {
+        let Self { group, unified, device } = self;
+        if *unified {
+            let most = per_second.map_or_else(|| "max".to_owned(), |most| most.to_string());
+            let line = format!("{device} riops={most} wiops={most}");
+            std::fs::write(group.join("io.max"), line).unwrap();
+            return;
+        }
+        for what in ["read", "write"] {
+            let line = format!("{device} {}", per_second.unwrap_or(0));
+            std::fs::write(group.join(format!("blkio.throttle.{what}_iops_device")), line).unwrap();
+        }
+    }
+}
+
+impl Drop for Throttled {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            self.limit(None);
+        }
+        // A process can not be in a group that goes.
+        let root = self.group.parent().unwrap_or(Path::new("/")).join("cgroup.procs");
+        for pid in
+            std::fs::read_to_string(self.group.join("cgroup.procs")).unwrap_or_default().lines()
+        {
+            let _ = std::fs::write(&root, pid);
+        }
+        patiently(|| std::fs::remove_dir(&self.group).is_ok());
+    }
+}
+
 /// Tries until it works, or for half a minute. A test that has ended can not fail any more.
 fn patiently(mut works: impl FnMut() -> bool) -> bool {
     let started = Instant::now();

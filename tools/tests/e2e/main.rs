@@ -9,6 +9,7 @@
 mod activation;
 mod blame;
 mod browser;
+mod claims;
 mod common;
 mod counter;
 mod death;
@@ -31,7 +32,10 @@ mod reader;
 mod record;
 mod refusals;
 mod seal;
+mod selfcheck;
 mod sight;
 mod succession;
 mod switch;
 mod tamper;
+mod told;
+mod usdt;

@@ -20,10 +20,11 @@ struct Package {
     present: fn() -> bool,
 }
 
-const PACKAGES: [Package; 8] = [
+const PACKAGES: [Package; 9] = [
     Package { name: "fio", purpose: "tests, demo, bench", present: || on_path("fio") },
     Package { name: "strace", purpose: "one test", present: || on_path("strace") },
     Package { name: "prometheus", purpose: "tests of metrics", present: || on_path("promtool") },
+    Package { name: "bpftrace", purpose: "one test", present: || on_path("bpftrace") },
     Package { name: "chromium", purpose: "tests of the page", present: || on_path("chromium") },
     Package {
         name: "libaio-dev",

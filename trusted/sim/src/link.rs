@@ -10,10 +10,11 @@
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use postern_edl::{
+    CLAIMS,
     calls::{
         CallError, Enclave, PosternCloseRequest, PosternCreateRequest, PosternFile,
         PosternKeepRequest, PosternLease, PosternLeaseRequest, PosternListRequest,
-        PosternOpenRequest, PosternRemoveRequest,
+        PosternOpenRequest, PosternRemoveRequest, PosternTellRequest,
     },
     port::Geometry,
 };
@@ -65,6 +66,8 @@ pub struct Link {
     pub lane: Lane,
     /// The daemon takes freed space back.
     pub discards: bool,
+    /// The daemon takes claims.
+    tells: AtomicBool,
     port: Port,
     control: Lock<Enclave<Connection>>,
     socket: i32,
@@ -180,6 +183,7 @@ impl Link {
         Ok(Self {
             lane,
             discards: attached.features & postern_edl::FEATURE_DISCARD != 0,
+            tells: AtomicBool::new(attached.features & postern_edl::FEATURE_TELL != 0),
             port,
             socket: control.0.descriptor(),
             control: Lock::new(control),
@@ -242,7 +246,8 @@ impl Link {
     }
 
     fn come_over(&self, family: &Family, joined: Joined) {
-        let Joined { control: fresh, incarnation, .. } = joined;
+        let Joined { control: fresh, attached, incarnation } = joined;
+        self.tells.store(attached.features & postern_edl::FEATURE_TELL != 0, Ordering::Relaxed);
         let replaced = {
             let control = self.control.lock();
             control.0.become_of(&fresh.0)
@@ -393,6 +398,15 @@ impl Link {
     pub fn keep(&self, handle: u32) {
         // A daemon that refuses it takes the lease away, and says so.
         let _ = self.ask(|control| control.postern_keep(&PosternKeepRequest { handle }));
+    }
+
+    /// Tells what only the enclave knows of the volume behind `handle`, if the daemon wants it.
+    pub fn tell(&self, handle: u32, claims: [u64; CLAIMS.len()]) {
+        if self.tells.load(Ordering::Relaxed) {
+            // Nothing depends on it.
+            let request = PosternTellRequest { handle, claims };
+            let _ = self.ask(|control| control.postern_tell(&request));
+        }
     }
 
     /// Doorbells A (driver) and B (service) and the control socket: what sleepers watch.

@@ -373,6 +373,15 @@ impl Process {
         }
     }
 
+    /// Tells the daemon what only the enclave knows of a volume, where that is news.
+    pub fn tell(&self, core: &Core) {
+        if let Some(link) = self.link.get().filter(|link| !link.is_lost())
+            && let Some(claims) = core.news()
+        {
+            link.tell(core.handle, claims);
+        }
+    }
+
     /// Gives a host file back to the daemon.
     pub fn give_back(&self, handle: u32) {
         if let Some(family) = family::family() {

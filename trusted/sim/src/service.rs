@@ -167,6 +167,10 @@ fn run() {
             if let Some(link) = process.linked() {
                 link.check_daemon();
             }
+            family
+                .open_volumes()
+                .filter_map(|v| v.standing().core())
+                .for_each(|c| process.tell(&c));
         }
         rest(process, family, listening);
     }

@@ -202,7 +202,7 @@ fn attach_new(family: &Family, port: &Port, handles: u32) -> Attempt {
 fn request(port: &Port) -> PosternAttachRequest {
     PosternAttachRequest {
         version: postern_edl::VERSION,
-        features: postern_edl::FEATURE_DISCARD,
+        features: postern_edl::FEATURE_DISCARD | postern_edl::FEATURE_TELL,
         port_bytes: port.bytes as u64,
         ..PosternAttachRequest::default()
     }

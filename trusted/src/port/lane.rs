@@ -197,17 +197,22 @@ impl Lane {
     /// A request counts as delivered when it is taken here: its stamp is stored under the same
     /// lock, before the task wakes. So the stage "crossing in" ends here, what the task does then
     /// (opening, the guest's event) is the enclave's own. The daemon may read the stamp once it has
-    /// seen `CQ_TAKEN` pass the completion; the next use of the index overwrites it.
+    /// seen `CQ_TAKEN` pass the completion; the next use of the index overwrites it. The clock is read
+    /// after the host has announced what is taken, so an honest host's own times lie before the stamp.
     ///
     /// Any thread may call it, several at once.
     pub fn poll(&self, limit: usize) -> usize {
         let mut accepted = 0;
-        while accepted < limit && self.needs_drive() {
+        while accepted < limit {
+            let seen = self.0.words.observe(cursor::CQ_PUBLISHED);
+            if !self.is_untaken(seen) {
+                break;
+            }
             let now = self.0.bell.now_ns();
             let mut released = [const { Released { waker: None, extent: None } }; BATCH];
             let left = if left_out!(NoLimit) { BATCH } else { limit - accepted };
             let room = released.len().min(left);
-            let (taken, fault) = self.take_batch(&mut released[..room], now);
+            let (taken, fault) = self.take_batch(&mut released[..room], seen, now);
             for Released { waker, extent } in released.into_iter().take(taken) {
                 if let Some(extent) = extent {
                     self.0.pool.give(extent);
@@ -228,8 +233,14 @@ impl Lane {
         accepted
     }
 
-    /// Fills `released` from the completion ring. Each shared word is loaded once.
-    fn take_batch(&self, released: &mut [Released], now: u64) -> (usize, Option<HostFault>) {
+    /// Fills `released` from the completion ring, with those below `seen`: what was announced when
+    /// `now` was read. Each shared word is loaded once; `seen` leaves out, it lets nothing in.
+    fn take_batch(
+        &self,
+        released: &mut [Released],
+        seen: u64,
+        now: u64,
+    ) -> (usize, Option<HostFault>) {
         let Inner { words, geometry, state, .. } = &*self.0;
         let mut state = state.lock();
         if state.table.fault().is_some() && !left_out!(AfterPoison) {
@@ -248,6 +259,7 @@ impl Lane {
             return (0, Some(HostFault::CursorWentBack { published, before: state.announced }));
         }
         state.announced = published;
+        let ready = ready.min(seen.saturating_sub(state.taken));
         let mut fault = None;
         let mut count = 0;
         for place in released.iter_mut().take(usize::try_from(ready).unwrap_or(usize::MAX)) {
@@ -284,7 +296,11 @@ impl Lane {
     /// for itself. Never of a poisoned lane.
     #[must_use]
     pub fn needs_drive(&self) -> bool {
-        let published = self.0.words.observe(cursor::CQ_PUBLISHED);
+        self.is_untaken(self.0.words.observe(cursor::CQ_PUBLISHED))
+    }
+
+    /// Whether a cursor that the host has announced is not that of what was taken.
+    fn is_untaken(&self, published: u64) -> bool {
         published != self.0.taken.load(Ordering::Acquire)
             && (!self.0.poisoned.load(Ordering::Acquire) || left_out!(AfterPoison))
     }

@@ -9,7 +9,7 @@ use postern_edl::port::{Geometry, MAGIC, cursor, header, op};
 use postern_trusted::{
     disk::{Disk, Transfer},
     platform::Platform,
-    port::{Lane, PortError, SharedWords, Sleeper},
+    port::{Doorbell, Lane, PortError, SharedWords, Sleeper, Switchless},
 };
 
 use crate::host::{CountingBell, Host, executor, file, pattern, settle};
@@ -259,6 +259,59 @@ fn the_stamp_of_an_index_is_stored_with_its_completion() {
     host.answer(id, 0);
     lane.poll(1);
     assert_eq!((host.get(stamp), bell.ticks()), (2, 2), "enqueued at 1, delivered at 2");
+}
+
+/// A host that answers at the very moment at which the enclave looks at the clock, its second answer
+/// told as taken at the time that the clock shows then.
+struct AnsweringBell {
+    clock: CountingBell,
+    /// The second answer, once: who gives it, and its request.
+    late: Arc<Mutex<Option<(Host, u64)>>>,
+}
+
+impl Switchless for AnsweringBell {
+    fn postern_wake(&self, port: u64) -> Result<(), u32> {
+        self.clock.postern_wake(port)
+    }
+
+    fn postern_sleep(&self, port: u64, sleeper: Sleeper, limit_ns: u64) -> Result<(), u32> {
+        self.clock.postern_sleep(port, sleeper, limit_ns)
+    }
+}
+
+impl Doorbell for AnsweringBell {
+    fn now_ns(&self) -> u64 {
+        let now = self.clock.now_ns();
+        if let Some((mut host, id)) = self.late.lock().unwrap().take() {
+            // The host's clock goes on as well.
+            self.clock.now_ns();
+            host.answer(id, 0);
+        }
+        now
+    }
+}
+
+#[test]
+fn a_stamp_is_no_older_than_the_answer_that_it_is_for() {
+    let (clock, late) = (CountingBell::default(), Arc::default());
+    let bell = AnsweringBell { clock: clock.clone(), late: Arc::clone(&late) };
+    let (mut host, lane) = Host::with_lane(8, 1 << 20, bell);
+    let executor = executor();
+    for _ in 0..2 {
+        let disk = file(&lane);
+        executor.spawn(async move { disk.flush().await.unwrap() });
+    }
+    executor.run(usize::MAX);
+    let ids: Vec<u64> = host.take().iter().map(|submission| submission.id).collect();
+    host.answer(ids[0], 0);
+    let (region, geometry) = (host.region, host.geometry);
+    *late.lock().unwrap() = Some((host, ids[1]));
+    let answered = clock.ticks() + 2;
+    while lane.poll(usize::MAX) > 0 {}
+    assert_eq!(lane.in_flight(), 0);
+    let stamp = geometry.stamp_word(usize::try_from(ids[1] & 0xffff_ffff).unwrap());
+    let stamp = region[stamp].load(Ordering::Acquire);
+    assert!(stamp > answered, "delivered at {stamp}, answered at {answered}");
 }
 
 #[test]

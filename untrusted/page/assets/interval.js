@@ -61,7 +61,7 @@ export function between(before, after) {
 
 /** Requests, bytes and errors of a volume, and percentiles of the whole way. */
 function volumeRow(interval, before, after) {
-  const row = { volume: after.volume, name: after.name, inFlight: after.in_flight, requests: {}, bytes: {}, errors: 0 };
+  const row = { volume: after.volume, name: after.name, inFlight: after.in_flight, requests: {}, bytes: {}, errors: 0, claimed: after.claimed ?? {} };
   for (const operation of OPERATIONS) {
     const is = after.operations[operation] ?? { bytes: 0, outcomes: {} };
     const was = before?.operations[operation] ?? { bytes: 0, outcomes: {} };

@@ -214,6 +214,11 @@ const VOLUME_COLUMNS = [
   ["errors", "errors", (row) => row.errors, count],
   ["requests", "requests so far", (row, s, ever) => ever?.count ?? 0, count],
   ["moved", "bytes so far", (row, s, ever) => (ever ? ever.bytes.read + ever.bytes.write : 0), size],
+  ["checkpoints", "checkpoints (claimed)", (row) => row.claimed.checkpoints ?? 0, count],
+  ["journal", "journal blocks (claimed)", (row) => row.claimed.journal_blocks ?? 0, count],
+  ["used", "used (claimed)", (row) => (row.claimed.used_blocks ?? 0) * 4096, size],
+  ["free", "free (claimed)", (row) => (row.claimed.free_blocks ?? 0) * 4096, size],
+  ["damaged", "damage found (claimed)", (row) => row.claimed.integrity_failures ?? 0, count],
 ];
 
 /** A table whose columns sort; `sort` is {column, down}, `resort` is told of another wish. */

@@ -16,6 +16,7 @@ mod pace;
 mod queue;
 mod slot;
 mod table;
+mod trace;
 mod uring;
 mod waiting;
 
@@ -277,6 +278,7 @@ impl Engine {
 
     /// A request handed out by [`Self::take_work`] is done: 0 or a negative errno.
     pub fn done(&mut self, index: usize, result: i64) {
+        trace::work_done(self.lane, self.slots[index].id, result);
         self.complete(index, result, now_ns());
         self.publish();
     }
@@ -454,6 +456,7 @@ impl Engine {
             .filter(|&index| !self.slots[index].in_flight)
             .ok_or(BrokenRing::Id { id })?;
         let op = u64::from(submission.op);
+        trace::request_start(self.lane, id, op, submission.offset, submission.length);
         let file = check::check(submission, &geometry).and_then(|()| {
             if op == op::DISCARD && !self.discards {
                 return Err(Refusal::Invalid);
@@ -511,6 +514,7 @@ impl Engine {
 
     /// Has the owner of the engine do a request that has just been taken, or refused by the kernel.
     fn elsewhere(&mut self, index: usize, place: Place, act: Act) {
+        trace::work_start(self.lane, self.slots[index].id);
         if let Some(file) = self.files.at(self.slots[index].file) {
             self.work.push(Work { index, place, file: Arc::clone(file), act });
         }
@@ -520,16 +524,19 @@ impl Engine {
     fn submit(&mut self) -> bool {
         let mut moved = false;
         while self.queue.is_pending() {
+            trace::submit_start(self.lane);
             // SAFETY: 1. Every entry passed `accept`: its range lies in the transfer area of
             //    `self.region`, which outlives `self.queue` (field order, and drop waits).
             //    2. Its descriptor belongs to a file the table keeps until the count of its
             //    requests in flight is zero, or, at drop, longer than the queue.
             let result = unsafe { self.queue.submit() };
+            trace::submit_done(self.lane, result.as_ref().map_or(0, |accepted| accepted.len()));
             match result {
                 Ok([]) => break,
                 Ok(accepted) => {
                     let submitted_ns = now_ns();
                     for &index in accepted {
+                        trace::device_start(self.lane, self.slots[index].id);
                         self.slots[index].submitted(submitted_ns, &self.stats);
                     }
                     self.in_kernel += accepted.len() as u64;
@@ -583,6 +590,7 @@ impl Engine {
                 if let Ok(index) = index
                     && self.slots.get(index).is_some_and(|slot| slot.in_flight)
                 {
+                    trace::device_done(self.lane, self.slots[index].id, result);
                     self.complete(index, result, reaped_ns);
                 } else {
                     self.stats.add(|c| &c.unmatched_completions, 1);
@@ -622,6 +630,9 @@ impl Engine {
             for (i, word) in words.into_iter().enumerate() {
                 self.word(at + i).store(word, Ordering::Relaxed);
             }
+        }
+        for &(id, result, _) in &self.staged {
+            trace::request_done(self.lane, id, result);
         }
         self.staged.clear();
         self.published = self.published.wrapping_add(count);

@@ -7,7 +7,7 @@ pub use crate::wire::{CallError, Carrier, Malformed};
 
 /// FNV-1a of the interface's normal form. Equal on both sides if and only if (collisions
 /// aside) they were built from the same interface; no protection against a forger.
-pub const FINGERPRINT: u64 = 0xe35347b7d9cd6e59;
+pub const FINGERPRINT: u64 = 0xa146853381098f91;
 
 /// What a daemon answers when an enclave attaches.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -299,6 +299,19 @@ pub struct PosternMeasuredReply {
     pub length: u64,
 }
 
+/// What [`Host::postern_tell`] is asked.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PosternTellRequest {
+    /// From `postern_open`.
+    pub handle: u32,
+    /// `POSTERN_CLAIM_*`.
+    pub claims: [u64; 9],
+}
+
+/// What [`Host::postern_tell`] answers.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PosternTellReply;
+
 /// A request as it travels: its number, then its fields.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Request {
@@ -322,6 +335,8 @@ pub enum Request {
     PosternKeep(PosternKeepRequest),
     /// Call 10, `postern_measured`.
     PosternMeasured(PosternMeasuredRequest),
+    /// Call 11, `postern_tell`.
+    PosternTell(PosternTellRequest),
 }
 
 impl Request {
@@ -376,6 +391,10 @@ impl Request {
                 least_ns: Wire::get(&mut reader)?,
                 one_in: Wire::get(&mut reader)?,
                 capacity: Wire::get(&mut reader)?,
+            }),
+            11 => Self::PosternTell(PosternTellRequest {
+                handle: Wire::get(&mut reader)?,
+                claims: Wire::get(&mut reader)?,
             }),
             call => return Err(Malformed::UnknownCall { call }),
         };
@@ -445,6 +464,11 @@ impl Request {
                 request.least_ns.put(&mut writer);
                 request.one_in.put(&mut writer);
                 request.capacity.put(&mut writer);
+            }
+            Self::PosternTell(request) => {
+                11_u64.put(&mut writer);
+                request.handle.put(&mut writer);
+                request.claims.put(&mut writer);
             }
         }
         writer.end()
@@ -525,6 +549,14 @@ pub trait Host {
         &mut self,
         request: PosternMeasuredRequest,
     ) -> impl Future<Output = Result<PosternMeasuredReply, u32>> + Send;
+
+    /// What only the enclave knows of a volume that it has open, counted since it opened it: claims
+    /// for whoever watches. Nothing is decided on them. Made only if both sides have
+    /// `POSTERN_FEATURE_TELL`.
+    fn postern_tell(
+        &mut self,
+        request: PosternTellRequest,
+    ) -> impl Future<Output = Result<PosternTellReply, u32>> + Send;
 }
 
 /// Decodes a request, calls the host, and writes the answer in place of what `reply` held.
@@ -632,6 +664,12 @@ pub async fn dispatch<H: Host + Send>(
                     answer.length.put(&mut writer);
                     writer.end_reply();
                 }
+                Err(errno) => Writer::refusal(reply, errno),
+            }
+        }
+        Request::PosternTell(request) => {
+            match host.postern_tell(request).await {
+                Ok(PosternTellReply) => Writer::reply(reply).end_reply(),
                 Err(errno) => Writer::refusal(reply, errno),
             }
         }
@@ -852,6 +890,25 @@ impl<C: Carrier> Enclave<C> {
         };
         reader.end()?;
         Ok(reply)
+    }
+
+    /// What only the enclave knows of a volume that it has open, counted since it opened it: claims
+    /// for whoever watches. Nothing is decided on them. Made only if both sides have
+    /// `POSTERN_FEATURE_TELL`.
+    ///
+    /// # Errors
+    /// [`CallError`]: the carrier failed, the host refused, or the answer (or this request)
+    /// is malformed.
+    pub fn postern_tell(
+        &mut self,
+        request: &PosternTellRequest,
+    ) -> Result<PosternTellReply, CallError<C::Error>> {
+        let (mut asked, mut answer) = (Vec::new(), Vec::new());
+        Request::PosternTell(request.clone()).encode(&mut asked)?;
+        self.0.call(&asked, &mut answer).map_err(CallError::Carrier)?;
+        let reader = Reader::reply(&answer)?;
+        reader.end()?;
+        Ok(PosternTellReply)
     }
 }
 

@@ -25,7 +25,7 @@ use postern_edl::{
         PosternKeepRequest, PosternLease, PosternLeaseReply, PosternLeaseRequest, PosternListReply,
         PosternListRequest, PosternMeasuredReply, PosternMeasuredRequest, PosternOpenReply,
         PosternOpenRequest, PosternRemoveReply, PosternRemoveRequest, PosternStatsReply,
-        PosternStatsRequest,
+        PosternStatsRequest, PosternTellReply, PosternTellRequest,
     },
 };
 use postern_hostile::{
@@ -209,7 +209,8 @@ impl Caller {
         let parts = Parts { port, bells, files: files.clone(), socket, life };
         self.lane = Some(Lane::start(parts, self.daemon.script, self.seed));
         self.files = Some(files);
-        let features = request.features & postern_edl::FEATURE_DISCARD;
+        let features =
+            request.features & (postern_edl::FEATURE_DISCARD | postern_edl::FEATURE_TELL);
         let mut attached =
             PosternAttached { version: VERSION, lane: 0, features, session: number, token };
         if self.lies() {
@@ -349,6 +350,10 @@ impl Host for Caller {
         let mut lease = PosternLease { handle, state: LEASE_ASKED };
         twist_lease(&mut self.rng, &mut lease);
         Ok(PosternLeaseReply { lease })
+    }
+
+    async fn postern_tell(&mut self, _: PosternTellRequest) -> Result<PosternTellReply, u32> {
+        Ok(PosternTellReply)
     }
 
     async fn postern_keep(&mut self, _: PosternKeepRequest) -> Result<PosternKeepReply, u32> {

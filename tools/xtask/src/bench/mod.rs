@@ -3,7 +3,7 @@
 //!
 //! The disk drifts by tens of percent within minutes, so only neighbours are compared: each round
 //! is one run of every target, in another order each time, and what is reported is the ratio to
-//! the plain file within rounds, with its spread. All files lie on one file system and are written
+//! one target (the plain file, unless told otherwise) within rounds, with its spread. All files lie on one file system and are written
 //! in full before anything is measured.
 
 mod case;
@@ -51,9 +51,12 @@ pub struct Options {
     /// Every case there is
     #[arg(long, conflicts_with = "case")]
     all_cases: bool,
-    /// What is measured beside the plain file; may be repeated
+    /// What is measured; may be repeated
     #[arg(long, value_enum, default_values_t = [Target::Postern])]
     target: Vec<Target>,
+    /// What it is compared with
+    #[arg(long, value_enum, default_value_t = Target::Raw)]
+    against: Target,
     /// Every target whose programs are installed
     #[arg(long, conflicts_with = "target")]
     all_targets: bool,
@@ -92,17 +95,27 @@ pub struct Run {
     written: f64,
 }
 
-/// A case, measured: for each target its runs, round by round. The first target is the plain file.
+/// A case, measured: for each target its runs, round by round. With the first one the others are
+/// compared.
 pub struct Measured {
     case: Case,
     runs: Vec<(Target, Vec<Run>)>,
 }
 
 impl Measured {
-    /// A target's requests per second over the plain file's, round by round.
+    /// A target's requests per second over the first one's, round by round.
     fn ratios(&self, target: usize) -> Vec<f64> {
-        let raw = &self.runs[0].1;
-        self.runs[target].1.iter().zip(raw).map(|(run, raw)| run.iops / raw.iops).collect()
+        self.over_first(target, |run| run.iops)
+    }
+
+    /// The same of CPU per request.
+    fn cpu_ratios(&self, target: usize) -> Vec<f64> {
+        self.over_first(target, |run| run.cpu_us)
+    }
+
+    fn over_first(&self, target: usize, of: fn(&Run) -> f64) -> Vec<f64> {
+        let first = &self.runs[0].1;
+        self.runs[target].1.iter().zip(first).map(|(run, first)| of(run) / of(first)).collect()
     }
 }
 
@@ -130,7 +143,11 @@ pub fn all(tree: &Tree, options: &Options) -> Result<()> {
         measured.push(step(&name, || bench.measure(case, &ready, &idle))?);
     }
     drop(ready);
-    let openings = step("making and opening", || opening::measure(tree, &on.directory))?;
+    let openings = if options.case.is_empty() {
+        step("making and opening", || opening::measure(tree, &on.directory))?
+    } else {
+        Vec::new()
+    };
     let machine = report::machine(&on.directory);
     let tables = report::markdown(&machine, &measured, &openings, options);
     print!("\n{tables}");
@@ -138,7 +155,7 @@ pub fn all(tree: &Tree, options: &Options) -> Result<()> {
         save(file, &tables)?;
     }
     if let Some(file) = &options.svg {
-        save(file, &plot::ratios(&measured)?)?;
+        save(file, &plot::ratios(&measured, options.against)?)?;
     }
     if let Some(file) = &options.json {
         save(file, &report::json(&machine, &measured, &openings, options)?)?;
@@ -152,15 +169,15 @@ fn save(file: &Path, text: &str) -> Result<()> {
     Ok(())
 }
 
-/// The plain file, and what is wanted beside it.
+/// What is compared with, and what is wanted beside it.
 fn targets(options: &Options) -> Result<Vec<Target>> {
     let wanted = if options.all_targets {
         clap::ValueEnum::value_variants().to_vec()
     } else {
         options.target.clone()
     };
-    let mut targets = vec![Target::Raw];
-    for target in wanted {
+    let mut targets = Vec::new();
+    for target in std::iter::once(options.against).chain(wanted) {
         match target.missing() {
             Some(missing) if options.all_targets => {
                 eprintln!("    left out: {}, {missing} is not installed", target.name());
@@ -238,10 +255,10 @@ impl Bench<'_> {
                 let run = self.run(&case, ready, idle)?;
                 runs[at].1.push(run);
             }
-            let raw = runs[0].1[round].iops;
+            let first = runs[0].1[round].iops;
             for (target, runs) in &runs {
                 let iops = runs[round].iops;
-                said += &format!(" {} {iops:.0}/s ({:.3})", target.name(), iops / raw);
+                said += &format!(" {} {iops:.0}/s ({:.3})", target.name(), iops / first);
             }
             eprintln!("{said}");
         }

@@ -11,18 +11,19 @@ use super::{Measured, Target, numbers::Spread};
 /// Pixels of a bar with its gap.
 const BAR: u32 = 16;
 
-/// An SVG of the ratios to the plain file.
+/// An SVG of the ratios to the target `first`.
 ///
 /// # Errors
 /// If it cannot be drawn.
-pub fn ratios(measured: &[Measured]) -> Result<String> {
+pub fn ratios(measured: &[Measured], first: Target) -> Result<String> {
     let mut text = String::new();
-    draw(measured, &mut text).map_err(|error| anyhow!("cannot draw: {error}"))?;
+    draw(measured, first, &mut text).map_err(|error| anyhow!("cannot draw: {error}"))?;
     Ok(text)
 }
 
 fn draw(
     measured: &[Measured],
+    first: Target,
     into: &mut String,
 ) -> std::result::Result<(), Box<dyn std::error::Error>> {
     let targets: BTreeSet<Target> = measured
@@ -48,7 +49,7 @@ fn draw(
     root.fill(&WHITE)?;
     let mut chart = ChartBuilder::on(&root)
         .margin(12)
-        .caption("requests per second, plain file = 1", ("sans-serif", 16))
+        .caption(format!("requests per second, {} = 1", first.name()), ("sans-serif", 16))
         .x_label_area_size(96)
         .y_label_area_size(48)
         .build_cartesian_2d(0.0..columns as f64, 0.0..highest * 1.1)?;
@@ -101,7 +102,7 @@ mod tests {
                 ],
             })
             .collect();
-        let svg = ratios(&measured).unwrap();
+        let svg = ratios(&measured, Target::Raw).unwrap();
         assert!(svg.starts_with("<svg"));
         for word in ["postern", "io-uring", "randread-4k-128"] {
             assert!(svg.contains(word), "{word}");

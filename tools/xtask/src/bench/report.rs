@@ -48,13 +48,18 @@ pub fn markdown(
 ) -> String {
     let mut text = format!(
         "{}; files of {}, {} rounds of {} s per case and target, in turns. Ratio: requests per \
-         second over the plain file's within a round. CPU and context switches: all processes of a \
-         run, per request. Written: bytes that reached the host for each that was written.\n\n",
-        machine.words, options.size, options.rounds, options.runtime
+         second over those of {} within a round. CPU and context switches: all processes of a run, \
+         per request; the CPU's ratio likewise. Written: bytes that reached the host for each that \
+         was written.\n\n",
+        machine.words,
+        options.size,
+        options.rounds,
+        options.runtime,
+        options.against.name(),
     );
     text.push_str(
-        "| case | target | rate | ratio, median | 95 % | quartiles | min..max | CPU, us | switches | written |\n\
-         |---|---|---|---|---|---|---|---|---|---|\n",
+        "| case | target | rate | ratio, median | 95 % | quartiles | min..max | CPU, us | ratio, median | 95 % | switches | written |\n\
+         |---|---|---|---|---|---|---|---|---|---|---|---|\n",
     );
     for case in measured {
         for (at, (target, runs)) in case.runs.iter().enumerate() {
@@ -65,21 +70,23 @@ pub fn markdown(
             } else {
                 format!("{:.1} k/s", of(|run| run.iops) / 1e3)
             };
-            let compared = if at == 0 {
-                "| | | ".to_owned()
-            } else {
-                let Spread { min, lower, median, upper, max } = Spread::of(ratios.clone());
-                let sure = confidence(&ratios)
-                    .map(|(from, to)| format!("{from:.2}..{to:.2}"))
-                    .unwrap_or_default();
-                format!("{median:.2} | {sure} | {lower:.2}..{upper:.2} | {min:.2}..{max:.2}")
+            let sure = |ratios: &[f64]| {
+                let within = confidence(ratios).map(|(from, to)| format!("{from:.3}..{to:.3}"));
+                format!("{:.3} | {}", median(ratios), within.unwrap_or_default())
             };
+            let (mut compared, mut cpu) = ("| | | ".to_owned(), "| ".to_owned());
+            if at > 0 {
+                let Spread { min, lower, upper, max, .. } = Spread::of(ratios.clone());
+                compared =
+                    sure(&ratios) + &format!(" | {lower:.2}..{upper:.2} | {min:.2}..{max:.2}");
+                cpu = sure(&case.cpu_ratios(at));
+            }
             let written = of(|run| run.written);
             let written = if written.is_nan() { String::new() } else { format!("{written:.2}") };
             // Writing into a String cannot fail.
             let _ = writeln!(
                 text,
-                "| {} | {} | {speed} | {compared} | {:.1} | {:.2} | {written} |",
+                "| {} | {} | {speed} | {compared} | {:.1} | {cpu} | {:.2} | {written} |",
                 case.case.words,
                 target.name(),
                 of(|run| run.cpu_us),
@@ -91,6 +98,9 @@ pub fn markdown(
         for (target, _) in first.runs.iter().filter(|(target, _)| !target.caveat().is_empty()) {
             let _ = writeln!(text, "\n{}: {}.", target.name(), target.caveat());
         }
+    }
+    if openings.is_empty() {
+        return text;
     }
     text.push_str(
         "\nMilliseconds, process start included:\n\n\
@@ -122,6 +132,7 @@ pub fn json(
         "machine": machine.words,
         "size": options.size,
         "runtime_seconds": options.runtime,
+        "against": options.against.name(),
         "cases": cases,
         "opening": openings.iter().map(|opening| json!({
             "size": opening.size,
@@ -144,12 +155,15 @@ fn case_json(measured: &Measured) -> Value {
         })
     };
     let targets = measured.runs.iter().enumerate().map(|(at, (target, runs))| {
-        let Spread { min, lower, median, upper, max } = Spread::of(measured.ratios(at));
+        let spread = Spread::of(measured.ratios(at));
+        let Spread { min, lower, upper, max, .. } = spread;
         json!({
             "target": target.name(),
             "caveat": target.caveat(),
-            "ratio": { "min": min, "lower": lower, "median": median, "upper": upper, "max": max },
+            "ratio": { "min": min, "lower": lower, "median": spread.median, "upper": upper, "max": max },
             "confidence_95": confidence(&measured.ratios(at)),
+            "cpu_ratio": median(&measured.cpu_ratios(at)),
+            "cpu_confidence_95": confidence(&measured.cpu_ratios(at)),
             "runs": runs.iter().map(run).collect::<Vec<_>>(),
         })
     });

@@ -30,7 +30,7 @@ pub enum Target {
     Postern,
     /// Postern without probes
     NoProbes,
-    /// Postern with the io_uring engine, which has no probes
+    /// Postern with the io_uring engine
     IoUring,
     /// QEMU's LUKS over NBD, aio=native: no integrity, no asynchronous crypto
     QemuLuks,

@@ -90,6 +90,7 @@ impl Family {
             core.volume.close(&disk).await.map(|()| false)
         };
         let unflushed = unflushed.await;
+        process::current().tell(core);
         if unflushed.is_ok() {
             directory.remember(member, size);
         }
@@ -112,6 +113,7 @@ impl Family {
             Ok(disk) => core.volume.close(&disk).await,
             Err(errno) => Err(errno),
         };
+        process.tell(core);
         process.give_back(core.handle);
         closed
     }

@@ -20,6 +20,7 @@ use core::{
 };
 use std::sync::Arc;
 
+use postern_edl::CLAIMS;
 use postern_trusted::{
     errno::Errno,
     port::LaneFile,
@@ -42,6 +43,8 @@ pub struct Core {
     users: AtomicUsize,
     /// Somebody waits for the last of them.
     leaving: AtomicBool,
+    /// What the daemon was told last.
+    told: Lock<[u64; CLAIMS.len()]>,
 }
 
 impl Core {
@@ -49,7 +52,28 @@ impl Core {
     #[must_use]
     pub fn new(volume: Volume, handle: u32, host_blocks: u64) -> Self {
         let (users, leaving) = (AtomicUsize::new(0), AtomicBool::new(false));
-        Self { volume, handle, host_blocks, users, leaving }
+        let told = Lock::new([0; CLAIMS.len()]);
+        Self { volume, handle, host_blocks, users, leaving, told }
+    }
+
+    /// What there is to tell the daemon, in the order of [`CLAIMS`]: numbers that say nothing of what
+    /// is in the volume. `None`: nothing new.
+    #[must_use]
+    pub fn news(&self) -> Option<[u64; CLAIMS.len()]> {
+        let (counters, info) = (self.volume.counters(), self.volume.info());
+        let now = [
+            counters.integrity_failures,
+            counters.checkpoints,
+            counters.flushes,
+            counters.journal_blocks,
+            counters.map_blocks,
+            counters.data_blocks,
+            counters.discarded_blocks,
+            info.used_blocks,
+            info.free_blocks,
+        ];
+        let before = core::mem::replace(&mut *self.told.lock(), now);
+        (before != now).then_some(now)
     }
 }
 

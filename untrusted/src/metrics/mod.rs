@@ -1,12 +1,16 @@
-//! What the daemon has counted, as text for Prometheus: OpenMetrics 1.0, or, for whoever does not
-//! ask for that, the text format 0.0.4.
+//! What the daemon has counted, for Prometheus: OpenMetrics 1.0, the text format 0.0.4 for whoever does
+//! not ask for that, or protobuf with native histograms for whoever does.
 //!
 //! Holds: labels are of bounded number (volumes, operations, stages, results, names of counters);
-//! each bucket's bound is one of the histogram's own, so counts are exact, not interpolated; no
+//! each classic bucket's bound is one of the histogram's own, so counts are exact, not interpolated; no
 //! label or exemplar holds a key or a plaintext.
 
-use std::fmt::{Display, Write as _};
+mod protobuf;
+mod text;
+
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use postern_edl::{CLAIMS, COUNTED_CLAIMS};
 
 use crate::engine::now_ns;
 use crate::histogram::Snapshot;
@@ -15,8 +19,10 @@ use crate::report::Source;
 use crate::session::Sessions;
 use crate::stats::{Merged, StatsHub};
 use crate::volumes::{OPERATIONS, OUTCOMES, STAGES, Stage};
+use protobuf::Protobuf;
+use text::Text;
 
-/// Bounds of the buckets: powers of two, less 1, nanoseconds: 1 µs to 17 s.
+/// Bounds of the classic buckets: powers of two, less 1, nanoseconds: 1 µs to 17 s.
 const BOUNDS: std::ops::RangeInclusive<u32> = 10..=34;
 
 /// A counter of the daemon, or several that differ by one label: family, help, label, and for each
@@ -107,21 +113,35 @@ const COUNTERS: &[Counter] = &[
     ),
 ];
 
-/// Which of the two formats.
+/// Which format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
     /// OpenMetrics 1.0, with units and exemplars.
     OpenMetrics,
     /// Prometheus text 0.0.4.
     Plain,
+    /// Prometheus' protobuf, with native histograms beside the classic ones.
+    Protobuf,
 }
 
 impl Format {
     /// The format that an `Accept` header asks for.
     #[must_use]
     pub fn asked_for(accept: &str) -> Self {
-        let open = accept.contains("application/openmetrics-text");
-        if open { Self::OpenMetrics } else { Self::Plain }
+        let mut offers = accept.split(',');
+        let delimited = |offer: &str| {
+            let words =
+                ["application/vnd.google.protobuf", protobuf::MESSAGE, "encoding=delimited"];
+            words.iter().all(|word| offer.contains(word))
+        };
+        if offers.any(delimited) {
+            // Prometheus offers it only where it takes native histograms.
+            Self::Protobuf
+        } else if accept.contains("application/openmetrics-text") {
+            Self::OpenMetrics
+        } else {
+            Self::Plain
+        }
     }
 
     /// The `Content-Type` of the format.
@@ -130,83 +150,160 @@ impl Format {
         match self {
             Self::OpenMetrics => "application/openmetrics-text; version=1.0.0; charset=utf-8",
             Self::Plain => "text/plain; version=0.0.4; charset=utf-8",
+            Self::Protobuf => protobuf::CONTENT_TYPE,
         }
     }
 }
 
+/// What kind of metric a family is of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Counter,
+    Gauge,
+    Histogram,
+}
+
+/// A value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Number {
+    Count(u64),
+    /// Shown in seconds.
+    Nanoseconds(u64),
+}
+
+type Labels<'a> = &'a [(&'a str, &'a str)];
+
+/// Metrics being written. Names are without `postern_`, and without the `_total` of a counter.
+trait Exposition {
+    /// Begins a family. `unit` is the last part of its name, or empty.
+    fn family(&mut self, name: &str, kind: Kind, unit: &str, help: &str);
+
+    /// A counter or gauge of the family that was begun last.
+    fn sample(&mut self, labels: Labels<'_>, value: Number);
+
+    /// A histogram of the family that was begun last.
+    fn histogram(&mut self, labels: Labels<'_>, histogram: &Snapshot, exemplar: Option<&Exemplar>);
+
+    /// All of it.
+    fn finish(self: Box<Self>) -> Vec<u8>;
+
+    /// A family of one gauge.
+    fn gauge(&mut self, name: &str, unit: &str, help: &str, value: u64) {
+        self.family(name, Kind::Gauge, unit, help);
+        self.sample(&[], Number::Count(value));
+    }
+}
+
+/// A single request, beside the bucket that it is in.
+struct Exemplar {
+    request: String,
+    ns: u64,
+    /// Since 1970.
+    at: Duration,
+}
+
 /// The metrics as of now.
 #[must_use]
-pub fn text(sessions: &Sessions, source: &Source, format: Format) -> String {
-    let mut text = Text { out: String::with_capacity(64 << 10), format };
+pub fn exposed(sessions: &Sessions, source: &Source, format: Format) -> Vec<u8> {
+    let mut text: Box<dyn Exposition> = match format {
+        Format::OpenMetrics => Box::new(Text::new(true)),
+        Format::Plain => Box::new(Text::new(false)),
+        Format::Protobuf => Box::<Protobuf>::default(),
+    };
     let mut merged = sessions.hub().merged();
     let spins = merged.counters.get("spins").copied().unwrap_or(0);
     let won = merged.counters.get("spins_won").copied().unwrap_or(0);
     merged.counters.insert("spins_lost".to_owned(), spins.saturating_sub(won));
 
     let name = if matches!(source, Source::Probes(_)) { "ebpf" } else { "daemon" };
-    text.family("build_info", "gauge", "", "Version of the daemon, and who times the stages.");
+    text.family("build_info", Kind::Gauge, "", "Version of the daemon, and who times the stages.");
     let labels = [("version", env!("CARGO_PKG_VERSION")), ("source", name)];
-    text.sample("build_info", &labels, 1);
+    text.sample(&labels, Number::Count(1));
     let (number, lanes) = sessions.counts();
-    text.gauge("sessions", "Sessions now.", number);
-    text.gauge("lanes", "Lanes now.", lanes);
+    text.gauge("sessions", "", "Sessions now.", number);
+    text.gauge("lanes", "", "Lanes now.", lanes);
     let rows = sessions.rows();
     let sum = |of: fn(&crate::limits::SessionRow) -> u64| rows.iter().map(of).sum::<u64>();
-    text.gauge("open_files", "Host files that sessions have open.", sum(|row| row.files));
-    text.family("port_memory_bytes", "gauge", "bytes", "Memory of the ports of all sessions.");
-    text.sample("port_memory_bytes", &[], sum(|row| row.memory_bytes));
-    text.family("in_flight_bytes", "gauge", "bytes", "Bytes of the requests under way.");
-    text.sample("in_flight_bytes", &[], sum(|row| row.in_flight_bytes));
-    volumes(&mut text, &merged);
-    latency(&mut text, &merged, sessions.hub());
+    text.gauge("open_files", "", "Host files that sessions have open.", sum(|row| row.files));
+    let help = "Memory of the ports of all sessions.";
+    text.gauge("port_memory_bytes", "bytes", help, sum(|row| row.memory_bytes));
+    let help = "Bytes of the requests under way.";
+    text.gauge("in_flight_bytes", "bytes", help, sum(|row| row.in_flight_bytes));
+    volumes(&mut *text, &merged);
+    claims(&mut *text, &merged);
+    latency(&mut *text, &merged, sessions.hub());
     for (family, help, label, members) in COUNTERS {
-        text.family(family, "counter", "", help);
+        text.family(family, Kind::Counter, "", help);
         for (counter, value) in *members {
             let count = merged.counters.get(*counter).copied().unwrap_or(0);
             let labels = [(*label, *value)];
             let labels = if label.is_empty() { &[] } else { &labels[..] };
-            text.sample(&format!("{family}_total"), labels, count);
+            text.sample(labels, Number::Count(count));
         }
     }
     if let Source::Probes(running) = source {
-        probes(&mut text, running, sessions.hub());
+        probes(&mut *text, running, sessions.hub());
     }
-    if format == Format::OpenMetrics {
-        text.out.push_str("# EOF\n");
-    }
-    text.out
+    text.finish()
 }
 
-fn volumes(text: &mut Text, merged: &Merged) {
-    text.family("requests", "counter", "", "Requests that ended, by result.");
+fn volumes(text: &mut dyn Exposition, merged: &Merged) {
+    text.family("requests", Kind::Counter, "", "Requests that ended, by result.");
     for (volume, totals) in &merged.volumes {
         for (operation, outcomes) in OPERATIONS.iter().zip(&totals.outcomes) {
             // `ok` also while it is 0: a rate needs a beginning.
             let seen = OUTCOMES.iter().zip(outcomes).enumerate();
             for (_, (result, count)) in seen.filter(|(at, (_, count))| *at == 0 || **count > 0) {
                 let labels = [("volume", &**volume), ("operation", operation), ("result", result)];
-                text.sample("requests_total", &labels, count);
+                text.sample(&labels, Number::Count(*count));
             }
         }
     }
-    text.family("moved_bytes", "counter", "bytes", "Bytes read and written.");
+    text.family("moved_bytes", Kind::Counter, "bytes", "Bytes read and written.");
     for (volume, totals) in &merged.volumes {
         for (operation, bytes) in OPERATIONS.iter().zip(&totals.bytes).take(2) {
             let labels = [("volume", &**volume), ("operation", *operation)];
-            text.sample("moved_bytes_total", &labels, bytes);
+            text.sample(&labels, Number::Count(*bytes));
         }
     }
-    text.family("in_flight_requests", "gauge", "", "Requests that were taken and have not ended.");
+    text.family(
+        "in_flight_requests",
+        Kind::Gauge,
+        "",
+        "Requests that were taken and have not ended.",
+    );
     for (volume, totals) in &merged.volumes {
-        text.sample("in_flight_requests", &[("volume", volume)], totals.in_flight());
+        text.sample(&[("volume", volume)], Number::Count(totals.in_flight()));
     }
 }
 
-fn latency(text: &mut Text, merged: &Merged, hub: &StatsHub) {
+/// What enclaves claim, as such.
+fn claims(text: &mut dyn Exposition, merged: &Merged) {
+    let help = "What an enclave claims of its volume; blocks of 4096 bytes.";
+    text.family("claimed_events", Kind::Counter, "", help);
+    let each = || CLAIMS.iter().enumerate();
+    for (volume, claim) in &merged.claims {
+        for (at, event) in each().take(COUNTED_CLAIMS) {
+            let labels = [("volume", &**volume), ("event", *event)];
+            text.sample(&labels, Number::Count(claim[at]));
+        }
+    }
+    let help = "Space in the volumes that are open, as their enclaves claim; blocks of 4096 bytes.";
+    text.family("claimed_space_blocks", Kind::Gauge, "blocks", help);
+    for (volume, claim) in &merged.claims {
+        for (at, state) in each().skip(COUNTED_CLAIMS) {
+            let state = state.trim_end_matches("_blocks");
+            let labels = [("volume", &**volume), ("state", state)];
+            text.sample(&labels, Number::Count(claim[at]));
+        }
+    }
+}
+
+fn latency(text: &mut dyn Exposition, merged: &Merged, hub: &StatsHub) {
     let records = hub.records(0);
     let help =
         "Time of a stage, by the daemon's own clock; crossings rest on the enclave's claims.";
-    text.family("stage_seconds", "histogram", "seconds", help);
+    text.family("stage_seconds", Kind::Histogram, "seconds", help);
     for (volume, totals) in &merged.volumes {
         for (at, operation) in OPERATIONS.iter().enumerate() {
             let last = records.iter().rev().find(|record| {
@@ -218,47 +315,39 @@ fn latency(text: &mut Text, merged: &Merged, hub: &StatsHub) {
                     let labels =
                         [("volume", &**volume), ("operation", *operation), ("stage", *name)];
                     let exemplar = last.and_then(|record| exemplar(record, stage));
-                    text.histogram("stage_seconds", &labels, histogram, exemplar.as_ref());
+                    text.histogram(&labels, histogram, exemplar.as_ref());
                 }
             }
         }
     }
 }
 
-fn probes(text: &mut Text, probes: &crate::probes::Probes, hub: &StatsHub) {
+fn probes(text: &mut dyn Exposition, probes: &crate::probes::Probes, hub: &StatsHub) {
     let help = "Time of a stage, by the probes in the kernel.";
-    text.family("probe_stage_seconds", "histogram", "seconds", help);
+    text.family("probe_stage_seconds", Kind::Histogram, "seconds", help);
     for (volume, stage, operation, histogram) in probes.latency() {
         let volume = hub.name(volume);
         let labels = [("volume", &*volume), ("operation", operation), ("stage", stage)];
-        text.histogram("probe_stage_seconds", &labels, &histogram, None);
+        text.histogram(&labels, &histogram, None);
     }
-    text.family("probe_events", "counter", "", "What the probes counted beside times.");
+    text.family("probe_events", Kind::Counter, "", "What the probes counted beside times.");
     let counters = probes.counters();
     for (event, count) in counters.iter().filter(|(event, _)| !event.starts_with("missed_")) {
-        text.sample("probe_events_total", &[("event", event)], count);
+        text.sample(&[("event", event)], Number::Count(*count));
     }
     let costs = probes.costs();
-    let mut each = |name: &str, unit, help, value: &dyn Fn(usize) -> String| {
-        text.family(name, "counter", unit, help);
+    let mut each = |name: &str, unit, help, value: &dyn Fn(usize) -> Number| {
+        text.family(name, Kind::Counter, unit, help);
         for (at, cost) in costs.iter().enumerate() {
-            text.sample(&format!("{name}_total"), &[("program", &cost.name)], value(at));
+            text.sample(&[("program", &cost.name)], value(at));
         }
     };
     let help = "Runs of a probe; 0 unless the kernel counts them (kernel.bpf_stats_enabled).";
-    each("probe_runs", "", help, &|at| costs[at].runs.to_string());
+    each("probe_runs", "", help, &|at| Number::Count(costs[at].runs));
     let help = "Time in a probe; 0 unless the kernel counts it (kernel.bpf_stats_enabled).";
-    each("probe_run_seconds", "seconds", help, &|at| seconds(costs[at].run_ns));
+    each("probe_run_seconds", "seconds", help, &|at| Number::Nanoseconds(costs[at].run_ns));
     let help = "Runs of a probe that were left out because it was running on that processor.";
-    each("probe_missed", "", help, &|at| costs[at].missed.to_string());
-}
-
-/// A single request, beside the bucket that it is in.
-struct Exemplar {
-    request: String,
-    ns: u64,
-    /// Seconds since 1970.
-    at: String,
+    each("probe_missed", "", help, &|at| Number::Count(costs[at].missed));
 }
 
 /// The stage of a record; `None` if it is not known.
@@ -276,98 +365,7 @@ fn exemplar(record: &Record, stage: usize) -> Option<Exemplar> {
     let ns = to.checked_sub(from).filter(|_| from != 0 && known)?;
     let ago = Duration::from_nanos(now_ns().saturating_sub(reaped_ns));
     let at = SystemTime::now().checked_sub(ago)?.duration_since(UNIX_EPOCH).ok()?;
-    let at = format!("{}.{:03}", at.as_secs(), at.subsec_millis());
     Some(Exemplar { request: record.request(), ns, at })
-}
-
-struct Text {
-    out: String,
-    format: Format,
-}
-
-impl Text {
-    /// Begins a family. `unit` is the last part of its name, or empty.
-    fn family(&mut self, name: &str, kind: &str, unit: &str, help: &str) {
-        let Self { out, format } = self;
-        // The older format has counters under the name of their samples.
-        let suffix = if *format == Format::Plain && kind == "counter" { "_total" } else { "" };
-        let _ = writeln!(out, "# HELP postern_{name}{suffix} {help}");
-        let _ = writeln!(out, "# TYPE postern_{name}{suffix} {kind}");
-        if *format == Format::OpenMetrics && !unit.is_empty() {
-            let _ = writeln!(out, "# UNIT postern_{name} {unit}");
-        }
-    }
-
-    fn gauge(&mut self, name: &str, help: &str, value: u64) {
-        self.family(name, "gauge", "", help);
-        self.sample(name, &[], value);
-    }
-
-    fn sample(&mut self, name: &str, labels: &[(&str, &str)], value: impl Display) {
-        self.name(name, labels, None);
-        let _ = writeln!(self.out, " {value}");
-    }
-
-    fn name(&mut self, name: &str, labels: &[(&str, &str)], bound: Option<&str>) {
-        let _ = write!(self.out, "postern_{name}");
-        let bound = bound.map(|bound| ("le", bound));
-        for (n, (label, value)) in labels.iter().copied().chain(bound).enumerate() {
-            let _ = write!(self.out, "{}{label}=\"", if n == 0 { '{' } else { ',' });
-            for c in value.chars() {
-                match c {
-                    '\\' => self.out.push_str("\\\\"),
-                    '"' => self.out.push_str("\\\""),
-                    '\n' => self.out.push_str("\\n"),
-                    c => self.out.push(c),
-                }
-            }
-            self.out.push('"');
-        }
-        if !labels.is_empty() || bound.is_some() {
-            self.out.push('}');
-        }
-    }
-
-    fn histogram(
-        &mut self,
-        name: &str,
-        labels: &[(&str, &str)],
-        histogram: &Snapshot,
-        mut exemplar: Option<&Exemplar>,
-    ) {
-        if self.format == Format::Plain {
-            exemplar = None;
-        }
-        let mut buckets = histogram.buckets().peekable();
-        let mut count = 0;
-        let bounds = BOUNDS.map(|bit| Some((1u64 << bit) - 1)).chain([None]);
-        for bound_ns in bounds {
-            while let Some((_, n)) =
-                buckets.next_if(|(top, _)| bound_ns.is_none_or(|bound| *top <= bound))
-            {
-                count += n;
-            }
-            let bound = bound_ns.map_or_else(|| "+Inf".to_owned(), seconds);
-            let count = if bound_ns.is_none() { histogram.count() } else { count };
-            self.name(&format!("{name}_bucket"), labels, Some(&bound));
-            let _ = write!(self.out, " {count}");
-            let within = |one: &&Exemplar| bound_ns.is_none_or(|bound| one.ns <= bound);
-            if let Some(Exemplar { request, ns, at }) = exemplar.filter(within) {
-                let _ = write!(self.out, " # {{request=\"{request}\"}} {} {at}", seconds(*ns));
-                exemplar = None;
-            }
-            self.out.push('\n');
-        }
-        self.sample(&format!("{name}_sum"), labels, seconds(histogram.sum_ns));
-        self.sample(&format!("{name}_count"), labels, histogram.count());
-    }
-}
-
-/// Nanoseconds as seconds, exactly.
-fn seconds(ns: u64) -> String {
-    let text = format!("{}.{:09}", ns / 1_000_000_000, ns % 1_000_000_000);
-    let text = text.trim_end_matches('0');
-    text.strip_suffix('.').map_or_else(|| text.to_owned(), |whole| format!("{whole}.0"))
 }
 
 #[cfg(test)]
@@ -389,6 +387,10 @@ mod tests {
             stats.end(1, 4096, 4096);
         }
         sessions
+    }
+
+    fn text(sessions: &Sessions, source: &Source, format: Format) -> String {
+        String::from_utf8(exposed(sessions, source, format)).unwrap()
     }
 
     fn value(text: &str, sample: &str) -> Option<String> {
@@ -444,14 +446,11 @@ mod tests {
         assert_eq!(Format::asked_for("text/plain;q=0.5,*/*"), Format::Plain);
         let accept = "application/openmetrics-text;version=1.0.0,text/plain;q=0.5";
         assert_eq!(Format::asked_for(accept), Format::OpenMetrics);
-    }
-
-    #[test]
-    fn seconds_are_exact() {
-        for (ns, text) in
-            [(0, "0.0"), (1, "0.000000001"), (1_500_000_000, "1.5"), (7_000_000_000, "7.0")]
-        {
-            assert_eq!(seconds(ns), text);
-        }
+        // As Prometheus 2.42 says it with native histograms switched on.
+        let native = "application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;\
+                      encoding=delimited,application/openmetrics-text;version=1.0.0;q=0.8,*/*;q=0.1";
+        assert_eq!(Format::asked_for(native), Format::Protobuf);
+        let other = "application/vnd.google.protobuf;encoding=text,text/plain";
+        assert_eq!(Format::asked_for(other), Format::Plain);
     }
 }
