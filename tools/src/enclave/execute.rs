@@ -4,7 +4,7 @@ use std::{io::Write as _, os::unix::ffi::OsStrExt as _, sync::Arc};
 
 use sgx_emu::{Config, Enclave, Fault, FaultKind, KeyRoot, LoadError};
 use sgx_image::{Sigstruct, Symbols};
-use sgx_runner::{Backend, Emulated, End, Program, hw};
+use sgx_runner::{Backend, Emulated, End, Exits, Program, hw};
 
 use crate::{
     enclave::{
@@ -46,11 +46,12 @@ pub fn execute(args: &RunArgs) -> Result<u8, Failure> {
     if args.counts {
         let counts = backend.counts();
         eprintln!(
-            "postern: {} ({}): {} entries, {} exits, {} faults",
+            "postern: {} ({}): {} entries, {} exits ({}), {} faults",
             place,
             backend.name(),
             counts.entries,
-            counts.exits,
+            counts.exits.iter().sum::<u64>(),
+            Exits(&counts),
             counts.faults
         );
     }
@@ -65,6 +66,12 @@ fn backend(
 ) -> Result<Arc<dyn Backend>, Failure> {
     let place = args.image.image.display();
     match (args.backend, signature) {
+        // Auto: who names a root wants the emulator.
+        (BackendArg::Auto, _) if args.root.is_some() => emulator(args, loaded, signature),
+        (BackendArg::Hw, _) if args.root.is_some() => {
+            let advice = "leave --root away, or give --backend emu";
+            Err(Failure::new(Exit::Usage, "a CPU has its own root of keys", place, advice))
+        }
         (BackendArg::Hw, None) => {
             let what = "the CPU runs only images that are signed";
             let advice = "sign it by `postern enclave sign`, and give --signature";
@@ -99,7 +106,7 @@ fn emulator(
         exact: args.exact,
         strict: args.strict,
         transition_cycles: args.transition_cycles,
-        root: KeyRoot::default(),
+        root: args.root.as_deref().map_or(Ok(KeyRoot::default()), files::root)?,
     };
     let place = args.image.image.display();
     let enclave = Enclave::load(&loaded.image, signature, &config)
