@@ -6,11 +6,13 @@
 #![feature(sgx_platform)]
 
 mod assembly;
+pub mod exits;
 pub mod guest;
 pub mod host;
 pub mod link;
 pub mod port;
 pub mod process;
+pub mod sealing;
 pub mod store;
 mod unwind;
 pub mod work;

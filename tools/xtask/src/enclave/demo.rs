@@ -21,6 +21,8 @@ const SIZE: &str = "256M";
 /// Of the load, at depth 32; half of them write.
 const REQUESTS: &str = "100000";
 const BLOCKS: &str = "16384";
+/// How long each side looks for work before it sleeps: while both have work, neither does.
+const SPIN_US: &str = "10000";
 /// Puts that are acknowledged before the enclave is killed.
 const PUTS: u64 = 2000;
 
@@ -47,10 +49,11 @@ pub fn all(tree: &Tree, image: &Path) -> Result<()> {
     let daemon = demo.daemon()?;
 
     title("AIO inside the enclave: depth 32, half writes, every block verified");
-    let mut enclave =
-        demo.enclave(&["work", "data", "--depth", "32", "--writes", "50"], |work| {
-            work.args(["--requests", REQUESTS, "--blocks", BLOCKS, "--daemons", "1"]);
-        })?;
+    let load = ["work", "data", "--seal", "mrenclave", "--depth", "32", "--writes", "50"];
+    let mut enclave = demo.enclave(&load, |work| {
+        work.args(["--requests", REQUESTS, "--blocks", BLOCKS, "--daemons", "1"]);
+        work.args(["--spin-us", SPIN_US]);
+    })?;
     let mut said = lines(&mut enclave)?;
     until(&mut said, "at work")?;
     println!("kill -9 {} (posternd), and another one", daemon.0.id());
@@ -60,11 +63,13 @@ pub fn all(tree: &Tree, image: &Path) -> Result<()> {
 
     title("latency per stage of the requests at the second daemon");
     daemon.stop()?;
+    // From here on the volume opens by what the CPU, here the emulator, derives for this enclave.
+    std::fs::remove_file(demo.scratch.join("data.key"))?;
     stages::print(&demo.statistics())?;
 
     title("a key-value store with a write-ahead log, its enclave killed");
     let _daemon = demo.daemon()?;
-    let mut enclave = demo.enclave(&["store", "data"], |_| ())?;
+    let mut enclave = demo.enclave(&["store", "data", "--seal", "mrenclave"], |_| ())?;
     let mut acknowledged = 0;
     for line in lines(&mut enclave)? {
         let line = line?;
@@ -80,7 +85,8 @@ pub fn all(tree: &Tree, image: &Path) -> Result<()> {
     enclave.kill()?;
     enclave.wait()?;
     let least = acknowledged.to_string();
-    let mut enclave = demo.enclave(&["check", "data", "--least", &least], |_| ())?;
+    let mut enclave =
+        demo.enclave(&["check", "data", "--seal", "mrenclave", "--least", &least], |_| ())?;
     let said = lines(&mut enclave)?;
     end(enclave, said)?;
 
@@ -125,14 +131,18 @@ impl Demo<'_> {
         command
     }
 
-    /// Starts the program in its image, with the key on its standard input.
+    /// Starts the program in its image. It is handed the volume's key until it has a slot of its own.
     fn enclave(&self, words: &[&str], more: impl FnOnce(&mut Command)) -> Result<Child> {
         let mut command = self.postern(&["enclave", "run", "--strict", "--counts", "--daemon"]);
         command.arg(self.socket()).arg(self.image).arg("--").args(words);
         more(&mut command);
         let release = self.tree.release().display().to_string();
         println!("$ {}", line_of(&command).replace(&format!("{release}/"), ""));
-        let key = File::open(self.scratch.join("data.key"))?;
+        // Gone once the enclave has a slot of its own: then it is handed nothing.
+        let key = match File::open(self.scratch.join("data.key")) {
+            Ok(key) => Stdio::from(key),
+            Err(_) => Stdio::null(),
+        };
         let line = line_of(&command);
         command.stdin(key).stdout(Stdio::piped()).spawn().with_context(|| line)
     }
@@ -142,7 +152,8 @@ impl Demo<'_> {
         let mut file = std::ffi::OsString::from("data=");
         file.push(self.volume());
         command.arg("--socket").arg(self.socket()).arg("--file").arg(file);
-        command.arg("--stats-file").arg(self.statistics()).stdout(Stdio::piped());
+        command.args(["--spin-us", SPIN_US]).stdout(Stdio::piped());
+        command.arg("--stats-file").arg(self.statistics());
         let line = line_of(&command);
         let mut daemon = Daemon(command.spawn().with_context(|| line)?);
         until(&mut lines(&mut daemon.0)?, "posternd: ready")?;
