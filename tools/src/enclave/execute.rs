@@ -1,6 +1,6 @@
 //! `postern enclave run`.
 
-use std::{io::Write as _, os::unix::ffi::OsStrExt as _, sync::Arc};
+use std::{io::Write as _, os::unix::ffi::OsStrExt as _, sync::Arc, time::Instant};
 
 use sgx_emu::{Config, Enclave, Fault, FaultKind, KeyRoot, LoadError};
 use sgx_image::{Sigstruct, Symbols};
@@ -19,6 +19,7 @@ const PANICKED: u8 = 101;
 
 /// Loads and runs; the exit code of the command. This process is the enclave's alone.
 pub fn execute(args: &RunArgs) -> Result<u8, Failure> {
+    let began = Instant::now();
     let loaded = Loaded::read(&args.image)?;
     let place = args.image.image.display();
     if let Some(wanted) = &args.mrenclave {
@@ -38,6 +39,7 @@ pub fn execute(args: &RunArgs) -> Result<u8, Failure> {
         None => None,
     };
     let backend = backend(args, &loaded, signature.as_ref())?;
+    let loading = began.elapsed();
     let mut arguments = vec![args.image.image.as_os_str().as_bytes().to_vec()];
     arguments.extend(args.arguments.iter().map(|argument| argument.as_bytes().to_vec()));
     let end = sgx_runner::run(backend.clone(), &Program { arguments, daemon: args.daemon.clone() });
@@ -54,6 +56,7 @@ pub fn execute(args: &RunArgs) -> Result<u8, Failure> {
             Exits(&counts),
             counts.faults
         );
+        eprintln!("postern: loaded in {:.1} ms", loading.as_secs_f64() * 1e3);
     }
     tell(&end, &loaded.symbols, place)
 }

@@ -5,7 +5,8 @@
 //!                                   depth 32, verifies every block, opens it again, and sees what
 //!                                   the host changed
 //! work NAME [--depth N] [--block BYTES] [--requests N] [--writes PERCENT] [--blocks N] [--seed N]
-//!      [--daemons N] [--spin-us N]  a load on the volume that a posternd has as NAME, verified, once
+//!      [--daemons N] [--spin-us N] [--plain 1]
+//!                                   a load on the volume that a posternd has as NAME, verified, once
 //!                                   so many other daemons have taken over; says what the enclave
 //!                                   was left for meanwhile
 //! store NAME [--puts N]             a key-value store in that volume: says after which put all are
@@ -112,9 +113,11 @@ fn work(name: &str, options: &[&str]) -> Result<(), String> {
         ("seed", 1),
         ("daemons", 0),
         ("spin-us", 400),
+        ("plain", 0),
     ];
     let (seal, rest) = sealed(options)?;
-    let [depth, block, requests, writes, blocks, seed, daemons, spin] = numbers(&rest, known)?;
+    let [depth, block, requests, writes, blocks, seed, daemons, spin, plain] =
+        numbers(&rest, known)?;
     if block == 0 || !block.is_multiple_of(BLOCK as u64) || block > 1 << 20 {
         return Err("--block must be a multiple of 4096, and at most 1 MiB".into());
     }
@@ -124,7 +127,8 @@ fn work(name: &str, options: &[&str]) -> Result<(), String> {
     if blocks < depth {
         return Err(format!("{blocks} blocks are too few for {depth} requests at once"));
     }
-    let load = Load { depth: depth as usize, bytes: block as usize, writes, blocks, seed };
+    let plain = plain != 0;
+    let load = Load { depth: depth as usize, bytes: block as usize, writes, blocks, seed, plain };
     let aio = |errno: Errno| format!("AIO: errno {}", errno.0);
     let counter = Counter::open().map_err(|error| format!("the count of exits: {error}"))?;
     let mut run = load.begin(process.clone()).map_err(aio)?;
@@ -238,7 +242,7 @@ fn memory(blocks: u64, requests: u64) -> Result<(), String> {
         .map_err(|error| format!("format: {error:?}"))?;
 
     let opened = open(&outside, &key)?;
-    let load = Load { depth: 32, bytes: BLOCK, writes: 100, blocks, seed: 1 };
+    let load = Load { depth: 32, bytes: BLOCK, writes: 100, blocks, seed: 1, plain: false };
     let refused = |errno: Errno| format!("an AIO call was refused: errno {}", errno.0);
     let mut run = load.begin(Arc::new(InMemory(opened.clone()))).map_err(refused)?;
     run.requests(requests).map_err(refused)?;

@@ -73,6 +73,8 @@ pub struct Load {
     pub blocks: u64,
     /// Decides which blocks, in which order.
     pub seed: u64,
+    /// Writes whatever is there and compares nothing: for measurements of all but the load itself.
+    pub plain: bool,
 }
 
 /// What a load has seen.
@@ -199,6 +201,9 @@ impl Run<'_> {
         self.busy[place] = true;
         self.flights[slot] = Some(flight);
         if flight.call == Call::Write {
+            if self.load.plain {
+                return Ok(());
+            }
             self.versions[place] += 1;
             fill(&mut self.block, flight.place, self.versions[place]);
             self.program.put(slot, &self.block)?;

@@ -97,14 +97,19 @@ pub fn all(tree: &Tree, image: &Path) -> Result<()> {
 /// The lines of a program.
 type Said = Lines<BufReader<ChildStdout>>;
 
-struct Demo<'a> {
-    tree: &'a Tree,
-    image: &'a Path,
-    scratch: PathBuf,
+/// A volume, a daemon and an image.
+pub struct Demo<'a> {
+    /// The tree.
+    pub tree: &'a Tree,
+    /// The image.
+    pub image: &'a Path,
+    /// Where the files lie.
+    pub scratch: PathBuf,
 }
 
 impl Demo<'_> {
-    fn volume(&self) -> PathBuf {
+    /// The host file of the volume.
+    pub fn volume(&self) -> PathBuf {
         self.scratch.join("data.vol")
     }
 
@@ -112,12 +117,13 @@ impl Demo<'_> {
         self.scratch.join("stages.json")
     }
 
-    fn socket(&self) -> PathBuf {
+    /// The daemon's socket.
+    pub fn socket(&self) -> PathBuf {
         self.scratch.join("posternd.sock")
     }
 
     /// The file of the volume's key, which is made.
-    fn key(&self) -> Result<PathBuf> {
+    pub fn key(&self) -> Result<PathBuf> {
         let path = self.scratch.join("data.key");
         let mut key = [0; 32];
         std::io::Read::read_exact(&mut File::open("/dev/urandom")?, &mut key)?;
@@ -125,7 +131,8 @@ impl Demo<'_> {
         Ok(path)
     }
 
-    fn postern(&self, words: &[&str]) -> Command {
+    /// The command with these arguments.
+    pub fn postern(&self, words: &[&str]) -> Command {
         let mut command = Command::new(self.tree.release().join("postern"));
         command.args(words);
         command
@@ -139,7 +146,7 @@ impl Demo<'_> {
         let release = self.tree.release().display().to_string();
         println!("$ {}", line_of(&command).replace(&format!("{release}/"), ""));
         // Gone once the enclave has a slot of its own: then it is handed nothing.
-        let key = match File::open(self.scratch.join("data.key")) {
+        let key = match self.key_file() {
             Ok(key) => Stdio::from(key),
             Err(_) => Stdio::null(),
         };
@@ -147,12 +154,22 @@ impl Demo<'_> {
         command.stdin(key).stdout(Stdio::piped()).spawn().with_context(|| line)
     }
 
+    /// The key, to be read.
+    pub fn key_file(&self) -> Result<File> {
+        Ok(File::open(self.scratch.join("data.key"))?)
+    }
+
     fn daemon(&self) -> Result<Daemon> {
+        self.daemon_with(&["--spin-us", SPIN_US])
+    }
+
+    /// A daemon with these options.
+    pub fn daemon_with(&self, options: &[&str]) -> Result<Daemon> {
         let mut command = Command::new(self.tree.release().join("posternd"));
         let mut file = std::ffi::OsString::from("data=");
         file.push(self.volume());
         command.arg("--socket").arg(self.socket()).arg("--file").arg(file);
-        command.args(["--spin-us", SPIN_US]).stdout(Stdio::piped());
+        command.args(options).stdout(Stdio::piped());
         command.arg("--stats-file").arg(self.statistics());
         let line = line_of(&command);
         let mut daemon = Daemon(command.spawn().with_context(|| line)?);
@@ -162,7 +179,7 @@ impl Demo<'_> {
 }
 
 /// A running daemon: killed when it is dropped.
-struct Daemon(Child);
+pub struct Daemon(Child);
 
 impl Daemon {
     /// Ends it in order.
