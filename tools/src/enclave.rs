@@ -6,10 +6,14 @@
 mod execute;
 mod files;
 
-use std::{ffi::OsString, path::PathBuf};
+use std::{
+    ffi::OsString,
+    io::{ErrorKind, Write},
+    path::PathBuf,
+};
 
 use clap::{Args, Subcommand, ValueEnum};
-use sgx_image::{Dump, scan};
+use sgx_image::{Dump, Finding, Sigstruct, scan};
 
 use crate::{
     enclave::files::{Loaded, hex},
@@ -138,10 +142,13 @@ pub struct RunArgs {
     /// Cycles to spend on each entry and each exit; hardware takes about 5000
     #[arg(long, value_name = "NUMBER", default_value_t = 0)]
     pub transition_cycles: u64,
+    /// Derive its keys from the 16 bytes in this file, as another machine would (emulator)
+    #[arg(long, value_name = "FILE")]
+    pub root: Option<PathBuf>,
     /// Let the program attach to the posternd that listens on this control socket
     #[arg(long, value_name = "SOCKET")]
     pub daemon: Option<PathBuf>,
-    /// Say at the end how often the enclave was entered and left
+    /// Say at the end how often the enclave was entered and left, and for what
     #[arg(long)]
     pub counts: bool,
     /// Arguments of the program
@@ -160,25 +167,46 @@ pub fn run(command: &EnclaveCommand) -> Result<u8, Failure> {
 
 fn inspect(args: &InspectArgs) -> Result<u8, Failure> {
     let loaded = Loaded::read(&args.image)?;
-    println!("MRENCLAVE  {}", hex(&loaded.image.mrenclave()));
-    if let Some(path) = &args.signature {
-        let signature = files::signature(path)?;
-        files::verify(&loaded, &signature, path)?;
+    let signature = match &args.signature {
+        Some(path) => {
+            let signature = files::signature(path)?;
+            files::verify(&loaded, &signature, path)?;
+            Some(signature)
+        }
+        None => None,
+    };
+    let found = scan(&loaded.image, &loaded.symbols);
+    match show(&mut std::io::stdout().lock(), &loaded, signature.as_ref(), &found) {
+        // Who has seen enough, as `head`, closes the pipe.
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+            Err(Failure::io("cannot write", "standard output", &error))
+        }
+        _ => Ok(if found.is_empty() { 0 } else { Exit::CannotExecute as u8 }),
+    }
+}
+
+fn show(
+    to: &mut impl Write,
+    loaded: &Loaded,
+    signature: Option<&Sigstruct>,
+    found: &[Finding],
+) -> std::io::Result<()> {
+    writeln!(to, "MRENCLAVE  {}", hex(&loaded.image.mrenclave()))?;
+    if let Some(signature) = signature {
         let identity = signature.identity();
-        println!("MRSIGNER   {}", hex(&signature.mrsigner()));
-        println!(
+        writeln!(to, "MRSIGNER   {}", hex(&signature.mrsigner()))?;
+        writeln!(
+            to,
             "signed     product {}, security version {}, {:08x}{}",
             identity.product,
             identity.version,
             identity.date,
             if identity.debug { ", debuggable" } else { "" }
-        );
+        )?;
     }
-    print!("{}", Dump(&loaded.image));
-    let found = scan(&loaded.image, &loaded.symbols);
-    for finding in &found {
-        println!("forbidden: {finding} (in {})", loaded.symbols.name(finding.offset));
+    write!(to, "{}", Dump(&loaded.image))?;
+    for finding in found {
+        writeln!(to, "forbidden: {finding} (in {})", loaded.symbols.name(finding.offset))?;
     }
-    println!("code       {} forbidden instruction(s)", found.len());
-    Ok(if found.is_empty() { 0 } else { Exit::CannotExecute as u8 })
+    writeln!(to, "code       {} forbidden instruction(s)", found.len())
 }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use postern_trusted::{
     directory::INDEX_NAME,
     exec::run_to_end,
-    volume::{SlotInfo, SlotKey, SlotKind, Stretch, Volume},
+    volume::{SealingPolicy, SlotInfo, SlotKey, SlotKind, Stretch, Volume},
 };
 use serde_json::{Value, json};
 
@@ -65,10 +65,24 @@ fn shown(slot: &SlotInfo) -> Value {
             "passes": passes,
             "lanes": lanes,
         }),
+        SlotKind::Sgx(request) => json!({
+            "slot": slot.number,
+            "kind": "sgx",
+            "policy": policy(request.policy),
+            "security_version": request.version,
+        }),
         SlotKind::Unknown(kind) => {
             json!({ "slot": slot.number, "kind": format!("unknown ({kind})") })
         }
         _ => json!({ "slot": slot.number, "kind": "unknown" }),
+    }
+}
+
+/// The enclaves that a slot of kind `sgx` is for.
+fn policy(policy: SealingPolicy) -> &'static str {
+    match policy {
+        SealingPolicy::Enclave => "mrenclave",
+        SealingPolicy::Signer => "mrsigner",
     }
 }
 
@@ -90,6 +104,12 @@ fn list(args: &KeyListArgs) -> Result<(), Failure> {
                 "slot {}  passphrase, {} of memory, {passes} passes, {lanes} lanes",
                 slot.number,
                 size::show(u64::from(memory_kib) << 10)
+            ),
+            SlotKind::Sgx(request) => println!(
+                "slot {}  sgx, policy {}, security version {}",
+                slot.number,
+                policy(request.policy),
+                request.version
             ),
             _ => println!("slot {}  made by another release", slot.number),
         }

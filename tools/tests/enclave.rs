@@ -174,9 +174,14 @@ impl Served {
 
     /// The program in its image, the key on its standard input.
     fn program(&self, image: &Path, arguments: &[&str]) -> Command {
+        self.program_with(&[], image, arguments)
+    }
+
+    /// The same with these options of the runner.
+    fn program_with(&self, options: &[&str], image: &Path, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_postern"));
         command.args(["enclave", "run", "--strict", "--daemon"]).arg(self.path("socket"));
-        command.arg(image).arg("--").args(arguments);
+        command.args(options).arg(image).arg("--").args(arguments);
         command.stdin(File::open(self.path("key")).unwrap());
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         command
@@ -241,4 +246,175 @@ fn a_daemon_that_is_not_there_and_a_wrong_key_are_failures_that_say_so() {
     let refused = served.program(&image, &["work", "data"]).output().unwrap();
     assert_eq!(refused.status.code(), Some(101), "{}", text(&refused.stderr));
     assert!(text(&refused.stderr).contains("attach: "), "{}", text(&refused.stderr));
+}
+
+/// The exit code, and all that was said.
+fn ended(command: &mut Command) -> (Option<i32>, String) {
+    let done = command.output().unwrap();
+    (done.status.code(), text(&done.stdout) + &text(&done.stderr))
+}
+
+/// The same without a key on standard input.
+fn ended_without_key(command: &mut Command) -> (Option<i32>, String) {
+    ended(command.stdin(Stdio::null()))
+}
+
+const PUTS: [&str; 6] = ["store", "data", "--puts", "8", "--seal", "mrenclave"];
+
+#[test]
+fn a_slot_of_the_enclave_takes_the_place_of_the_key_and_opens_on_no_other_root() {
+    let Some(image) = image("postern-enclave") else { return };
+    let Some(served) = Served::start() else { return };
+    let (code, said) = ended_without_key(&mut served.program(&image, &PUTS));
+    assert_eq!(code, Some(101), "{said}");
+    assert!(said.contains("no slot is sealed to an enclave yet"), "{said}");
+
+    // The first start makes the slot, the others need no key.
+    let (code, said) = ended(&mut served.program(&image, &PUTS));
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("slot 1 is sealed to this enclave"), "{said}");
+    let (code, said) = ended_without_key(&mut served.program(&image, &PUTS));
+    assert_eq!((code, said.contains("acknowledged 16")), (Some(0), true), "{said}");
+
+    // Another machine, and another enclave: the same program with another heap.
+    fs::write(served.path("root"), [9; 16]).unwrap();
+    let root = served.path("root");
+    let elsewhere = ["--root", root.to_str().unwrap()];
+    for options in [&elsewhere[..], &["--heap", "33M"]] {
+        let (code, said) = ended_without_key(&mut served.program_with(options, &image, &PUTS));
+        assert_eq!(code, Some(101), "{options:?}: {said}");
+        assert!(said.contains("slot 1 is sealed to another enclave"), "{options:?}: {said}");
+    }
+    // The key handed in once more makes a slot there as well; both open.
+    let (code, said) = ended(&mut served.program_with(&elsewhere, &image, &PUTS));
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("slot 2 is sealed to this enclave"), "{said}");
+    for options in [&elsewhere[..], &[]] {
+        let (code, said) = ended_without_key(&mut served.program_with(options, &image, &PUTS));
+        assert_eq!(code, Some(0), "{options:?}: {said}");
+    }
+}
+
+#[test]
+fn a_slot_by_signer_follows_the_signer_and_is_closed_to_older_versions_once_a_newer_has_it() {
+    let Some(image) = image("postern-enclave") else { return };
+    let Some(served) = Served::start() else { return };
+    let by_signer = ["store", "data", "--puts", "8", "--seal", "mrsigner"];
+    let (code, said) = ended(&mut served.program(&image, &by_signer));
+    assert_eq!(code, Some(101), "{said}");
+    assert!(said.contains("nobody has signed this enclave"), "{said}");
+
+    // Two images of one signer, the second of a higher security version and another measurement.
+    let sign = |name: &str, more: &[&str]| {
+        let output = served.path(name).to_str().unwrap().to_owned();
+        let arguments = ["sign", image.to_str().unwrap(), "--key", KEY, "--output", &output];
+        let signed = postern(&[&arguments[..], more].concat());
+        assert!(signed.status.success(), "{}", text(&signed.stderr));
+        let (sgxs, signature) = (format!("{output}.sgxs"), format!("{output}.sig"));
+        let options = ["--backend", "emu", "--signature", &signature];
+        // A command runs once.
+        [(); 3].map(|()| served.program_with(&options, Path::new(&sgxs), &by_signer))
+    };
+    let mut old = sign("old", &[]).into_iter();
+    let mut new = sign("new", &["--heap", "33M", "--security-version", "2"]).into_iter();
+    let (code, said) = ended(&mut old.next().unwrap());
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("slot 1 is sealed to this enclave"), "{said}");
+    let (code, said) = ended_without_key(&mut old.next().unwrap());
+    assert_eq!(code, Some(0), "{said}");
+    let (code, said) = ended_without_key(&mut new.next().unwrap());
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("slot 1 was raised to security version 2"), "{said}");
+    let (code, said) = ended_without_key(&mut old.next().unwrap());
+    assert_eq!(code, Some(101), "{said}");
+    assert!(said.contains("to one of a higher version"), "{said}");
+    let (code, said) = ended_without_key(&mut new.next().unwrap());
+    assert_eq!((code, said.contains("was raised")), (Some(0), false), "{said}");
+}
+
+#[test]
+fn what_the_enclave_was_left_for_adds_up_to_its_exits() {
+    let Some(image) = image("postern-enclave") else { return };
+    let Some(served) = Served::start() else { return };
+    let load = ["work", "data", "--requests", "500", "--blocks", "64"];
+    let (code, said) = ended(&mut served.program_with(&["--counts"], &image, &load));
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("steady state: 500 requests, "), "{said}");
+    let counts = said.lines().find(|line| line.contains(" entries, ")).unwrap();
+    let (_, exits) = counts.split_once(" entries, ").unwrap();
+    let (total, reasons) = exits.split_once(" exits (").unwrap();
+    let reasons = reasons.split_once(')').unwrap().0;
+    let sum: u64 = reasons
+        .split(", ")
+        .map(|reason| reason.rsplit_once(' ').unwrap().1.parse::<u64>().unwrap())
+        .sum();
+    assert_eq!(total.parse(), Ok(sum), "{counts}");
+}
+
+/// Two enclaves of which each names the other; the roots of their machines.
+fn attest(image: &str, roots: [&[&str]; 2]) -> [(Option<i32>, String); 2] {
+    let begin = |options: &[&str], word: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_postern"));
+        command.args(["enclave", "run"]).args(options).args([image, "--", word]);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    let mut listener = begin(roots[0], "listen");
+    let mut said = lines(&mut listener);
+    let mut heard = String::new();
+    let address = said
+        .by_ref()
+        .map(Result::unwrap)
+        .find_map(|line| {
+            heard += &format!("{line}\n");
+            line.strip_prefix("listening at ").map(str::to_owned)
+        })
+        .unwrap();
+    let other = begin(roots[1], &address).wait_with_output().unwrap();
+    let rest: Vec<String> = said.map(Result::unwrap).collect();
+    let listener = listener.wait_with_output().unwrap();
+    let other = (other.status.code(), text(&other.stdout) + &text(&other.stderr));
+    let heard = heard + &rest.join("\n") + &text(&listener.stderr);
+    [(listener.status.code(), heard), other]
+}
+
+#[test]
+fn two_enclaves_of_one_machine_prove_to_each_other_what_they_are() {
+    let Some(image) = image("examples/attest") else { return };
+    let image = image.to_str().unwrap();
+    let measured = |options: &[&str]| {
+        let shown = postern(&[&["inspect", image], options].concat());
+        text(&shown.stdout).lines().next().unwrap().split_whitespace().nth(1).unwrap().to_owned()
+    };
+    // The same program with another heap is another enclave.
+    let larger = ["--heap", "33M"];
+    let (one, two) = (measured(&[]), measured(&larger));
+    assert_ne!(one, two);
+    let [listener, other] = attest(image, [&[], &larger]);
+    assert_eq!((listener.0, other.0), (Some(0), Some(0)), "{listener:?} {other:?}");
+    assert!(listener.1.contains(&format!("other {two}")), "{listener:?}");
+    assert!(other.1.contains(&format!("other {one}")), "{other:?}");
+
+    let directory = tempfile::tempdir().unwrap();
+    let root = directory.path().join("root");
+    fs::write(&root, [9; 16]).unwrap();
+    let elsewhere = attest(image, [&[], &["--root", root.to_str().unwrap()]]);
+    for (code, said) in elsewhere {
+        assert_eq!(code, Some(101), "{said}");
+        assert!(said.contains("was not made on this machine"), "{said}");
+    }
+}
+
+#[test]
+fn inspect_ends_quietly_when_nobody_reads_on() {
+    let Some(image) = image("postern-enclave") else { return };
+    let mut shown = Command::new(env!("CARGO_BIN_EXE_postern"))
+        .args(["enclave", "inspect"])
+        .arg(image)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(shown.stdout.take());
+    let ended = shown.wait_with_output().unwrap();
+    assert_eq!((ended.status.code(), text(&ended.stderr)), (Some(0), String::new()));
 }

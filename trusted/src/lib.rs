@@ -12,6 +12,9 @@
 extern crate alloc;
 #[cfg(any(test, feature = "fuzzing"))]
 extern crate std;
+// What the linker asks for.
+#[cfg(all(test, target_env = "sgx"))]
+use postern_enclave_link as _;
 
 /// Whether a check is left out on purpose, to see that a test notices.
 #[cfg(test)]

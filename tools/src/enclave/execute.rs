@@ -1,10 +1,10 @@
 //! `postern enclave run`.
 
-use std::{io::Write as _, os::unix::ffi::OsStrExt as _, sync::Arc};
+use std::{io::Write as _, os::unix::ffi::OsStrExt as _, sync::Arc, time::Instant};
 
 use sgx_emu::{Config, Enclave, Fault, FaultKind, KeyRoot, LoadError};
 use sgx_image::{Sigstruct, Symbols};
-use sgx_runner::{Backend, Emulated, End, Program, hw};
+use sgx_runner::{Backend, Emulated, End, Exits, Program, hw};
 
 use crate::{
     enclave::{
@@ -19,6 +19,7 @@ const PANICKED: u8 = 101;
 
 /// Loads and runs; the exit code of the command. This process is the enclave's alone.
 pub fn execute(args: &RunArgs) -> Result<u8, Failure> {
+    let began = Instant::now();
     let loaded = Loaded::read(&args.image)?;
     let place = args.image.image.display();
     if let Some(wanted) = &args.mrenclave {
@@ -38,6 +39,7 @@ pub fn execute(args: &RunArgs) -> Result<u8, Failure> {
         None => None,
     };
     let backend = backend(args, &loaded, signature.as_ref())?;
+    let loading = began.elapsed();
     let mut arguments = vec![args.image.image.as_os_str().as_bytes().to_vec()];
     arguments.extend(args.arguments.iter().map(|argument| argument.as_bytes().to_vec()));
     let end = sgx_runner::run(backend.clone(), &Program { arguments, daemon: args.daemon.clone() });
@@ -46,13 +48,15 @@ pub fn execute(args: &RunArgs) -> Result<u8, Failure> {
     if args.counts {
         let counts = backend.counts();
         eprintln!(
-            "postern: {} ({}): {} entries, {} exits, {} faults",
+            "postern: {} ({}): {} entries, {} exits ({}), {} faults",
             place,
             backend.name(),
             counts.entries,
-            counts.exits,
+            counts.exits.iter().sum::<u64>(),
+            Exits(&counts),
             counts.faults
         );
+        eprintln!("postern: loaded in {:.1} ms", loading.as_secs_f64() * 1e3);
     }
     tell(&end, &loaded.symbols, place)
 }
@@ -65,6 +69,12 @@ fn backend(
 ) -> Result<Arc<dyn Backend>, Failure> {
     let place = args.image.image.display();
     match (args.backend, signature) {
+        // Auto: who names a root wants the emulator.
+        (BackendArg::Auto, _) if args.root.is_some() => emulator(args, loaded, signature),
+        (BackendArg::Hw, _) if args.root.is_some() => {
+            let advice = "leave --root away, or give --backend emu";
+            Err(Failure::new(Exit::Usage, "a CPU has its own root of keys", place, advice))
+        }
         (BackendArg::Hw, None) => {
             let what = "the CPU runs only images that are signed";
             let advice = "sign it by `postern enclave sign`, and give --signature";
@@ -99,7 +109,7 @@ fn emulator(
         exact: args.exact,
         strict: args.strict,
         transition_cycles: args.transition_cycles,
-        root: KeyRoot::default(),
+        root: args.root.as_deref().map_or(Ok(KeyRoot::default()), files::root)?,
     };
     let place = args.image.image.display();
     let enclave = Enclave::load(&loaded.image, signature, &config)

@@ -7,6 +7,7 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
+use sgx_emu::KeyRoot;
 use sgx_image::{Identity, Image, Options, SigningKey, Sigstruct, Symbols, convert};
 
 use crate::{
@@ -94,6 +95,15 @@ pub fn sign(args: &SignArgs) -> Result<(), Failure> {
     println!("MRENCLAVE  {}", hex(&mrenclave));
     println!("MRSIGNER   {}", hex(&signature.mrsigner()));
     Ok(())
+}
+
+/// Reads what takes the place of a CPU's secrets.
+pub fn root(path: &Path) -> Result<KeyRoot, Failure> {
+    let bytes = read(path, "cannot read the root of keys")?;
+    bytes.try_into().map(KeyRoot::new).map_err(|_| {
+        let advice = "make one by `head -c 16 /dev/urandom > FILE`";
+        Failure::new(Exit::Key, "a root of keys has 16 bytes", path.display(), advice)
+    })
 }
 
 fn read(path: &Path, doing: &str) -> Result<Vec<u8>, Failure> {

@@ -36,6 +36,17 @@ impl Toolchain {
     }
 }
 
+impl Toolchain {
+    /// The same with clippy, for a toolchain that has it.
+    pub fn clippy_from_source(&self) -> Option<Command> {
+        let program = self.cargo.with_file_name("cargo-clippy");
+        let mut clippy = program.is_file().then(|| clean(&program))?;
+        clippy.arg("clippy").env("CARGO", &self.cargo);
+        clippy.env("RUSTC", &self.rustc).env("RUSTC_BOOTSTRAP", "1");
+        Some(clippy)
+    }
+}
+
 impl std::fmt::Display for Toolchain {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} with {}", self.rustc.display(), self.linker.display())

@@ -3,7 +3,7 @@
 use anyhow::Result;
 
 use crate::{
-    bpf,
+    bpf, enclave,
     shell::{Tree, run, step},
 };
 
@@ -43,13 +43,16 @@ pub fn all(tree: &Tree) -> Result<()> {
             .env("RUSTDOCFLAGS", "--deny warnings"))
     })?;
     step("trusted side for SGX", || match bpf::ensure_toolchain(|what| eprintln!("    {what}")) {
-        Ok(toolchain) => run(toolchain
-            .cargo_from_source()
-            .args(["check", "--quiet", "--package", "postern-trusted"])
-            .args(["--target", ENCLAVE_TARGET, "-Zbuild-std=core,alloc"])
-            .arg("--target-dir")
-            .arg(tree.target.join("enclave"))
-            .current_dir(&tree.root)),
+        Ok(toolchain) => {
+            run(toolchain
+                .cargo_from_source()
+                .args(["check", "--quiet", "--package", "postern-trusted"])
+                .args(["--target", ENCLAVE_TARGET, "-Zbuild-std=core,alloc"])
+                .arg("--target-dir")
+                .arg(tree.target.join("enclave"))
+                .current_dir(&tree.root))?;
+            enclave::clippy(tree, &toolchain)
+        }
         Err(error) => {
             eprintln!("    SKIPPED: no toolchain that can build `core`: {error:#}");
             Ok(())

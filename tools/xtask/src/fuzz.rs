@@ -1,5 +1,5 @@
-//! `cargo xtask fuzz`: libFuzzer on everything that one side reads from the other, and on the EDL
-//! parser.
+//! `cargo xtask fuzz`: libFuzzer on everything that one side reads from the other, and on the parsers
+//! of files: EDL, and what enclave images are made of.
 //!
 //! The targets are functions of the crates themselves (modules `fuzz`); plain `cargo test` runs the
 //! same ones over the seeds. This needs rustup's nightly and cargo-fuzz.

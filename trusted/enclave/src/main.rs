@@ -5,31 +5,36 @@
 //!                                   depth 32, verifies every block, opens it again, and sees what
 //!                                   the host changed
 //! work NAME [--depth N] [--block BYTES] [--requests N] [--writes PERCENT] [--blocks N] [--seed N]
-//!      [--daemons N]                a load on the volume that a posternd has as NAME, verified; it
-//!                                   goes on until so many other daemons have taken over
+//!      [--daemons N] [--spin-us N] [--plain 1]
+//!                                   a load on the volume that a posternd has as NAME, verified, once
+//!                                   so many other daemons have taken over; says what the enclave
+//!                                   was left for meanwhile
 //! store NAME [--puts N]             a key-value store in that volume: says after which put all are
 //!                                   durable, again and again
 //! check NAME --least N              opens the store, and verifies what N puts or more have left
 //! ```
 //!
-//! The key of a volume at a daemon is read from standard input, as a key file holds it: **for
-//! development**, since the host that hands it over knows it. Each of them fails if anything is not
-//! as it must be.
+//! With `--seal mrenclave` or `--seal mrsigner` the volume is opened by a key slot of kind `sgx`, whose
+//! key no other enclave gets (EGETKEY). Where none opens, and without the option, the key is read
+//! from standard input, as a key file holds it: the host that hands it over knows it, so do that
+//! where it may, once. Each of them fails if anything is not as it must be.
 
 use std::{io::Read as _, process::ExitCode, sync::Arc};
 
 use postern_enclave::{
+    exits::Counter,
     guest::Runtime as _,
     host::Outside,
-    process::Process,
+    process::{Keys, Process},
     store::Store,
     work::{InMemory, Load, Opened},
 };
 use postern_trusted::{
     disk::BLOCK,
+    errno::Errno,
     exec::run_to_end,
     platform::{Memory, Platform as _},
-    volume::{FormatOptions, OpenOptions, SlotKey, Volume},
+    volume::{FormatOptions, OpenOptions, SealingPolicy, SlotKey, Volume},
 };
 
 fn main() -> ExitCode {
@@ -66,8 +71,8 @@ fn numbers<const N: usize>(words: &[&str], known: [(&str, u64); N]) -> Result<[u
     Ok(values)
 }
 
-/// The key on standard input: 32 bytes, or 64 hexadecimal digits.
-fn key() -> Result<SlotKey, String> {
+/// The key on standard input: 32 bytes, or 64 hexadecimal digits; `None` if there is nothing.
+fn handed_in() -> Result<Option<SlotKey>, String> {
     let mut text = Vec::new();
     let read = std::io::stdin().lock().take(66).read_to_end(&mut text);
     read.map_err(|error| format!("standard input: {error}"))?;
@@ -78,8 +83,24 @@ fn key() -> Result<SlotKey, String> {
         let bytes: Option<Vec<u8>> = pairs.map(byte).collect();
         bytes.filter(|_| digits.len() == 64)?.try_into().ok()
     };
+    if text.is_empty() {
+        return Ok(None);
+    }
     let key = <[u8; 32]>::try_from(&text[..]).ok().or_else(hexadecimal);
-    key.map(SlotKey::new).ok_or_else(|| "standard input holds no key".into())
+    key.map(|key| Some(SlotKey::new(key))).ok_or_else(|| "standard input holds no key".into())
+}
+
+/// `--seal POLICY` of the options, and the others.
+fn sealed<'a>(options: &[&'a str]) -> Result<(Option<SealingPolicy>, Vec<&'a str>), String> {
+    let Some(at) = options.iter().position(|word| *word == "--seal") else {
+        return Ok((None, options.to_vec()));
+    };
+    let policy = match options.get(at + 1) {
+        Some(&"mrenclave") => SealingPolicy::Enclave,
+        Some(&"mrsigner") => SealingPolicy::Signer,
+        _ => return Err("--seal takes mrenclave or mrsigner".into()),
+    };
+    Ok((Some(policy), [&options[..at], &options[at + 2..]].concat()))
 }
 
 fn work(name: &str, options: &[&str]) -> Result<(), String> {
@@ -91,27 +112,41 @@ fn work(name: &str, options: &[&str]) -> Result<(), String> {
         ("blocks", 1024),
         ("seed", 1),
         ("daemons", 0),
+        ("spin-us", 400),
+        ("plain", 0),
     ];
-    let [depth, block, requests, writes, blocks, seed, daemons] = numbers(options, known)?;
+    let (seal, rest) = sealed(options)?;
+    let [depth, block, requests, writes, blocks, seed, daemons, spin, plain] =
+        numbers(&rest, known)?;
     if block == 0 || !block.is_multiple_of(BLOCK as u64) || block > 1 << 20 {
         return Err("--block must be a multiple of 4096, and at most 1 MiB".into());
     }
-    let process = Process::open(name, &key()?)?;
+    let process = Process::open(name, &Keys { seal, handed_in: &handed_in })?;
+    process.spin_for(spin.saturating_mul(1000));
     let blocks = blocks.min(process.size() / block);
     if blocks < depth {
         return Err(format!("{blocks} blocks are too few for {depth} requests at once"));
     }
-    let load =
-        Load { depth: depth as usize, bytes: block as usize, requests, writes, blocks, seed };
+    let plain = plain != 0;
+    let load = Load { depth: depth as usize, bytes: block as usize, writes, blocks, seed, plain };
+    let aio = |errno: Errno| format!("AIO: errno {}", errno.0);
+    let counter = Counter::open().map_err(|error| format!("the count of exits: {error}"))?;
+    let mut run = load.begin(process.clone()).map_err(aio)?;
     println!("at work");
+    run.requests(requests / 10 + depth).map_err(aio)?;
+    while process.successors() < daemons && run.tally().errors == 0 {
+        run.requests(depth).map_err(aio)?;
+    }
+    // The steady state: whatever had to be made or sought is there.
     let began = process.now_ns();
-    let more = || process.successors() < daemons;
-    let tally =
-        load.run(process.clone(), more).map_err(|errno| format!("AIO: errno {}", errno.0))?;
+    let (done, exits) = counter.around(|| run.requests(requests)).map_err(|e| e.to_string())?;
     let took = process.now_ns().saturating_sub(began).max(1);
+    done.map_err(aio)?;
+    let tally = run.finish().map_err(aio)?;
     println!("{} requests, {} errors, {} wrong blocks", tally.requests, tally.errors, tally.wrong);
-    let rate = u128::from(tally.requests) * 1_000_000_000 / u128::from(took);
+    let rate = u128::from(requests) * 1_000_000_000 / u128::from(took);
     println!("{rate} requests/s at depth {depth}, by the host's clock");
+    println!("steady state: {requests} requests, {exits}");
     println!("{} other daemon(s) took over", process.successors());
     process.close().map_err(|errno| format!("close: errno {}", errno.0))?;
     if (tally.errors, tally.wrong) != (0, 0) {
@@ -131,9 +166,10 @@ fn entry(n: u64) -> (String, String) {
 }
 
 fn store(name: &str, options: &[&str]) -> Result<(), String> {
-    let [puts] = numbers(options, [("puts", u64::MAX)])?;
-    let process = Process::open(name, &key()?)?;
-    let io = |errno: postern_trusted::errno::Errno| format!("the store: errno {}", errno.0);
+    let (seal, rest) = sealed(options)?;
+    let [puts] = numbers(&rest, [("puts", u64::MAX)])?;
+    let process = Process::open(name, &Keys { seal, handed_in: &handed_in })?;
+    let io = |errno: Errno| format!("the store: errno {}", errno.0);
     let mut store = Store::open(process.clone(), process.size() / BLOCK as u64).map_err(io)?;
     let first = last(&store)? + 1;
     for n in first..first.saturating_add(puts) {
@@ -166,9 +202,10 @@ fn last(store: &Store) -> Result<u64, String> {
 }
 
 fn check(name: &str, options: &[&str]) -> Result<(), String> {
-    let [least] = numbers(options, [("least", 0)])?;
-    let process = Process::open(name, &key()?)?;
-    let io = |errno: postern_trusted::errno::Errno| format!("the store: errno {}", errno.0);
+    let (seal, rest) = sealed(options)?;
+    let [least] = numbers(&rest, [("least", 0)])?;
+    let process = Process::open(name, &Keys { seal, handed_in: &handed_in })?;
+    let io = |errno: Errno| format!("the store: errno {}", errno.0);
     let store = Store::open(process.clone(), process.size() / BLOCK as u64).map_err(io)?;
     let last = last(&store)?;
     println!("the store holds {} keys, up to put {last}", store.len());
@@ -205,10 +242,11 @@ fn memory(blocks: u64, requests: u64) -> Result<(), String> {
         .map_err(|error| format!("format: {error:?}"))?;
 
     let opened = open(&outside, &key)?;
-    let load = Load { depth: 32, bytes: BLOCK, requests, writes: 100, blocks, seed: 1 };
-    let tally = load
-        .run(Arc::new(InMemory(opened.clone())), || false)
-        .map_err(|errno| format!("an AIO call was refused: errno {}", errno.0))?;
+    let load = Load { depth: 32, bytes: BLOCK, writes: 100, blocks, seed: 1, plain: false };
+    let refused = |errno: Errno| format!("an AIO call was refused: errno {}", errno.0);
+    let mut run = load.begin(Arc::new(InMemory(opened.clone()))).map_err(refused)?;
+    run.requests(requests).map_err(refused)?;
+    let tally = run.finish().map_err(refused)?;
     println!("{} requests, {} errors, {} wrong blocks", tally.requests, tally.errors, tally.wrong);
     if (tally.errors, tally.wrong) != (0, 0) {
         return Err("the volume is not as it was written".into());

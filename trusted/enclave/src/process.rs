@@ -18,12 +18,16 @@ use postern_trusted::{
     exec::{Executor, Start},
     platform::Buffer as _,
     port::{LaneFile, Sleeper},
-    volume::{Chore, OpenOptions, SlotKey, Volume},
+    volume::{Chore, OpenOptions, SealingPolicy, SlotKey, Volume},
 };
 
-use crate::{guest::Runtime, link::Link};
+use crate::{
+    guest::Runtime,
+    link::Link,
+    sealing::{self, Found},
+};
 
-/// Longest look at the port before a sleep.
+/// Longest look at the port before a sleep, unless it is told otherwise.
 const SPIN_NS: u64 = 400_000;
 /// Looks between two readings of the clock, and readings of a clock that stands still.
 const LOOKS: u32 = 16;
@@ -35,11 +39,20 @@ const STEP: usize = 256;
 /// Map nodes of the volume in memory.
 const CACHE_BYTES: usize = 8 << 20;
 
+/// Where the volume's key comes from.
+pub struct Keys<'a> {
+    /// A slot of this enclave's, by this policy, which is made if there is none.
+    pub seal: Option<SealingPolicy>,
+    /// What the host hands in, if it does.
+    pub handed_in: &'a dyn Fn() -> Result<Option<SlotKey>, String>,
+}
+
 /// The process.
 pub struct Process {
     link: Link,
     executor: Executor,
     file: OnceLock<Arc<Opened>>,
+    spin_ns: AtomicU64,
 }
 
 /// The volume, open.
@@ -56,13 +69,14 @@ impl Process {
     ///
     /// # Errors
     /// Why not.
-    pub fn open(name: &str, key: &SlotKey) -> Result<Arc<Self>, String> {
+    pub fn open(name: &str, keys: &Keys<'_>) -> Result<Arc<Self>, String> {
         let link = Link::attach()?;
-        let process =
-            Arc::new(Self { link, executor: Executor::new(|| ()), file: OnceLock::new() });
+        let (executor, spin_ns) = (Executor::new(|| ()), AtomicU64::new(SPIN_NS));
+        let process = Arc::new(Self { link, executor, file: OnceLock::new(), spin_ns });
         let disk = process.link.open(name)?;
+        let key = process.key(&disk, keys).map_err(|error| format!("{name}: {error}"))?;
         let options = OpenOptions::default();
-        let opened = process.block_on(Volume::open(&disk, key, &options));
+        let opened = process.block_on(Volume::open(&disk, &key, &options));
         let (volume, report) = opened.map_err(|error| format!("{name}: {error}"))?;
         if !report.clean && report.journal_blocks > 0 {
             println!("recovered: {} journal blocks replayed", report.journal_blocks);
@@ -73,6 +87,23 @@ impl Process {
         // Empty until here.
         let _ = process.file.set(Arc::new(opened));
         Ok(process)
+    }
+
+    fn key(&self, disk: &LaneFile, keys: &Keys<'_>) -> Result<SlotKey, String> {
+        let none = "standard input holds no key";
+        let Some(policy) = keys.seal else { return (keys.handed_in)()?.ok_or(none.into()) };
+        let closed = match self.block_on(sealing::find(disk)).map_err(|error| error.to_string())? {
+            Found::Opens(key) => return Ok(key),
+            Found::Closed(slots) => slots,
+        };
+        match ((keys.handed_in)()?, closed.as_slice()) {
+            (Some(key), _) => self.block_on(sealing::make(disk, &key, policy)),
+            (None, []) => Err(format!("no slot is sealed to an enclave yet, and {none}")),
+            (None, [slot, ..]) => Err(format!(
+                "slot {slot} is sealed to another enclave, to one of a higher version, or on \
+                 another machine, and {none} to make one for this one"
+            )),
+        }
     }
 
     fn opened(&self) -> Option<&Arc<Opened>> {
@@ -87,6 +118,12 @@ impl Process {
     /// How many daemons took over from one that had ended.
     pub fn successors(&self) -> u64 {
         self.link.successors()
+    }
+
+    /// Looks at the port for so long before it sleeps, 20 ms or so at most: more time of the
+    /// processor, fewer exits.
+    pub fn spin_for(&self, ns: u64) {
+        self.spin_ns.store(ns, Relaxed);
     }
 
     /// Closes the volume.
@@ -146,7 +183,7 @@ impl Process {
 
     /// Looks for completions for a while.
     fn is_soon(&self) -> bool {
-        let end = self.link.port.now_ns().saturating_add(SPIN_NS);
+        let end = self.link.port.now_ns().saturating_add(self.spin_ns.load(Relaxed));
         for _ in 0..READINGS {
             for _ in 0..LOOKS {
                 core::hint::spin_loop();

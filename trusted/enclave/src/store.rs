@@ -24,6 +24,9 @@ use sha2::{Digest as _, Sha256};
 
 use crate::guest::{Call, Requests, Runtime};
 
+/// Keys and their values.
+type Map = BTreeMap<Vec<u8>, Vec<u8>>;
+
 const BLOCK: usize = 4096;
 const HEADER: usize = 64;
 const MAGIC: u64 = 0x676f_6c2d_7674_6f70;
@@ -49,7 +52,7 @@ pub struct Store {
     file: Requests,
     /// Blocks of each log.
     length: u64,
-    map: BTreeMap<Vec<u8>, Vec<u8>>,
+    map: Map,
     end: End,
     /// Entries since the last commit.
     pending: Vec<(Vec<u8>, Option<Vec<u8>>)>,
@@ -170,7 +173,7 @@ impl Store {
     }
 
     /// Reads a log; `None` if it has no whole beginning.
-    fn replay(&self, log: u64) -> Result<Option<(BTreeMap<Vec<u8>, Vec<u8>>, End)>, Errno> {
+    fn replay(&self, log: u64) -> Result<Option<(Map, End)>, Errno> {
         let (mut map, mut end, mut beginning) = (BTreeMap::new(), End::default(), 0);
         let mut block = [0; BLOCK];
         'log: while end.index < self.length {
@@ -201,7 +204,7 @@ impl Store {
     }
 }
 
-fn apply(map: &mut BTreeMap<Vec<u8>, Vec<u8>>, key: Vec<u8>, value: Option<Vec<u8>>) {
+fn apply(map: &mut Map, key: Vec<u8>, value: Option<Vec<u8>>) {
     match value {
         Some(value) => map.insert(key, value),
         None => map.remove(&key),

@@ -67,14 +67,14 @@ pub struct Load {
     pub depth: usize,
     /// Bytes of a request.
     pub bytes: usize,
-    /// Requests in all, before the last look at every block.
-    pub requests: u64,
     /// Of a hundred requests, those that write.
     pub writes: u64,
     /// Blocks of the file that are used.
     pub blocks: u64,
     /// Decides which blocks, in which order.
     pub seed: u64,
+    /// Writes whatever is there and compares nothing: for measurements of all but the load itself.
+    pub plain: bool,
 }
 
 /// What a load has seen.
@@ -96,9 +96,10 @@ struct Flight {
 }
 
 /// A load under way.
-struct Run<'a> {
+pub struct Run<'a> {
     load: &'a Load,
     program: Requests,
+    random: Random,
     /// How often each block was written.
     versions: Vec<u32>,
     busy: Vec<bool>,
@@ -109,16 +110,16 @@ struct Run<'a> {
 }
 
 impl Load {
-    /// Does it: the requests, as many more as it takes while `more`, a sync, and a look at every
-    /// block that was used.
+    /// Begins it: no request yet.
     ///
     /// # Errors
-    /// What a call itself answers.
-    pub fn run(&self, runtime: Arc<dyn Runtime>, more: impl Fn() -> bool) -> Result<Tally, Errno> {
+    /// What io_setup says.
+    pub fn begin(&self, runtime: Arc<dyn Runtime>) -> Result<Run<'_>, Errno> {
         let program = Requests::new(runtime, self.depth, self.bytes)?;
         let blocks = self.blocks as usize;
-        let mut run = Run {
+        Ok(Run {
             load: self,
+            random: Random(self.seed),
             versions: vec![0; blocks],
             busy: vec![false; blocks],
             flights: vec![None; program.depth()],
@@ -126,33 +127,52 @@ impl Load {
             tally: Tally::default(),
             block: vec![0; self.bytes],
             expected: vec![0; self.bytes],
-        };
-        // A volume may hold anything: the blocks are as this load leaves them, from the first.
-        let mut random = Random(self.seed);
-        let mut next = |run: &Run<'_>| {
-            let call = if random.below(100) < run.load.writes { Call::Write } else { Call::Read };
-            let place = random.below(run.load.blocks);
-            // The next one that is not in flight.
-            let free = (place..run.load.blocks).chain(0..place).find(|p| !run.busy[*p as usize]);
-            Flight { call, place: free.unwrap_or(place) }
-        };
-        run.play(self.requests, &mut next)?;
-        while more() && run.tally.errors == 0 {
-            run.play(self.depth as u64, &mut next)?;
-        }
-        run.program.sync()?;
-        run.tally.requests += 1;
-        let mut places = 0..self.blocks;
-        let mut next =
-            |_: &Run<'_>| Flight { call: Call::Read, place: places.next().unwrap_or_default() };
-        run.play(self.blocks, &mut next)?;
-        Ok(run.tally)
+        })
     }
 }
 
 impl Run<'_> {
+    /// Makes so many requests, and waits for all of them. A volume may hold anything: blocks are
+    /// compared once this load has written them.
+    ///
+    /// # Errors
+    /// What a call itself answers.
+    pub fn requests(&mut self, count: u64) -> Result<(), Errno> {
+        self.play(count, &mut |run| {
+            let writes = run.random.below(100) < run.load.writes;
+            let place = run.random.below(run.load.blocks);
+            // The next one that is not in flight.
+            let free = (place..run.load.blocks).chain(0..place).find(|p| !run.busy[*p as usize]);
+            let call = if writes { Call::Write } else { Call::Read };
+            Flight { call, place: free.unwrap_or(place) }
+        })
+    }
+
+    /// What it has seen until now.
+    pub fn tally(&self) -> Tally {
+        self.tally
+    }
+
+    /// Ends it by a sync and a look at every block that may be used.
+    ///
+    /// # Errors
+    /// What a call itself answers.
+    pub fn finish(mut self) -> Result<Tally, Errno> {
+        self.program.sync()?;
+        self.tally.requests += 1;
+        let mut places = 0..self.load.blocks;
+        let mut next =
+            |_: &mut Run<'_>| Flight { call: Call::Read, place: places.next().unwrap_or_default() };
+        self.play(self.load.blocks, &mut next)?;
+        Ok(self.tally)
+    }
+
     /// Makes `count` requests as `next` says.
-    fn play(&mut self, count: u64, next: &mut dyn FnMut(&Run<'_>) -> Flight) -> Result<(), Errno> {
+    fn play(
+        &mut self,
+        count: u64,
+        next: &mut dyn FnMut(&mut Run<'_>) -> Flight,
+    ) -> Result<(), Errno> {
         let (mut made, mut ended) = (0, 0);
         let mut calls = Vec::with_capacity(self.flights.len());
         while ended < count {
@@ -181,6 +201,9 @@ impl Run<'_> {
         self.busy[place] = true;
         self.flights[slot] = Some(flight);
         if flight.call == Call::Write {
+            if self.load.plain {
+                return Ok(());
+            }
             self.versions[place] += 1;
             fill(&mut self.block, flight.place, self.versions[place]);
             self.program.put(slot, &self.block)?;
@@ -190,7 +213,7 @@ impl Run<'_> {
 
     fn reap(&mut self) -> Result<u64, Errno> {
         let (mut ended, mut faults) = (0, 0);
-        let Self { program, flights, busy, versions, tally, block, expected, load } = self;
+        let Self { program, flights, busy, versions, tally, block, expected, load, .. } = self;
         program.reap(1, |slot, result| {
             let Some(Flight { call, place }) = flights.get_mut(slot).and_then(Option::take) else {
                 faults += 1;

@@ -11,7 +11,9 @@
 mod image;
 mod rename;
 mod table;
+// With proptest, which does not build for an enclave.
 #[cfg(test)]
+#[cfg(not(target_env = "sgx"))]
 mod tests;
 
 pub use image::{BadImage, IMAGE_BLOCK, INDEX_BYTES, SLOT_BYTES, choose, slot_offset};

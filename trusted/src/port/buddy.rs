@@ -168,7 +168,9 @@ impl Buddy {
     }
 }
 
+// With proptest, which does not build for an enclave.
 #[cfg(test)]
+#[cfg(not(target_env = "sgx"))]
 mod tests {
     use super::*;
     use proptest::prelude::*;

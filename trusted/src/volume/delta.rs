@@ -83,7 +83,9 @@ impl Delta {
     }
 }
 
+// With proptest, which does not build for an enclave.
 #[cfg(test)]
+#[cfg(not(target_env = "sgx"))]
 mod tests {
     use super::*;
     use proptest::prelude::*;

@@ -280,7 +280,9 @@ fn extent(group: &[Record]) -> usize {
         .count()
 }
 
+// With proptest, which does not build for an enclave.
 #[cfg(test)]
+#[cfg(not(target_env = "sgx"))]
 mod tests {
     use super::*;
     use crate::volume::crypto::{Secret, VolumeKey};

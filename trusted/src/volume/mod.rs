@@ -87,7 +87,7 @@ pub use self::{
     error::{Misuse, VolumeError},
     freshness::{CounterUse, Freshness},
     rekey::RekeyReport,
-    slots::{SlotInfo, SlotKey, SlotKind, Stretch},
+    slots::{SealingPolicy, SealingRequest, SlotInfo, SlotKey, SlotKind, Stretch},
     snapshots::SnapshotInfo,
     times::Times,
     usage::Usage,

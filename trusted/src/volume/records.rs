@@ -155,7 +155,9 @@ impl Records {
     }
 }
 
+// With proptest, which does not build for an enclave.
 #[cfg(test)]
+#[cfg(not(target_env = "sgx"))]
 mod tests {
     use alloc::collections::BTreeMap;
 

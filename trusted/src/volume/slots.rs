@@ -1,8 +1,8 @@
 //! Key slots: who can open a volume.
 //!
-//! A slot wraps the volume's master under what its user knows: a key file of 32 bytes, or a
-//! passphrase stretched with Argon2id (RFC 9106). Slots are changed in the header alone, by whoever
-//! can open one of them; the data stays as it is.
+//! A slot wraps the volume's master under what its user knows: a key file of 32 bytes, a passphrase
+//! stretched with Argon2id (RFC 9106), or a key that a CPU derives for one enclave alone (EGETKEY).
+//! Slots are changed in the header alone, by whoever can open one of them; the data stays as it is.
 //!
 //! Holds: at least one slot stays; both copies of the header carry the change when it returns, and
 //! after a crash in between either copy opens with some key that opened it before or after.
@@ -34,6 +34,10 @@ const USED: u8 = 1;
 const KIND_KEY_FILE: u8 = 1;
 /// The secret is stretched from a passphrase.
 const KIND_PASSPHRASE: u8 = 2;
+/// The secret is a sealing key of an enclave.
+const KIND_SGX: u8 = 3;
+const SGX_VERSION_AT: usize = 4;
+const SGX_CPU_VERSION_AT: usize = 16;
 const SALT_AT: usize = 32;
 const WRAPPED_AT: usize = 64;
 const COMMITMENT_AT: usize = WRAPPED_AT + 32 + TAG;
@@ -48,6 +52,8 @@ enum Presented {
     Passphrase(Vec<u8>),
     /// What Argon2id made of a passphrase for one slot.
     Stretched([u8; 32]),
+    /// A sealing key, and what it was asked for with.
+    Sealing(#[zeroize(skip)] SealingRequest, [u8; 16]),
 }
 
 impl SlotKey {
@@ -63,6 +69,13 @@ impl SlotKey {
         Self(Presented::Stretched(bytes))
     }
 
+    /// The sealing key that EGETKEY gives this enclave for `request`. It opens the slots that name
+    /// the same request.
+    #[must_use]
+    pub const fn sealing(request: SealingRequest, key: [u8; 16]) -> Self {
+        Self(Presented::Sealing(request, key))
+    }
+
     /// A passphrase: any bytes, all of them count.
     #[must_use]
     pub fn passphrase(text: &[u8]) -> Self {
@@ -75,7 +88,7 @@ impl SlotKey {
     pub(crate) fn key_file(&self) -> Option<[u8; 32]> {
         match &self.0 {
             Presented::KeyFile(bytes) => Some(*bytes),
-            Presented::Passphrase(_) | Presented::Stretched(_) => None,
+            _ => None,
         }
     }
 }
@@ -94,8 +107,61 @@ pub enum SlotKind {
     KeyFile,
     /// A passphrase.
     Passphrase(Stretch),
+    /// A sealing key of an enclave.
+    Sgx(SealingRequest),
     /// Something this build does not know.
     Unknown(u8),
+}
+
+/// Which enclaves get a sealing key. The numbers are those of KEYPOLICY.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum SealingPolicy {
+    /// Those of the same measurement.
+    Enclave = 1,
+    /// Those of the same signer and product.
+    Signer = 2,
+}
+
+/// What a sealing key depends on beside the CPU and the enclave: the part of a KEYREQUEST that is
+/// not the same for every slot. Versions are the lowest that an enclave and its CPU must have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SealingRequest {
+    /// KEYPOLICY.
+    pub policy: SealingPolicy,
+    /// ISVSVN: the enclave's security version.
+    pub version: u16,
+    /// CPUSVN.
+    pub cpu_version: [u8; 16],
+}
+
+impl SealingRequest {
+    /// KEYID of every slot: what its key is for. Slots differ by their salts.
+    pub const KEY_ID: [u8; 32] = *b"postern/1 sgx slot\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
+
+    /// ATTRIBUTEMASK, flags and XFRM: INIT, DEBUG and the reserved flags count, so that an enclave
+    /// under a debugger has other keys; what the CPU offers and saves does not.
+    pub const ATTRIBUTE_MASK: [u64; 2] = [0xff00_0000_0000_000b, 0];
+
+    /// MISCMASK: the reserved half counts.
+    pub const MISC_MASK: u32 = 0xf000_0000;
+
+    fn write(&self, slot: &mut [u8]) {
+        (slot[1], slot[2]) = (KIND_SGX, self.policy as u8);
+        put(slot, SGX_VERSION_AT, &self.version.to_le_bytes());
+        put(slot, SGX_CPU_VERSION_AT, &self.cpu_version);
+    }
+
+    /// What a slot of the kind names; `None` for a policy that there is not.
+    fn read(slot: &[u8]) -> Option<Self> {
+        let policy = match slot[2] {
+            1 => SealingPolicy::Enclave,
+            2 => SealingPolicy::Signer,
+            _ => return None,
+        };
+        let version = u16::from_le_bytes(get_array(slot, SGX_VERSION_AT));
+        Some(Self { policy, version, cpu_version: get_array(slot, SGX_CPU_VERSION_AT) })
+    }
 }
 
 /// How much work a passphrase costs: the parameters of Argon2id.
@@ -182,6 +248,7 @@ impl NewSlot<'_> {
                 put32(slot, 8, self.stretch.passes);
                 put32(slot, 12, self.stretch.lanes);
             }
+            Presented::Sealing(request, _) => request.write(slot),
         }
         let secret = secret(slot, self.key).ok_or(VolumeError::Misuse(Misuse::Stretch))?;
         let (wrap, commitment) = keys(&secret, &self.salt, uuid);
@@ -219,6 +286,7 @@ fn kind(slot: &[u8]) -> Option<SlotKind> {
             passes: get32(slot, 8),
             lanes: get32(slot, 12),
         }),
+        KIND_SGX => SealingRequest::read(slot).map_or(SlotKind::Unknown(KIND_SGX), SlotKind::Sgx),
         other => SlotKind::Unknown(other),
     })
 }
@@ -239,6 +307,11 @@ fn secret(slot: &[u8], key: &SlotKey) -> Option<Secret> {
             stretch.stretch(text, &slot[SALT_AT..SALT_AT + 32])
         }
         (SlotKind::Passphrase(_), Presented::Stretched(bytes)) => Some(Secret(*bytes)),
+        (SlotKind::Sgx(asked), Presented::Sealing(request, key)) if asked == *request => {
+            let mut secret = Secret([0; 32]);
+            secret.0[..key.len()].copy_from_slice(key);
+            Some(secret)
+        }
         _ => None,
     }
 }
@@ -450,9 +523,14 @@ mod tests {
 
     #[test]
     fn a_key_shows_nothing_of_itself() {
-        for key in
-            [SlotKey::new([0x41; 32]), SlotKey::passphrase(b"AAAA"), SlotKey::stretched([0x41; 32])]
-        {
+        let policy = SealingPolicy::Signer;
+        let request = SealingRequest { policy, version: 0x41, cpu_version: [0x41; 16] };
+        for key in [
+            SlotKey::new([0x41; 32]),
+            SlotKey::passphrase(b"AAAA"),
+            SlotKey::stretched([0x41; 32]),
+            SlotKey::sealing(request, [0x41; 16]),
+        ] {
             assert_eq!(format!("{key:?}{key:#?}"), "SlotKey(..)SlotKey(..)");
         }
     }

@@ -19,10 +19,10 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::Args;
 
-pub use self::numbers::Spread;
+pub use self::numbers::{Spread, median};
 use self::{
     case::Case,
-    numbers::{Usage, confidence, median},
+    numbers::{Usage, confidence},
     substrate::{Kind, Substrate, megabytes},
     target::{Ready, Target, prepare},
 };

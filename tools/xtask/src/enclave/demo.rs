@@ -21,6 +21,8 @@ const SIZE: &str = "256M";
 /// Of the load, at depth 32; half of them write.
 const REQUESTS: &str = "100000";
 const BLOCKS: &str = "16384";
+/// How long each side looks for work before it sleeps: while both have work, neither does.
+const SPIN_US: &str = "10000";
 /// Puts that are acknowledged before the enclave is killed.
 const PUTS: u64 = 2000;
 
@@ -47,10 +49,11 @@ pub fn all(tree: &Tree, image: &Path) -> Result<()> {
     let daemon = demo.daemon()?;
 
     title("AIO inside the enclave: depth 32, half writes, every block verified");
-    let mut enclave =
-        demo.enclave(&["work", "data", "--depth", "32", "--writes", "50"], |work| {
-            work.args(["--requests", REQUESTS, "--blocks", BLOCKS, "--daemons", "1"]);
-        })?;
+    let load = ["work", "data", "--seal", "mrenclave", "--depth", "32", "--writes", "50"];
+    let mut enclave = demo.enclave(&load, |work| {
+        work.args(["--requests", REQUESTS, "--blocks", BLOCKS, "--daemons", "1"]);
+        work.args(["--spin-us", SPIN_US]);
+    })?;
     let mut said = lines(&mut enclave)?;
     until(&mut said, "at work")?;
     println!("kill -9 {} (posternd), and another one", daemon.0.id());
@@ -60,11 +63,13 @@ pub fn all(tree: &Tree, image: &Path) -> Result<()> {
 
     title("latency per stage of the requests at the second daemon");
     daemon.stop()?;
+    // From here on the volume opens by what the CPU, here the emulator, derives for this enclave.
+    std::fs::remove_file(demo.scratch.join("data.key"))?;
     stages::print(&demo.statistics())?;
 
     title("a key-value store with a write-ahead log, its enclave killed");
     let _daemon = demo.daemon()?;
-    let mut enclave = demo.enclave(&["store", "data"], |_| ())?;
+    let mut enclave = demo.enclave(&["store", "data", "--seal", "mrenclave"], |_| ())?;
     let mut acknowledged = 0;
     for line in lines(&mut enclave)? {
         let line = line?;
@@ -80,7 +85,8 @@ pub fn all(tree: &Tree, image: &Path) -> Result<()> {
     enclave.kill()?;
     enclave.wait()?;
     let least = acknowledged.to_string();
-    let mut enclave = demo.enclave(&["check", "data", "--least", &least], |_| ())?;
+    let mut enclave =
+        demo.enclave(&["check", "data", "--seal", "mrenclave", "--least", &least], |_| ())?;
     let said = lines(&mut enclave)?;
     end(enclave, said)?;
 
@@ -91,14 +97,19 @@ pub fn all(tree: &Tree, image: &Path) -> Result<()> {
 /// The lines of a program.
 type Said = Lines<BufReader<ChildStdout>>;
 
-struct Demo<'a> {
-    tree: &'a Tree,
-    image: &'a Path,
-    scratch: PathBuf,
+/// A volume, a daemon and an image.
+pub struct Demo<'a> {
+    /// The tree.
+    pub tree: &'a Tree,
+    /// The image.
+    pub image: &'a Path,
+    /// Where the files lie.
+    pub scratch: PathBuf,
 }
 
 impl Demo<'_> {
-    fn volume(&self) -> PathBuf {
+    /// The host file of the volume.
+    pub fn volume(&self) -> PathBuf {
         self.scratch.join("data.vol")
     }
 
@@ -106,12 +117,13 @@ impl Demo<'_> {
         self.scratch.join("stages.json")
     }
 
-    fn socket(&self) -> PathBuf {
+    /// The daemon's socket.
+    pub fn socket(&self) -> PathBuf {
         self.scratch.join("posternd.sock")
     }
 
     /// The file of the volume's key, which is made.
-    fn key(&self) -> Result<PathBuf> {
+    pub fn key(&self) -> Result<PathBuf> {
         let path = self.scratch.join("data.key");
         let mut key = [0; 32];
         std::io::Read::read_exact(&mut File::open("/dev/urandom")?, &mut key)?;
@@ -119,30 +131,46 @@ impl Demo<'_> {
         Ok(path)
     }
 
-    fn postern(&self, words: &[&str]) -> Command {
+    /// The command with these arguments.
+    pub fn postern(&self, words: &[&str]) -> Command {
         let mut command = Command::new(self.tree.release().join("postern"));
         command.args(words);
         command
     }
 
-    /// Starts the program in its image, with the key on its standard input.
+    /// Starts the program in its image. It is handed the volume's key until it has a slot of its own.
     fn enclave(&self, words: &[&str], more: impl FnOnce(&mut Command)) -> Result<Child> {
         let mut command = self.postern(&["enclave", "run", "--strict", "--counts", "--daemon"]);
         command.arg(self.socket()).arg(self.image).arg("--").args(words);
         more(&mut command);
         let release = self.tree.release().display().to_string();
         println!("$ {}", line_of(&command).replace(&format!("{release}/"), ""));
-        let key = File::open(self.scratch.join("data.key"))?;
+        // Gone once the enclave has a slot of its own: then it is handed nothing.
+        let key = match self.key_file() {
+            Ok(key) => Stdio::from(key),
+            Err(_) => Stdio::null(),
+        };
         let line = line_of(&command);
         command.stdin(key).stdout(Stdio::piped()).spawn().with_context(|| line)
     }
 
+    /// The key, to be read.
+    pub fn key_file(&self) -> Result<File> {
+        Ok(File::open(self.scratch.join("data.key"))?)
+    }
+
     fn daemon(&self) -> Result<Daemon> {
+        self.daemon_with(&["--spin-us", SPIN_US])
+    }
+
+    /// A daemon with these options.
+    pub fn daemon_with(&self, options: &[&str]) -> Result<Daemon> {
         let mut command = Command::new(self.tree.release().join("posternd"));
         let mut file = std::ffi::OsString::from("data=");
         file.push(self.volume());
         command.arg("--socket").arg(self.socket()).arg("--file").arg(file);
-        command.arg("--stats-file").arg(self.statistics()).stdout(Stdio::piped());
+        command.args(options).stdout(Stdio::piped());
+        command.arg("--stats-file").arg(self.statistics());
         let line = line_of(&command);
         let mut daemon = Daemon(command.spawn().with_context(|| line)?);
         until(&mut lines(&mut daemon.0)?, "posternd: ready")?;
@@ -151,7 +179,7 @@ impl Demo<'_> {
 }
 
 /// A running daemon: killed when it is dropped.
-struct Daemon(Child);
+pub struct Daemon(Child);
 
 impl Daemon {
     /// Ends it in order.

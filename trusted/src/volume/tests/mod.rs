@@ -4,6 +4,11 @@
 //! [`crash::DEFAULT_SEEDS`]), `POSTERN_SIM_FIRST` the first one, `POSTERN_SIM_THREADS` the threads;
 //! a failure prints the seed, `POSTERN_SIM_SEED` replays it. `cargo xtask crash` sets them.
 
+#![cfg_attr(
+    target_env = "sgx",
+    allow(dead_code, unused_imports, reason = "tests that are left out there use them")
+)]
+
 /// A test for each canary, with the seed it was caught by before; `caught` is the module's own.
 macro_rules! canaries {
     ($($name:ident => $canary:ident from $first:literal,)*) => {
@@ -22,10 +27,13 @@ mod counted_space;
 mod counter;
 mod crash;
 mod disk;
+// With files and a second implementation, of which there are none inside an enclave.
+#[cfg(not(target_env = "sgx"))]
 mod golden;
 mod hostile;
 mod memory;
 mod model;
+#[cfg(not(target_env = "sgx"))]
 mod reader;
 mod recorded;
 mod rekey;

@@ -11,7 +11,8 @@ use super::{
 use crate::{
     disk::BLOCK,
     volume::{
-        Misuse, OpenOptions, SlotKey, SlotKind, Stretch, Volume, VolumeError, crypto,
+        Misuse, OpenOptions, SealingPolicy, SealingRequest, SlotKey, SlotKind, Stretch, Volume,
+        VolumeError, crypto,
         layout::{HEADER_BLOCKS, HEADERS},
     },
 };
@@ -102,6 +103,38 @@ fn a_key_whose_slot_was_emptied_or_taken_opens_neither_copy_of_the_header() {
         assert_eq!(opens(&image, words()), Err(VolumeError::WrongKey));
         assert_eq!(opens(&image, file(3)), Ok(()));
     }
+}
+
+/// Bytes of FORMAT.md's table: kind 3, the policy, ISVSVN, CPUSVN.
+#[test]
+fn a_sealing_key_opens_the_slots_that_name_its_request_and_no_others() {
+    let image = formatted(1, tiny());
+    let request = SealingRequest {
+        policy: SealingPolicy::Signer,
+        version: 0x0102,
+        cpu_version: *b"0123456789abcdef",
+    };
+    let sealing = |request| SlotKey::sealing(request, [6; 16]);
+    let (image, at) = put(&image, key(), sealing(request), None);
+    assert_eq!(at, Ok(1));
+    assert_eq!(kinds(&image), [(0, SlotKind::KeyFile), (1, SlotKind::Sgx(request))]);
+    let slot = &image[&(HEADERS[0] + 1)][512..544];
+    assert_eq!(slot[..16], [1, 3, 2, 0, 2, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(slot[16..], *b"0123456789abcdef");
+
+    assert_eq!(opens(&image, sealing(request)), Ok(()));
+    let wrong = Err(VolumeError::WrongKey);
+    assert_eq!(opens(&image, SlotKey::sealing(request, [7; 16])), wrong);
+    for other in [
+        SealingRequest { policy: SealingPolicy::Enclave, ..request },
+        SealingRequest { version: 0x0101, ..request },
+        SealingRequest { cpu_version: [0; 16], ..request },
+    ] {
+        assert_eq!(opens(&image, sealing(other)), wrong);
+    }
+    let mut bytes = [0; 32];
+    bytes[..16].copy_from_slice(&[6; 16]);
+    assert_eq!(opens(&image, SlotKey::new(bytes)), wrong, "a key file of the same bytes");
 }
 
 #[test]

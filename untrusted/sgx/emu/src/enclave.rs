@@ -121,15 +121,57 @@ pub enum Exit {
     Fault(Fault),
 }
 
+/// Kinds of exits that are told apart.
+pub const EXIT_KINDS: usize = 18;
+
 /// How often the wall was crossed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
     /// Entries.
     pub entries: u64,
-    /// Exits by the enclave's own will.
-    pub exits: u64,
+    /// Exits by the enclave's own will, by what RDI held, where the target's ABI has the number of
+    /// the call. The last one counts all higher numbers.
+    pub exits: [u64; EXIT_KINDS],
     /// Faults.
     pub faults: u64,
+}
+
+/// Counts as they are counted.
+#[derive(Debug, Default)]
+pub struct Counters {
+    entries: AtomicU64,
+    exits: [AtomicU64; EXIT_KINDS],
+    faults: AtomicU64,
+}
+
+impl Counters {
+    /// An entry.
+    pub fn entered(&self) {
+        self.entries.fetch_add(1, Relaxed);
+    }
+
+    /// How it ended.
+    pub fn left(&self, exit: &Exit) {
+        match exit {
+            Exit::Left(registers) => {
+                let kind = usize::try_from(registers.rdi).unwrap_or(usize::MAX);
+                self.exits[kind.min(EXIT_KINDS - 1)].fetch_add(1, Relaxed);
+            }
+            Exit::Fault(_) => {
+                self.faults.fetch_add(1, Relaxed);
+            }
+        }
+    }
+
+    /// What was counted until now.
+    #[must_use]
+    pub fn get(&self) -> Counts {
+        Counts {
+            entries: self.entries.load(Relaxed),
+            exits: core::array::from_fn(|kind| self.exits[kind].load(Relaxed)),
+            faults: self.faults.load(Relaxed),
+        }
+    }
 }
 
 /// A thread of the enclave. Offsets in bytes from its start.
@@ -204,9 +246,7 @@ pub struct Enclave {
     states: Mutex<Vec<State>>,
     config: Config,
     cpuid_faults: bool,
-    entries: AtomicU64,
-    exits: AtomicU64,
-    faults: AtomicU64,
+    counters: Counters,
 }
 
 impl fmt::Debug for Enclave {
@@ -266,12 +306,11 @@ impl Enclave {
             writable: runs(image, sgx_image::WRITE),
             readable: runs(image, sgx_image::READ),
         };
-        let zero = AtomicU64::default;
-        let (entries, exits, faults) = (zero(), zero(), zero());
+        let counters = Counters::default();
         let config = config.clone();
         // Tried on this thread alone: others try again when they enter.
         let cpuid_faults = config.strict && strict::let_cpuid_fault(true);
-        Ok(Self { inner, threads, states, config, cpuid_faults, entries, exits, faults })
+        Ok(Self { inner, threads, states, config, cpuid_faults, counters })
     }
 
     /// First address of the enclave.
@@ -307,11 +346,7 @@ impl Enclave {
     /// How often it was entered and left.
     #[must_use]
     pub fn counts(&self) -> Counts {
-        Counts {
-            entries: self.entries.load(Relaxed),
-            exits: self.exits.load(Relaxed),
-            faults: self.faults.load(Relaxed),
-        }
+        self.counters.get()
     }
 
     /// Enters by the thread of this number, and returns when it leaves.
@@ -333,7 +368,7 @@ impl Enclave {
             Frame::new(registers, base + place.tcs, base + place.entry, base + place.gs);
         let save = base + place.save;
         let mut guest = Guest { frame: &raw mut frame, inner: &self.inner, save, fault: None };
-        self.entries.fetch_add(1, Relaxed);
+        self.counters.entered();
         cpu::spend(self.config.transition_cycles);
         trap::with_guest(&mut guest, || {
             // SAFETY:
@@ -348,8 +383,9 @@ impl Enclave {
         let fault = guest.fault;
         let after = if fault.is_some() { State::Dead } else { State::Free };
         self.change(thread, |_| Ok(after))?;
-        if fault.is_some() { &self.faults } else { &self.exits }.fetch_add(1, Relaxed);
-        Ok(fault.map_or(Exit::Left(frame.registers), Exit::Fault))
+        let exit = fault.map_or(Exit::Left(frame.registers), Exit::Fault);
+        self.counters.left(&exit);
+        Ok(exit)
     }
 
     fn change(

@@ -27,7 +27,9 @@ mod memory;
 mod strict;
 mod trap;
 
-pub use enclave::{Config, Counts, Enclave, EnterError, Exit, LoadError, Thread};
+pub use enclave::{
+    Config, Counters, Counts, EXIT_KINDS, Enclave, EnterError, Exit, LoadError, Thread,
+};
 pub use enter::Registers;
 pub use keys::{KeyRoot, REPORT_BYTES, Secs};
 pub use memory::reserve;

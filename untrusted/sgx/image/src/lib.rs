@@ -16,6 +16,8 @@ mod bytes;
 mod convert;
 mod dump;
 mod elf;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 mod image;
 mod scan;
 mod sigstruct;

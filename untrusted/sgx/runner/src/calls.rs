@@ -11,6 +11,7 @@ use std::{
 };
 
 use crate::{
+    backend::Backend,
     daemon::Daemon,
     events::{EVENTS, Inbox, Inboxes, NoEvent},
     memory::{Memory, NotYours},
@@ -52,12 +53,12 @@ pub struct Calls {
 }
 
 impl Calls {
-    /// Calls of a program for which there is a posternd at `daemon`, if at all. `counts_time`: it
-    /// may read the time stamp counter inside.
-    pub fn new(daemon: Option<PathBuf>, counts_time: bool) -> Self {
+    /// Calls of a program that runs in `backend`, for which there is a posternd at `daemon`, if at
+    /// all.
+    pub fn new(daemon: Option<PathBuf>, backend: Arc<dyn Backend>) -> Self {
         let inboxes = Arc::<Inboxes>::default();
-        let daemon = Daemon::new(daemon, counts_time, inboxes.clone());
-        Self { memory: Memory::default(), streams: Streams::new(daemon), inboxes }
+        let daemon = Daemon::new(daemon, backend.counts_time(), inboxes.clone());
+        Self { memory: Memory::default(), streams: Streams::new(daemon, backend), inboxes }
     }
 
     /// Serves a call of a thread. `launch` starts another one: `false` if there is none left.
@@ -239,6 +240,51 @@ fn code(error: &io::Error) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use sgx_emu::{Counts, EnterError, Exit, Registers};
+
+    /// An enclave that nobody enters, and that was left twice to wait.
+    struct Nothing;
+
+    impl Backend for Nothing {
+        fn name(&self) -> &'static str {
+            "nothing"
+        }
+
+        fn base(&self) -> u64 {
+            0
+        }
+
+        fn size(&self) -> u64 {
+            0
+        }
+
+        fn threads(&self) -> Vec<u64> {
+            Vec::new()
+        }
+
+        fn enter(&self, _: usize, _: Registers) -> Result<Exit, EnterError> {
+            Err(EnterError::NoThread)
+        }
+
+        fn counts(&self) -> Counts {
+            let mut counts = Counts::default();
+            counts.exits[11] = 2;
+            counts
+        }
+    }
+
+    fn calls() -> Calls {
+        Calls::new(None, Arc::new(Nothing))
+    }
+
+    #[test]
+    fn a_stream_tells_what_the_enclave_was_left_for() {
+        let calls = calls();
+        let (stream, ..) = calls.streams.connect("postern-exits").unwrap();
+        let mut bytes = [0; 64];
+        let length = calls.streams.read(stream, &mut bytes).unwrap();
+        assert_eq!(bytes[..length], *b"wait 2");
+    }
 
     fn call(calls: &Calls, number: u64, parameters: [u64; 4]) -> Next {
         calls.serve(&Inbox::default(), number, parameters, || false)
@@ -246,7 +292,7 @@ mod tests {
 
     #[test]
     fn addresses_that_were_not_allocated_are_refused_by_every_call() {
-        let calls = Calls::new(None, false);
+        let calls = calls();
         let here = 0x1000;
         for (number, parameters) in [
             (1, [0, here, 16, 0]),
@@ -270,18 +316,18 @@ mod tests {
     #[test]
     fn unknown_calls_end_the_enclave() {
         for number in [0, 17, u64::MAX] {
-            assert_eq!(call(&Calls::new(None, false), number, [0; 4]), Next::Violation);
+            assert_eq!(call(&calls(), number, [0; 4]), Next::Violation);
         }
     }
 
     #[test]
     fn a_call_that_finds_no_thread_left_says_so() {
-        assert_eq!(call(&Calls::new(None, false), 9, [0; 4]), Next::Return((WOULD_BLOCK, 0)));
+        assert_eq!(call(&calls(), 9, [0; 4]), Next::Return((WOULD_BLOCK, 0)));
     }
 
     #[test]
     fn allocated_memory_is_aligned_and_given_back_once() {
-        let calls = Calls::new(None, false);
+        let calls = calls();
         let Next::Return((0, address)) = call(&calls, 14, [100, 4096, 0, 0]) else {
             panic!("no memory")
         };

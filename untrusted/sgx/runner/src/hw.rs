@@ -11,13 +11,10 @@ use std::{
     io,
     os::fd::AsRawFd as _,
     path::Path,
-    sync::{
-        Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering::Relaxed},
-    },
+    sync::{Mutex, PoisonError},
 };
 
-use sgx_emu::{Counts, EnterError, Exit, Fault, FaultKind, Registers};
+use sgx_emu::{Counters, Counts, EnterError, Exit, Fault, FaultKind, Registers};
 use sgx_image::{ATTRIBUTE_MODE64, EXECUTE, Image, PAGE, PERMISSIONS, READ, Sigstruct, WRITE};
 
 use crate::backend::Backend;
@@ -123,9 +120,7 @@ pub struct Hardware {
     /// Which threads are inside; `None` for one that faulted.
     inside: Mutex<Vec<Option<bool>>>,
     way_in: usize,
-    entries: AtomicU64,
-    exits: AtomicU64,
-    faults: AtomicU64,
+    counters: Counters,
     /// The enclave lives as long as it is open.
     _device: File,
 }
@@ -152,9 +147,7 @@ impl Hardware {
             tcs: tcs(image, base as u64),
             inside: Mutex::new(vec![Some(false); tcs(image, 0).len()]),
             way_in,
-            entries: AtomicU64::new(0),
-            exits: AtomicU64::new(0),
-            faults: AtomicU64::new(0),
+            counters: Counters::default(),
             _device: device,
         };
         enclave.create(image, signature)?;
@@ -403,31 +396,29 @@ impl Backend for Hardware {
                 return Err(EnterError::Dead);
             }
         }
-        self.entries.fetch_add(1, Relaxed);
+        self.counters.entered();
         let mut registers = registers;
         let (answer, run) = enter(self.way_in, tcs, &mut registers);
         if answer == 0 {
             change(Some(false));
-            self.exits.fetch_add(1, Relaxed);
-            return Ok(Exit::Left(registers));
+            let exit = Exit::Left(registers);
+            self.counters.left(&exit);
+            return Ok(exit);
         }
         change(None);
-        self.faults.fetch_add(1, Relaxed);
         let kind = match run.vector {
             PAGE_FAULT => FaultKind::Memory { address: run.address },
             _ => FaultKind::Instruction,
         };
         // Where the enclave was is in its own memory, which the host cannot read.
         let (base, size) = (self.base(), self.size());
-        Ok(Exit::Fault(Fault::new(kind, 0, base, size)))
+        let exit = Exit::Fault(Fault::new(kind, 0, base, size));
+        self.counters.left(&exit);
+        Ok(exit)
     }
 
     fn counts(&self) -> Counts {
-        Counts {
-            entries: self.entries.load(Relaxed),
-            exits: self.exits.load(Relaxed),
-            faults: self.faults.load(Relaxed),
-        }
+        self.counters.get()
     }
 }
 

@@ -13,10 +13,12 @@ mod backend;
 mod calls;
 mod daemon;
 mod events;
+mod exits;
 pub mod hw;
 mod memory;
 mod run;
 mod streams;
 
 pub use backend::{Backend, Emulated};
+pub use exits::Exits;
 pub use run::{End, Program, run};

@@ -72,7 +72,7 @@ pub fn run(backend: Arc<dyn Backend>, program: &Program) -> End {
     let tcs = backend.threads();
     let (end, ended) = channel();
     let free = Mutex::new((1..tcs.len()).rev().collect());
-    let calls = Calls::new(program.daemon.clone(), backend.counts_time());
+    let calls = Calls::new(program.daemon.clone(), backend.clone());
     let running = Arc::new(Running { backend, calls, free, freed: Condvar::new(), tcs, end });
     let Some(arguments) = running.arguments(program) else { return End::Left };
     let main = running.clone();

@@ -9,6 +9,7 @@
 #[allow(dead_code, reason = "the end-to-end tests' helpers, of which these need some")]
 #[path = "../../../../tests/e2e/common.rs"]
 mod common;
+mod image;
 
 use std::{
     io::{BufRead as _, BufReader, Lines},

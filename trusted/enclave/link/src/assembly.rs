@@ -24,9 +24,10 @@ macro_rules! sha256 {
                 data: *const GenericArray<u8, U64>,
                 count: usize,
             ) {
+                // SAFETY: the caller's promise.
+                let state = unsafe { &mut *state };
                 // SAFETY: the caller's promise; a block is bytes, of any alignment.
-                let (state, blocks) =
-                    unsafe { (&mut *state, core::slice::from_raw_parts(data, count)) };
+                let blocks = unsafe { core::slice::from_raw_parts(data, count) };
                 sha2::compress256(state, blocks);
             }
         )+
