@@ -34,6 +34,11 @@ const MMAPABLE: u32 = 1 << 10;
 #[map]
 static GATE: Array<[u64; gate::WORDS]> = Array::with_max_entries(1, MMAPABLE);
 
+/// Number of the thread group that is traced. A map of its own, and not to be mapped: a daemon writes
+/// it before it gives its rights up, and can not turn the probes to others later.
+#[map]
+static TARGET: Array<u64> = Array::with_max_entries(1, 0);
+
 #[map]
 static COUNTERS: PerCpuArray<[u64; COUNTER_COUNT]> = PerCpuArray::with_max_entries(WRITERS, 0);
 
@@ -148,11 +153,14 @@ pub fn current_task() -> u64 {
 /// Whether the calling thread belongs to the traced process.
 #[inline(always)]
 fn is_traced() -> bool {
+    let Some(target) = TARGET.get_ptr(0) else { return false };
+    // SAFETY: in bounds. Volatile, because user space writes it meanwhile.
+    let target = unsafe { read_volatile(target) };
     let inode = config(Config::PidNsInode);
     if inode == 0 {
         // SAFETY: no arguments.
         let ids = unsafe { bpf_get_current_pid_tgid() };
-        return ids >> 32 == config(Config::Tgid);
+        return ids >> 32 == target;
     }
     let mut ids = bpf_pidns_info { pid: 0, tgid: 0 };
     // SAFETY: the helper writes `size_of(ids)` bytes to `ids`.
@@ -164,7 +172,7 @@ fn is_traced() -> bool {
             size_of::<bpf_pidns_info>() as u32,
         )
     };
-    failed == 0 && u64::from(ids.tgid) == config(Config::Tgid)
+    failed == 0 && u64::from(ids.tgid) == target
 }
 
 /// An argument of the system call that the current thread is in.

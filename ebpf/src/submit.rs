@@ -258,8 +258,13 @@ pub extern "C" fn postern_take_one(
     //    2. Race: a stale completion may stamp meanwhile; whole words, and the id tells it.
     unsafe {
         if (*slot).id != 0 {
-            count(Counter::Overwritten, 1);
-        } else if (*slot).reaped_ns > gate(gate::OPENED_NS) {
+            // Else its daemon died, which is known.
+            if (*slot).enter_ns > gate(gate::TAKEN_OVER_NS) {
+                count(Counter::Overwritten, 1);
+            }
+        } else if (*slot).reaped_ns > gate(gate::OPENED_NS)
+            && (*slot).reaped_ns > gate(gate::TAKEN_OVER_NS)
+        {
             // Else what was delivered is another request, which was not seen.
             crossing_in((*slot).link, (*slot).reaped_ns, request.prev_delivered_ns, now);
         }

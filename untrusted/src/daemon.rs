@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::Write as _;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -12,7 +13,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use crate::activation;
+use crate::activation::{self, Manager};
 use crate::admission::{Admission, Peer};
 use crate::confinement;
 use crate::connection;
@@ -21,10 +22,12 @@ use crate::engine::{self, Interface};
 use crate::files::Catalog;
 use crate::lease::Terms;
 use crate::limits::Limits;
+use crate::probes::kept::NAME;
 use crate::problem::{Problem, log};
 use crate::report::{Source, report};
 use crate::session::Sessions;
 use crate::socket::{Listener, may_connect};
+use crate::volumes::Names;
 
 /// Serves the host files of enclaves over shared-memory ports.
 ///
@@ -108,10 +111,11 @@ pub struct Daemon {
 impl Daemon {
     /// Checks the options, loads the probes, binds the socket, and confines the calling thread and
     /// what it starts from now on. Needs a tokio runtime around it, without other threads.
+    /// `manager` is who started this process.
     ///
     /// # Errors
     /// A [`Problem`] for the operator.
-    pub fn start(options: &Options) -> Result<(Arc<Self>, Listener), Problem> {
+    pub fn start(options: &Options, manager: &Manager) -> Result<(Arc<Self>, Listener), Problem> {
         let catalog = Catalog::new(
             &options.files,
             &options.roots,
@@ -119,20 +123,32 @@ impl Daemon {
             options.allow_buffered,
         )?;
         let interface = usable(options.engine);
+        let inherited = activation::inherited(&options.socket)?;
+        let mut kept = inherited.kept;
+        kept.extend(manager.given_back(NAME));
         // What takes its time comes before another daemon's place is taken.
-        let source = options.succeed.then(|| probes(options, interface));
+        let source = options.succeed.then(|| {
+            // That daemon uses what was kept.
+            kept.clear();
+            probes(options, interface, &Manager::default(), Vec::new())
+        });
         let endpoints = Endpoint::bind(&options.endpoint, options.succeed)?;
-        let (listener, before) = match activation::inherited(&options.socket)? {
+        let (listener, before) = match inherited.listener {
             Some(fd) => (Listener::take(fd, &options.socket, options.succeed)?, None),
             None => Listener::bind(&options.socket, options.succeed)?,
         };
-        let source = source.unwrap_or_else(|| probes(options, interface));
+        let (source, names, unused) =
+            source.unwrap_or_else(|| probes(options, interface, manager, kept));
         if let Some(before) = before {
             end_before(before);
         }
         raise_limits();
         let stats_file = options.stats_file.as_deref().map(stats_file).transpose()?;
         confinement::confine(options, interface);
+        if !unused.is_empty() {
+            // Closing the last descriptor of probes that nobody wanted takes its time.
+            let _ = std::thread::Builder::new().spawn(move || drop(unused));
+        }
         let daemon = Self {
             sessions: Sessions::new(
                 Duration::from_micros(options.spin_us.into()),
@@ -142,6 +158,7 @@ impl Daemon {
                 },
                 options.limits.clone(),
                 interface,
+                names,
             ),
             catalog: Arc::new(catalog),
             source,
@@ -236,8 +253,14 @@ impl Daemon {
     }
 }
 
-fn probes(options: &Options, interface: Interface) -> Source {
-    Source::load(!options.no_probes, options.probe_object.as_deref(), interface)
+fn probes(
+    options: &Options,
+    interface: Interface,
+    manager: &Manager,
+    kept: Vec<OwnedFd>,
+) -> (Source, Names, Vec<OwnedFd>) {
+    let object = options.probe_object.as_deref();
+    Source::load(!options.no_probes, object, interface, manager, kept)
 }
 
 /// The interface that was asked for, or what takes its place where the kernel says no.

@@ -26,6 +26,7 @@ pub mod lease;
 pub mod limits;
 pub mod measured;
 pub mod metrics;
+pub mod passing;
 pub mod probes;
 pub mod problem;
 pub mod records;

@@ -46,7 +46,7 @@ async fn run(options: &Options) -> Result<(), Problem> {
     // A host file beyond the limit of file sizes is an error of that file, not the daemon's end.
     let _too_large = signals(SignalKind::from_raw(libc::SIGXFSZ))?;
     let manager = Manager::connect();
-    let (daemon, listener) = Daemon::start(options)?;
+    let (daemon, listener) = Daemon::start(options, &manager)?;
     manager.ready();
     let mut out = std::io::stdout().lock();
     // Whoever started us without a place to read from does not wait for the line.

@@ -1,18 +1,23 @@
 //! Makes the statistics report: the probes' rows where there are probes, the daemon's own beside.
 
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::Duration;
 
+use crate::activation::Manager;
 use crate::engine::Interface;
+use crate::probes::Probes;
+use crate::probes::kept::{NAME, TakenOver};
 use crate::problem::log;
 use crate::session::Sessions;
 use crate::stats::{StageRow, StatsReport};
+use crate::volumes::Names;
 
 /// Where stage latencies come from.
 #[derive(Debug)]
 pub enum Source {
     /// The probes.
-    Probes(Box<crate::probes::Probes>),
+    Probes(Box<Probes>),
     /// The daemon's own clock, and why: what is missing and what to do.
     Daemon(String),
 }
@@ -37,18 +42,44 @@ impl Source {
         probes.close();
     }
 
-    /// Has the probes loaded for this process, which does its I/O by `interface`, unless `wanted` is
-    /// false.
+    /// Goes on with the probes of a daemon that died, if `kept` is what they are made of, or has
+    /// some loaded for this process, which does its I/O by `interface`, unless `wanted` is false.
+    /// `manager` keeps them for the next daemon. Also answers the names of the volumes that the
+    /// probes know by number, and what of `kept` is of no use.
     #[must_use]
-    pub fn load(wanted: bool, object: Option<&Path>, interface: Interface) -> Self {
-        if !wanted {
-            return Self::Daemon("probes are off; start posternd without --no-probes".to_owned());
+    pub fn load(
+        wanted: bool,
+        object: Option<&Path>,
+        interface: Interface,
+        manager: &Manager,
+        kept: Vec<OwnedFd>,
+    ) -> (Self, Names, Vec<OwnedFd>) {
+        if wanted && let Some(found) = Probes::take_over(&kept, object, interface) {
+            let TakenOver { mut probes, names, ledger } = found;
+            probes.let_go();
+            return (Self::Probes(Box::new(probes)), Names::noted(names, ledger), Vec::new());
         }
-        match crate::probes::Probes::start(object, interface) {
-            Ok(probes) => Self::Probes(Box::new(probes)),
+        if !kept.is_empty() {
+            manager.forget(NAME);
+        }
+        if !wanted {
+            let why = "probes are off; start posternd without --no-probes".to_owned();
+            return (Self::Daemon(why), Names::default(), kept);
+        }
+        match Probes::start(object, interface) {
+            Ok(mut probes) => {
+                let ledger = probes.keep(manager, object, interface).unwrap_or_else(|e| {
+                    let told = format_args!("the probes are not kept for the next daemon ({e})");
+                    log(told, "who started this one", "it will load its own");
+                    None
+                });
+                let names = ledger.map(|ledger| Names::noted(Vec::new(), ledger));
+                probes.let_go();
+                (Self::Probes(Box::new(probes)), names.unwrap_or_default(), kept)
+            }
             Err(unavailable) => {
                 log("no eBPF probes", &unavailable, "stages are taken by the daemon's own clock");
-                Self::Daemon(unavailable.to_string())
+                (Self::Daemon(unavailable.to_string()), Names::default(), kept)
             }
         }
     }

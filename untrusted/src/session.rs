@@ -25,6 +25,7 @@ use crate::limits::{Account, LaneShare, Limits, MAX_LANES, SessionRow};
 use crate::problem::log;
 use crate::region::Region;
 use crate::stats::{LaneStats, LeaseCounts, StatsHub};
+use crate::volumes::Names;
 
 /// Most sessions at once.
 pub const MAX_SESSIONS: usize = 64;
@@ -154,10 +155,17 @@ impl Attached {
 
 impl Sessions {
     /// No sessions; lanes spin for `spin` at most and do their I/O by `interface`, leases are held on
-    /// `terms`, each session has no more than `limits`.
+    /// `terms`, each session has no more than `limits`; volumes are known by `names`.
     #[must_use]
-    pub fn new(spin: Duration, terms: Terms, limits: Limits, interface: Interface) -> Self {
-        Self { spin, terms, limits: Arc::new(limits), interface, ..Self::default() }
+    pub fn new(
+        spin: Duration,
+        terms: Terms,
+        limits: Limits,
+        interface: Interface,
+        names: Names,
+    ) -> Self {
+        let (hub, limits) = (StatsHub::of(names), Arc::new(limits));
+        Self { spin, terms, limits, interface, hub, ..Self::default() }
     }
 
     /// What each session has and had, by number.

@@ -307,6 +307,13 @@ impl Merged {
 }
 
 impl StatsHub {
+    /// Nothing counted; volumes have these names and numbers.
+    #[must_use]
+    pub fn of(names: Names) -> Self {
+        let common = Arc::new(Common { names, ..Common::default() });
+        Self { common, ..Self::default() }
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -379,6 +386,10 @@ impl StatsHub {
     pub fn by_volume(&self) -> ByVolume {
         let inner = self.lock();
         let mut volumes = inner.ended.volumes.clone();
+        // Of some only the daemon before knew more than the name.
+        for number in 1..=self.common.names.count() {
+            volumes.entry(number).or_default();
+        }
         for lane in &inner.living {
             lane.add_to(&mut volumes);
         }

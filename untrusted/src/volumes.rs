@@ -15,6 +15,7 @@ use std::sync::{Mutex, PoisonError};
 use zerocopy::FromZeros;
 
 use crate::histogram::{Histogram, Snapshot, bump};
+use crate::probes::kept::Ledger;
 
 /// Most volumes with a name of their own in what the daemon tells.
 pub const MOST_VOLUMES: usize = 64;
@@ -199,9 +200,15 @@ impl VolumeTotals {
 /// The volumes that are told apart, by number: the order in which they were first opened. 0 is
 /// [`OTHERS`].
 #[derive(Debug, Default)]
-pub struct Names(Mutex<Vec<String>>);
+pub struct Names(Mutex<Vec<String>>, Option<Ledger>);
 
 impl Names {
+    /// The names that stand in `ledger`; further ones are noted there.
+    #[must_use]
+    pub fn noted(names: Vec<String>, ledger: Ledger) -> Self {
+        Self(Mutex::new(names), Some(ledger))
+    }
+
     /// The number of a volume; a new one for a new name as long as there are some.
     pub fn number(&self, name: &str) -> u64 {
         let mut names = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -209,10 +216,17 @@ impl Names {
         let at = known.or_else(|| {
             (names.len() < MOST_VOLUMES && name != OTHERS).then(|| {
                 names.push(name.to_owned());
+                self.1.iter().for_each(|ledger| ledger.append(name));
                 names.len() - 1
             })
         });
         at.map_or(0, |at| at as u64 + 1)
+    }
+
+    /// The highest number that was given.
+    #[must_use]
+    pub fn count(&self) -> u64 {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).len() as u64
     }
 
     /// The name of a number that [`Self::number`] gave.

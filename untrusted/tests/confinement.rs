@@ -136,6 +136,12 @@ fn no_program_no_process_no_connection_and_no_code_comes_into_being() {
         let me = rustix::process::getpid();
         let signal = rustix::process::Signal::CONT;
         assert_eq!(rustix::process::kill_process(me, signal), Err(Errno::PERM));
+        // The probes' maps are read, not written: BPF_MAP_UPDATE_ELEM is number 2.
+        // SAFETY: no memory is passed.
+        #[allow(unsafe_code)]
+        let written = unsafe { libc::syscall(libc::SYS_bpf, 2, 0, 16) };
+        assert_eq!(written, -1);
+        assert_eq!(errno(Err::<(), _>(std::io::Error::last_os_error())), Errno::PERM);
         // Threads go on to be made, and are confined too.
         let inner = std::thread::spawn(|| errno(std::fs::File::open("/etc/passwd")));
         assert_eq!(inner.join().unwrap(), Errno::ACCESS);

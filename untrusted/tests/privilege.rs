@@ -5,53 +5,18 @@
 #![allow(clippy::unwrap_used)]
 
 mod common;
+#[path = "common/probed.rs"]
+mod probed;
 
 use std::io::{BufRead as _, BufReader};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 
-use common::{FakeLane, direct_io_works, skip};
+use common::{FakeLane, direct_io_works};
 use postern_edl::port::{Submission, op};
-use posternd::engine::Interface;
-use posternd::probes::{OBJECT_NAME, OBJECT_VARIABLE, Probes, ProbesUnavailable};
+use posternd::probes::OBJECT_VARIABLE;
+use probed::{Ended, LOADERS, NOBODY, object, parts_for_nobody};
 
-/// A user that owns nothing on any machine.
-const NOBODY: u32 = 65534;
-/// What the loader needs: capabilities(7).
-const LOADERS: &str = "+bpf,+perfmon,+dac_read_search,+syslog";
 const REQUESTS: u64 = 20;
-
-struct Ended(Child);
-
-impl Drop for Ended {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// The probes' object, where they can be loaded at all.
-fn object() -> Option<PathBuf> {
-    if !rustix::process::geteuid().is_root() || !Path::new("/usr/bin/setpriv").exists() {
-        skip("needs root and setpriv(1)");
-        return None;
-    }
-    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap();
-    let named = std::env::var_os(OBJECT_VARIABLE).map(PathBuf::from);
-    let places = ["", "debug", "release"].map(|sub| target.join(sub).join(OBJECT_NAME));
-    let Some(object) = named.into_iter().chain(places).find(|path| path.is_file()) else {
-        skip("no postern-probes.o; build it by `cargo xtask build`");
-        return None;
-    };
-    match Probes::load(Some(&object), std::process::id(), Interface::Libaio) {
-        Ok(_) => Some(object),
-        Err(error @ ProbesUnavailable::Refused { .. }) => panic!("{error}"),
-        Err(error) => {
-            skip(&error.to_string());
-            None
-        }
-    }
-}
 
 #[test]
 fn a_daemon_of_its_own_user_serves_without_any_capability_while_its_probes_count() {
@@ -62,12 +27,7 @@ fn a_daemon_of_its_own_user_serves_without_any_capability_while_its_probes_count
     if !direct_io_works(directory.path()) {
         return;
     }
-    std::fs::copy(env!("CARGO_BIN_EXE_posternd"), path("posternd")).unwrap();
-    std::fs::copy(object, path(OBJECT_NAME)).unwrap();
-    std::fs::write(path("v"), vec![0; 1 << 20]).unwrap();
-    for name in ["", "posternd", OBJECT_NAME, "v"] {
-        std::os::unix::fs::chown(path(name), Some(NOBODY), Some(NOBODY)).unwrap();
-    }
+    parts_for_nobody(directory.path(), &object, &["v"]);
     let user = NOBODY.to_string();
     let mut command = Command::new("/usr/bin/setpriv");
     command.args(["--reuid", &user, "--regid", &user, "--clear-groups", "--no-new-privs"]);
@@ -123,11 +83,7 @@ fn a_daemon_without_the_loaders_capabilities_serves_without_probes_and_says_what
     let Some(object) = object() else { return };
     let directory = tempfile::tempdir().unwrap();
     let path = |name: &str| directory.path().join(name);
-    std::fs::copy(env!("CARGO_BIN_EXE_posternd"), path("posternd")).unwrap();
-    std::fs::copy(object, path(OBJECT_NAME)).unwrap();
-    for name in ["", "posternd", OBJECT_NAME] {
-        std::os::unix::fs::chown(path(name), Some(NOBODY), Some(NOBODY)).unwrap();
-    }
+    parts_for_nobody(directory.path(), &object, &[]);
     let user = NOBODY.to_string();
     let mut command = Command::new("/usr/bin/setpriv");
     command.args(["--reuid", &user, "--regid", &user, "--clear-groups"]);

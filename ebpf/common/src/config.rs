@@ -19,10 +19,8 @@ macro_rules! words {
 }
 
 words! {
-    /// Thread group that is traced.
-    Tgid,
-    /// Device (the kernel's `dev_t`) of the process-id namespace [`Self::Tgid`] is counted in; 0
-    /// for the initial one.
+    /// Device (the kernel's `dev_t`) of the process-id namespace that the traced process is counted
+    /// in; 0 for the initial one.
     PidNsDevice,
     /// Inode of that namespace.
     PidNsInode,

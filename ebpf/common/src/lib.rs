@@ -93,8 +93,13 @@ pub mod gate {
     pub const STATE: usize = 0;
     /// When it was opened again, CLOCK_MONOTONIC nanoseconds; 0: it was never closed.
     pub const OPENED_NS: usize = 1;
+    /// When a daemon took the probes over from one that had died, CLOCK_MONOTONIC nanoseconds; 0:
+    /// never. What was in flight before never ends.
+    pub const TAKEN_OVER_NS: usize = 2;
+    /// Requests that were in flight when their daemons died. Of no interest to the probes.
+    pub const ABANDONED: usize = 3;
     /// Number of words.
-    pub const WORDS: usize = 2;
+    pub const WORDS: usize = 4;
 
     /// Everything.
     pub const OPEN: u64 = 0;

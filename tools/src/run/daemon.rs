@@ -21,7 +21,7 @@ use rustix::{
 
 use crate::{
     error::{Exit, Failure},
-    run::signals::Signals,
+    run::{signals::Signals, store::Store},
 };
 
 /// First words of the line that the daemon prints when it listens.
@@ -72,6 +72,8 @@ pub enum NotStarted {
 /// A running daemon; killed when dropped before [`Daemon::stop`].
 pub struct Daemon<'a> {
     orders: Orders<'a>,
+    /// What it has kept for the one after it.
+    store: Store,
     child: Child,
     /// Kept open so that the daemon can print at any time.
     stdout: Option<ChildStdout>,
@@ -88,9 +90,13 @@ impl<'a> Daemon<'a> {
     /// # Errors
     /// [`Exit::NoDaemon`] with its last words if it does not come up.
     pub fn start(orders: Orders<'a>, signals: &Signals) -> Result<Self, NotStarted> {
-        let mut child = spawn(&orders, signals, true).map_err(NotStarted::Failed)?;
+        let store =
+            Store::new().map_err(|e| Failure::io("no socket to be had for", "posternd", &e));
+        let mut store = store.map_err(NotStarted::Failed)?;
+        let mut child = spawn(&orders, &mut store, signals, true).map_err(NotStarted::Failed)?;
         let stdout = child.stdout.take();
-        let mut daemon = Self { orders, child, stdout, ended: None, waited_for: true, unready: 0 };
+        let (ended, waited_for, unready) = (None, true, 0);
+        let mut daemon = Self { orders, store, child, stdout, ended, waited_for, unready };
         daemon.wait_until_ready(signals)?;
         Ok(daemon)
     }
@@ -156,7 +162,7 @@ impl<'a> Daemon<'a> {
         let words = last_words(&self.orders.log).unwrap_or_else(|| "it said nothing".to_owned());
         self.unready = if self.was_ready() { 0 } else { self.unready + 1 };
         if self.orders.restarts && self.unready < UNREADY_MOST {
-            match spawn(&self.orders, signals, false) {
+            match spawn(&self.orders, &mut self.store, signals, false) {
                 Ok(mut child) => {
                     self.stdout = child.stdout.take();
                     (self.child, self.ended) = (child, None);
@@ -253,7 +259,12 @@ impl Drop for Daemon<'_> {
 }
 
 /// Starts a daemon; the `first` one begins a new log.
-fn spawn(orders: &Orders<'_>, signals: &Signals, first: bool) -> Result<Child, Failure> {
+fn spawn(
+    orders: &Orders<'_>,
+    store: &mut Store,
+    signals: &Signals,
+    first: bool,
+) -> Result<Child, Failure> {
     let log = File::options()
         .create(true)
         .write(true)
@@ -283,7 +294,11 @@ fn spawn(orders: &Orders<'_>, signals: &Signals, first: bool) -> Result<Child, F
     for (option, value) in orders.limits {
         command.arg(option).arg(value);
     }
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log).process_group(0);
+    let input =
+        store.input().map_err(|e| Failure::io("no socket to be had for", "posternd", &e))?;
+    // It would speak to the manager of the launcher.
+    command.env_remove("NOTIFY_SOCKET");
+    command.stdin(input).stdout(Stdio::piped()).stderr(log).process_group(0);
     signals.restore_in(&mut command);
     let launcher = rustix::process::getpid();
     // SAFETY: 1. The closure runs between fork and exec: two system calls, nothing allocates.

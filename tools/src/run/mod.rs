@@ -15,6 +15,7 @@ mod plan;
 mod program;
 mod seal;
 mod signals;
+mod store;
 mod warden;
 
 use std::{

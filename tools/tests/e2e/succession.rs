@@ -8,8 +8,10 @@ use std::{
     process::Command,
 };
 
+use serde_json::Value;
+
 use crate::{
-    common::{Running, World, begin, end, signal, until},
+    common::{Running, World, begin, end, signal, skip, until},
     kill::{Confirmed, stop, words},
     launcher::{daemon_at_work, serving},
     lease::{EIO, Server},
@@ -46,6 +48,51 @@ fn a_program_goes_on_and_every_confirmed_write_is_there_however_often_the_daemon
     let checked = end(&mut world.run(&volume, words(&program, "check", sealed, &log, 0)));
     assert_eq!(checked.code(), 0, "{} {}", checked.stdout, checked.stderr);
     end(&mut world.postern(["verify", "v"])).expect(0);
+}
+
+/// The launcher keeps them from one daemon to the next, which loads none.
+#[test]
+fn the_probes_of_a_run_outlive_its_daemons_and_their_counts_add_up() {
+    const KILLS: usize = 5;
+    let Some(world) = World::new() else { return };
+    let Some(program) = world.guest("synclog") else { return };
+    let volume = world.format("v", "2M");
+    let (sealed, log) = (Path::new("/sealed/data"), world.path("log"));
+    let mut confirmed = Confirmed::of(&log);
+    let write = words(&program, "write", sealed, &log, 4711);
+    let mut running = begin(&mut world.run_with(&volume, &["--stats", "stats"], write));
+    let mut last = 0;
+    for _ in 0..KILLS {
+        let enough = confirmed.now() + 20;
+        confirmed.reach(enough, &mut running);
+        last = until("another daemon serves", || {
+            Some(daemon_at_work(&mut running, &volume)).filter(|&daemon| daemon != last)
+        });
+        signal("KILL", last);
+    }
+    let before_the_last = confirmed.now();
+    confirmed.reach(before_the_last + 20, &mut running);
+    let ended = stop(running);
+    assert_eq!(ended.stderr.matches("is started again").count(), KILLS, "{}", ended.stderr);
+    let report = std::fs::read(world.path("stats")).unwrap();
+    let report: Value = serde_json::from_slice(&report).unwrap();
+    if report["source"] != "ebpf" {
+        return skip(&format!("no probes: {}", report["source_note"]));
+    }
+    let of = |name: &str| report["counters"][format!("probe_{name}")].as_u64().unwrap();
+    for name in ["reap_unmatched", "overwritten", "batch_lost", "negative_crossing_in"] {
+        assert_eq!(of(name), 0, "{name}: {report}");
+    }
+    let rows = report["stages"].as_array().unwrap().iter();
+    let ended: u64 = rows
+        .filter(|row| row["stage"] == "host_submit")
+        .map(|row| row["count"].as_u64().unwrap())
+        .sum();
+    let gone = of("not_accepted") + of("abandoned");
+    assert_eq!(of("requests_seen"), ended + gone, "{report}");
+    // The last daemon's own clock knows of its own time alone.
+    let own = report["counters"]["submissions"].as_u64().unwrap();
+    assert!(ended >= own + before_the_last as u64, "{report}");
 }
 
 #[test]

@@ -7,7 +7,9 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use postern_ebpf_common::gate::{CLOSED, CLOSING, OPEN, OPENED_NS, STATE, WORDS};
+use postern_ebpf_common::gate::{
+    ABANDONED, CLOSED, CLOSING, OPEN, OPENED_NS, STATE, TAKEN_OVER_NS, WORDS,
+};
 
 /// Length of the mapping, bytes: what the kernel rounds the map up to on every machine.
 const LENGTH: usize = size_of::<[AtomicU64; WORDS]>();
@@ -70,6 +72,20 @@ impl Gate {
     /// Looks at nothing any more, unless it was opened meanwhile.
     pub fn close(&self) {
         let _ = self.words()[STATE].compare_exchange(CLOSING, CLOSED, Relaxed, Relaxed);
+    }
+
+    /// Requests that were in flight when their daemons died.
+    pub fn abandoned(&self) -> u64 {
+        self.words()[ABANDONED].load(Relaxed)
+    }
+
+    /// Goes on after a daemon that died with `in_flight` requests: of those nothing will come. What
+    /// it was about to close is closed.
+    pub fn take_over(&self, now_ns: u64, in_flight: u64) {
+        let words = self.words();
+        words[TAKEN_OVER_NS].store(now_ns, Relaxed);
+        words[ABANDONED].store(words[ABANDONED].load(Relaxed).wrapping_add(in_flight), Relaxed);
+        self.close();
     }
 }
 

@@ -90,10 +90,9 @@ const FUNCTIONS: [(Config, &str); 8] = [
     (Config::IoCompleteRw, "io_complete_rw"),
 ];
 
-/// Sets what names the traced process. A process-id namespace other than the initial one (a
-/// container) is told to the kernel along with the number.
-pub fn set_process(words: &mut Words, tgid: u32) {
-    words[Config::Tgid as usize] = u64::from(tgid);
+/// Sets in which process-id namespace the traced process has its number: one other than the initial
+/// one (a container) is told to the kernel.
+pub fn set_namespace(words: &mut Words) {
     // Without /proc nothing is known about namespaces: take the number as it is.
     let Ok(namespace) = std::fs::metadata("/proc/self/ns/pid") else { return };
     if namespace.ino() != INITIAL_PID_NAMESPACE {

@@ -9,30 +9,24 @@
 //! alone, and only descriptors of the kinds that it expects.
 
 use std::ffi::OsStr;
-use std::io::{IoSlice, IoSliceMut};
-use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use aya::maps::{Map, MapData, PerCpuArray};
-use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
-};
+use aya::maps::{Array, Map, MapData, PerCpuArray};
+use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, socketpair};
 use rustix::thread::{CapabilitySet, CapabilitySets};
 use serde::{Deserialize, Serialize};
 
-use super::{Attached, Gate, Probes, ProbesUnavailable};
+use super::{
+    Attached, COUNTERS_MAP, GATE_MAP, Gate, HISTOGRAMS, MAPS, Probes, ProbesUnavailable, TARGET_MAP,
+};
 use crate::engine::Interface;
+use crate::passing;
 
 /// First argument of the executable that makes it a loader; the number of the process to trace, the
 /// interface that it does its I/O by and, if one was named, the object follow. Its standard input is the socket.
 pub const ARGUMENT: &str = "--load-probes";
-
-/// Most descriptors of one hand-over, and longest text with them, bytes.
-const MOST_DESCRIPTORS: usize = 64;
-const MOST_BYTES: usize = 16 << 10;
 
 /// What the loader says; the descriptors come with it: the maps, the programs, the links.
 #[derive(Debug, Serialize, Deserialize)]
@@ -85,28 +79,37 @@ impl Probes {
         }
     }
 
-    /// Puts together what was handed over.
-    fn of(notes: Vec<String>, names: Vec<String>, descriptors: Vec<OwnedFd>) -> Option<Self> {
+    /// Puts together what was handed over: the maps, the programs that have these names, the links.
+    pub(super) fn of(
+        notes: Vec<String>,
+        names: Vec<String>,
+        descriptors: Vec<OwnedFd>,
+    ) -> Option<Self> {
         let mut descriptors = descriptors.into_iter();
         let mut next = |kind: &str| descriptors.next().filter(|fd| is_a(fd.as_fd(), kind));
-        let map = |fd| Map::from_map_data(MapData::from_fd(fd).ok()?).ok();
-        let histograms = PerCpuArray::try_from(map(next("bpf-map")?)?).ok()?;
-        let counters = PerCpuArray::try_from(map(next("bpf-map")?)?).ok()?;
-        let gate = Gate::of(next("bpf-map")?.as_fd()).ok()?;
+        let maps: Vec<OwnedFd> = MAPS.iter().map(|_| next("bpf-map")).collect::<Option<_>>()?;
+        let map = |name| {
+            let at = MAPS.iter().position(|known| *known == name)?;
+            let fd = maps.get(at)?.try_clone().ok()?;
+            Map::from_map_data(MapData::from_fd(fd).ok()?).ok()
+        };
+        let histograms = PerCpuArray::try_from(map(HISTOGRAMS)?).ok()?;
+        let counters = PerCpuArray::try_from(map(COUNTERS_MAP)?).ok()?;
+        let target = Some(Array::try_from(map(TARGET_MAP)?).ok()?);
+        let at = MAPS.iter().position(|name| *name == GATE_MAP)?;
+        let gate = Gate::of(maps.get(at)?.as_fd()).ok()?;
         let programs: Option<Vec<_>> =
             names.into_iter().map(|name| Some((name, next("bpf-prog")?))).collect();
         let (programs, links) = (programs?, descriptors.collect::<Vec<_>>());
-        let attached = Attached::Elsewhere { _links: links };
-        Some(Self { histograms, counters, gate, notes, programs, attached })
+        let attached = Attached::Elsewhere { links };
+        Some(Self { histograms, counters, target, gate, notes, maps, programs, attached })
     }
 
     /// What is handed over for these probes.
     fn parts(&self) -> std::io::Result<(Said, Vec<OwnedFd>)> {
         let mut descriptors = Vec::new();
-        if let Attached::Here { maps, .. } = &self.attached {
-            for map in maps {
-                descriptors.push(map.try_clone()?);
-            }
+        for map in &self.maps {
+            descriptors.push(map.try_clone()?);
         }
         let mut names = Vec::new();
         for (name, program) in &self.programs {
@@ -130,10 +133,11 @@ pub fn main(mut arguments: impl Iterator<Item = std::ffi::OsString>) -> u8 {
     let object = arguments.next().map(PathBuf::from);
     let (Some(process), Some(interface)) = (process, interface) else { return 2 };
     let socket = std::io::stdin();
-    let said = |said: &Said, descriptors: &[OwnedFd]| match send(socket.as_fd(), said, descriptors)
-    {
-        Ok(()) => 0,
-        Err(_) => 1,
+    let said = |said: &Said, descriptors: &[OwnedFd]| {
+        let descriptors: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
+        let text = serde_json::to_vec(said).map_err(std::io::Error::from);
+        let sent = text.and_then(|text| passing::send(&socket, &text, &descriptors));
+        u8::from(sent.is_err())
     };
     let failed = |what: String| said(&Said::Failed { what }, &[]);
     if let Err(e) = keep_only(needed()) {
@@ -166,7 +170,7 @@ fn keep_only(kept: CapabilitySet) -> rustix::io::Result<()> {
 }
 
 /// Whether a descriptor is one of the kernel's anonymous files of this kind.
-fn is_a(fd: BorrowedFd<'_>, kind: &str) -> bool {
+pub(super) fn is_a(fd: BorrowedFd<'_>, kind: &str) -> bool {
     use std::os::fd::AsRawFd as _;
     let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
     let name = link.ok().and_then(|link| link.to_str().map(str::to_owned));
@@ -175,8 +179,13 @@ fn is_a(fd: BorrowedFd<'_>, kind: &str) -> bool {
     })
 }
 
-/// The links of this process, or, where the kernel has none (before 5.15), its perf events, which
-/// do the same. The library does not give them out.
+/// Whether a descriptor keeps a program attached: a link, or, where the kernel has none (before
+/// 5.15), a perf event, which does the same.
+pub(super) fn is_link(fd: BorrowedFd<'_>) -> bool {
+    ["bpf_link", "bpf-link", "perf_event"].iter().any(|kind| is_a(fd, kind))
+}
+
+/// The links of this process. The library does not give them out.
 fn open_links() -> std::io::Result<Vec<OwnedFd>> {
     let mut links = Vec::new();
     for entry in std::fs::read_dir("/proc/self/fd")? {
@@ -186,47 +195,17 @@ fn open_links() -> std::io::Result<Vec<OwnedFd>> {
         // SAFETY: borrowed for this statement. The number was open a moment ago and this process has
         //    one thread; the directory's own is no link and is not kept.
         let fd = unsafe { BorrowedFd::borrow_raw(number) };
-        if is_a(fd, "bpf_link") || is_a(fd, "bpf-link") || is_a(fd, "perf_event") {
+        if is_link(fd) {
             links.push(fd.try_clone_to_owned()?);
         }
     }
     Ok(links)
 }
 
-fn send(socket: BorrowedFd<'_>, said: &Said, descriptors: &[OwnedFd]) -> std::io::Result<()> {
-    let text = serde_json::to_vec(said)?;
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
-    let mut control = SendAncillaryBuffer::new(&mut space);
-    let borrowed: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
-    if !borrowed.is_empty() && !control.push(SendAncillaryMessage::ScmRights(&borrowed)) {
-        return Err(std::io::ErrorKind::InvalidInput.into());
-    }
-    sendmsg(socket, &[IoSlice::new(&text)], &mut control, SendFlags::NOSIGNAL)?;
-    Ok(())
-}
-
 fn receive(socket: &OwnedFd) -> std::io::Result<(Said, Vec<OwnedFd>)> {
-    let mut bytes = vec![0; MOST_BYTES];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    let flags = RecvFlags::CMSG_CLOEXEC;
-    let message = loop {
-        match recvmsg(socket, &mut [IoSliceMut::new(&mut bytes)], &mut control, flags) {
-            Err(rustix::io::Errno::INTR) => {}
-            other => break other?,
-        }
-    };
-    let descriptors = control
-        .drain()
-        .filter_map(|message| match message {
-            RecvAncillaryMessage::ScmRights(descriptors) => Some(descriptors),
-            _ => None,
-        })
-        .flatten()
-        .collect();
-    if message.bytes == 0 {
+    let (text, descriptors) = passing::receive(socket, RecvFlags::empty())?;
+    if text.is_empty() {
         return Err(std::io::ErrorKind::UnexpectedEof.into());
     }
-    bytes.truncate(message.bytes);
-    Ok((serde_json::from_slice(&bytes)?, descriptors))
+    Ok((serde_json::from_slice(&text)?, descriptors))
 }

@@ -7,13 +7,15 @@
 //! Loading takes privileges that serving does not need: [`Probes::start`] has a process of its own
 //! do it, which ends before the first enclave connects ([`mod@loader`]).
 //!
-//! Holds: the kernel removes the programs when [`Probes`] is dropped or the process dies; without
+//! Holds: the kernel removes the programs when [`Probes`] is dropped or the process dies, unless
+//! somebody keeps them for the next one ([`mod@kept`]); without
 //! probes the daemon works the same, with times of its own. Does not hold: that every kernel can
 //! tell when the device was done; [`Probes::notes`] says when it can not.
 
 mod btf;
 mod error;
 mod gate;
+pub mod kept;
 mod kernel;
 pub mod loader;
 
@@ -22,7 +24,7 @@ use std::collections::btree_map::Entry;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use aya::maps::{Map, MapData, PerCpuArray};
+use aya::maps::{Array, Map, MapData, MapError, PerCpuArray};
 use aya::programs::{BtfTracePoint, ProgramError, TracePoint};
 use aya::{Btf, Ebpf, EbpfError, EbpfLoader};
 use postern_ebpf_common::counter::{COUNTERS, Counter, NAMES, WRITERS};
@@ -65,6 +67,12 @@ const BLOCK_LAYER: [(&str, usize, &str); 2] =
 const HISTOGRAMS: &str = "HISTOGRAMS";
 const COUNTERS_MAP: &str = "COUNTERS";
 const GATE_MAP: &str = "GATE";
+const TARGET_MAP: &str = "TARGET";
+/// All of these, in the order in which they are handed over.
+const MAPS: [&str; 4] = [HISTOGRAMS, COUNTERS_MAP, GATE_MAP, TARGET_MAP];
+
+/// Counted beside what the programs count: requests that were in flight when their daemon died.
+pub const ABANDONED: &str = "abandoned";
 
 /// Most memory that the histograms of all volumes take on all processors together, bytes. One volume
 /// has some in any case.
@@ -76,8 +84,12 @@ const TRACEFS: &str = "/sys/kernel/tracing";
 pub struct Probes {
     histograms: PerCpuArray<MapData, [u64; HISTOGRAM_WORDS]>,
     counters: PerCpuArray<MapData, [u64; COUNTERS]>,
+    /// Until it is let go.
+    target: Option<Array<MapData, u64>>,
     gate: Gate,
     notes: Vec<String>,
+    /// To be handed over; then they are let go.
+    maps: Vec<OwnedFd>,
     programs: Vec<(String, OwnedFd)>,
     /// What keeps the programs attached.
     attached: Attached,
@@ -85,14 +97,8 @@ pub struct Probes {
 
 /// Dropped, it detaches.
 enum Attached {
-    Here {
-        _ebpf: Box<Ebpf>,
-        /// The maps, to be handed over.
-        maps: Vec<OwnedFd>,
-    },
-    Elsewhere {
-        _links: Vec<OwnedFd>,
-    },
+    Here { _ebpf: Box<Ebpf> },
+    Elsewhere { links: Vec<OwnedFd> },
 }
 
 /// What one probe costs, as far as the kernel counts it.
@@ -137,7 +143,7 @@ impl Probes {
         provide_tracefs(&mut notes)?;
 
         let mut words = [0; config::WORDS];
-        kernel::set_process(&mut words, tgid);
+        kernel::set_namespace(&mut words);
         kernel::set_arguments(&mut words, &types)
             .map_err(|what| ProbesUnavailable::Kernel { what })?;
         if interface == Interface::Uring {
@@ -153,6 +159,21 @@ impl Probes {
             .override_global(config::SYMBOL, &words[..], true)
             .load(&bytes)
             .map_err(|error| refused_object(&path, &error))?;
+        let maps: Option<Vec<OwnedFd>> = MAPS
+            .iter()
+            .map(|name| match ebpf.map(name) {
+                Some(Map::PerCpuArray(data) | Map::Array(data)) => {
+                    data.fd().as_fd().try_clone_to_owned().ok()
+                }
+                _ => None,
+            })
+            .collect();
+        let maps = maps.ok_or_else(|| ProbesUnavailable::Object {
+            path: path.clone(),
+            reason: "its maps can not be used".to_owned(),
+        })?;
+        let mut target: Array<_, u64> = map(&mut ebpf, TARGET_MAP, &path)?;
+        target.set(0, u64::from(tgid), 0).map_err(|e| refused("which process is traced", &e))?;
         match interface {
             Interface::Libaio => {
                 for (program, tracepoint) in AIO {
@@ -174,15 +195,8 @@ impl Probes {
             Ok(()) => attach_block_layer(&mut ebpf, &types, &mut notes),
             Err(reason) => notes.push(no_device(&reason)),
         }
-        let maps = [HISTOGRAMS, COUNTERS_MAP, GATE_MAP].iter();
-        let maps = maps.filter_map(|name| match ebpf.map(name) {
-            Some(Map::PerCpuArray(data) | Map::Array(data)) => {
-                data.fd().as_fd().try_clone_to_owned().ok()
-            }
-            _ => None,
-        });
-        let maps: Vec<OwnedFd> = maps.collect();
-        let gate = maps.last().map(|map| Gate::of(map.as_fd()));
+        let at = MAPS.iter().position(|name| *name == GATE_MAP);
+        let gate = at.map(|at| Gate::of(maps[at].as_fd()));
         let gate = gate.and_then(Result::ok).ok_or_else(|| ProbesUnavailable::Object {
             path: path.clone(),
             reason: format!("its map {GATE_MAP} can not be used"),
@@ -196,8 +210,28 @@ impl Probes {
                 Some((name.to_owned(), fd))
             })
             .collect();
-        let attached = Attached::Here { _ebpf: Box::new(ebpf), maps };
-        Ok(Self { histograms, counters, gate, notes, programs, attached })
+        let (target, attached) = (Some(target), Attached::Here { _ebpf: Box::new(ebpf) });
+        Ok(Self { histograms, counters, target, gate, notes, maps, programs, attached })
+    }
+
+    /// Looks at the requests of the process `tgid` from now on; whether it does.
+    fn follow(&mut self, tgid: u32) -> bool {
+        let set = self.target.as_mut().map(|target| target.set(0, u64::from(tgid), 0));
+        matches!(set, Some(Ok(())))
+    }
+
+    /// Closes what only setting up takes. From now on this process can not turn the probes to
+    /// others, nor can anybody whom it gives descriptors.
+    pub fn let_go(&mut self) {
+        self.target = None;
+        self.maps.clear();
+    }
+
+    fn links(&self) -> &[OwnedFd] {
+        match &self.attached {
+            Attached::Here { .. } => &[],
+            Attached::Elsewhere { links } => links,
+        }
     }
 
     /// Latency by stage and operation since the probes were loaded, all volumes together, in the
@@ -304,8 +338,8 @@ impl Probes {
         let rows = self.rows();
         let ended = rows.iter().filter(|row| row.stage == STAGES[stage::HOST_SUBMIT as usize]);
         let ended = ended.map(|row| row.count).sum::<u64>();
-        of(Counter::Seen)
-            .saturating_sub(of(Counter::NotAccepted) + of(Counter::Overwritten) + ended)
+        let gone = of(Counter::NotAccepted) + of(Counter::Overwritten) + self.gate.abandoned();
+        of(Counter::Seen).saturating_sub(gone + ended)
     }
 
     /// What was counted instead of recorded, by name; also the requests seen and, for each program
@@ -315,6 +349,7 @@ impl Probes {
         let totals = self.totals();
         let mut named: BTreeMap<String, u64> =
             NAMES.iter().map(|name| (*name).to_owned()).zip(totals).collect();
+        named.insert(ABANDONED.to_owned(), self.gate.abandoned());
         for cost in self.costs() {
             named.insert(format!("missed_{}", cost.name), cost.missed);
         }
@@ -584,14 +619,14 @@ fn attach_block_layer(ebpf: &mut Ebpf, types: &btf::KernelTypes, notes: &mut Vec
     }
 }
 
-fn map<V: aya::Pod>(
+fn map<M: TryFrom<Map, Error = MapError>>(
     ebpf: &mut Ebpf,
     name: &str,
     path: &Path,
-) -> Result<PerCpuArray<MapData, V>, ProbesUnavailable> {
+) -> Result<M, ProbesUnavailable> {
     let unusable = |reason: String| ProbesUnavailable::Object { path: path.to_owned(), reason };
     let map = ebpf.take_map(name).ok_or_else(|| unusable(format!("it has no map {name}")))?;
-    map.try_into().map_err(|error: aya::maps::MapError| unusable(format!("{name}: {error}")))
+    map.try_into().map_err(|error: MapError| unusable(format!("{name}: {error}")))
 }
 
 fn refused_object(path: &Path, error: &EbpfError) -> ProbesUnavailable {

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 
 use clap::Parser;
+use posternd::activation::Manager;
 use posternd::daemon::{Daemon, Options};
 use posternd::endpoint::Endpoint;
 use posternd::problem::Problem;
@@ -34,7 +35,7 @@ impl InProcess {
             let runtime =
                 tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             runtime.block_on(async {
-                match Daemon::start(&options) {
+                match Daemon::start(&options, &Manager::default()) {
                     Ok((daemon, listener)) => {
                         let metrics = daemon.endpoints.first().map(Endpoint::address);
                         ready.send(Ok(metrics)).unwrap();
