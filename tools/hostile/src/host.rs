@@ -65,6 +65,8 @@ pub struct Host<S> {
     owed: Vec<Submission>,
     /// Ids that were answered.
     past: Vec<u64>,
+    /// Ids that the daemon before was asked under and did not answer, or only just.
+    left: Vec<u64>,
     /// Short answers in a row, by what was asked: operation and end of the buffer.
     short: BTreeMap<(u32, u64), u8>,
     /// Acts that a silence still lasts.
@@ -85,6 +87,7 @@ impl<S: Store> Host<S> {
             waiting: Vec::new(),
             owed: Vec::new(),
             past: Vec::new(),
+            left: Vec::new(),
             short: BTreeMap::new(),
             silent: 0,
             deeds: Deeds::default(),
@@ -115,11 +118,14 @@ impl<S: Store> Host<S> {
     /// The daemon ends, and another one begins with the ring laid out anew: of what it had taken
     /// some is done. It remembers what ids the one before was asked under, and what that owes.
     pub fn succeed(&mut self, region: &[AtomicU64]) {
+        // The last answers may not have been looked at.
+        self.left = self.past.iter().rev().take(2).copied().collect();
         for asked in core::mem::take(&mut self.waiting) {
             if self.rng.chance(5000) {
                 self.perform(region, &asked, asked.length);
             }
             self.remember(asked.id);
+            self.left.push(asked.id);
         }
         (self.taken, self.answered, self.silent) = (0, 0, 0);
     }
@@ -127,11 +133,16 @@ impl<S: Store> Host<S> {
     /// Answers, if it breaks the contract at all and now and then, what only the daemon before was
     /// asked.
     pub fn haunt(&mut self, region: &[AtomicU64]) {
-        let often = self.temper.breaches.saturating_mul(50).min(5000);
-        if !self.past.is_empty() && self.rng.chance(often) {
+        if self.temper.breaches > 0 && !self.past.is_empty() && self.rng.chance(5000) {
             self.deeds.breaches += 1;
-            let back = self.rng.index(self.past.len().min(8));
-            let id = self.past[self.past.len() - 1 - back];
+            // What that one had answered, or what the next one has not been asked yet.
+            let unanswered = !self.left.is_empty() && self.rng.chance(9000);
+            let id = if unanswered {
+                self.rng.one_of(&self.left)
+            } else {
+                let back = self.rng.index(self.past.len().min(8));
+                self.past[self.past.len() - 1 - back]
+            };
             let result = self.rng.one_of(&[0, 4096]);
             self.answer(region, id, result);
         }

@@ -172,7 +172,7 @@ impl Table {
         if matches!(slot.state, State::Free | State::Done(_)) && !left_out!(TwiceDone) {
             return Err(HostFault::DuplicateCompletion { id });
         }
-        if !slot.published {
+        if !slot.published && !left_out!(BeforeHandover) {
             return Err(HostFault::UnknownRequest { id });
         }
         let asked = slot.submission.length;

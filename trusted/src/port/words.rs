@@ -22,6 +22,17 @@ use crate::disk::{BLOCK, Block};
 const BLOCK_WORDS: usize = BLOCK / 8;
 
 /// A region of untrusted memory, as 8-byte words.
+///
+/// ```
+/// fn whole(words: &postern_trusted::port::SharedWords) -> u64 { words.load(0) }
+/// ```
+/// A narrower access does not compile:
+/// ```compile_fail,E0308
+/// fn narrow(words: &postern_trusted::port::SharedWords) -> u32 { words.load(0) }
+/// ```
+/// ```compile_fail,E0308
+/// fn narrow(words: &postern_trusted::port::SharedWords) { words.store(0, 1_u32) }
+/// ```
 pub struct SharedWords {
     base: NonNull<AtomicU64>,
     words: usize,

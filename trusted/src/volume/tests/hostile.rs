@@ -339,7 +339,10 @@ impl Scene {
     fn succeed(&mut self) {
         self.lane.withhold();
         self.watch.borrow_mut().withhold();
-        self.pass_time();
+        // At times there is much that it has not answered.
+        if self.rng.below(2) == 0 {
+            self.pass_time();
+        }
         self.watch.borrow_mut().begin_renewal();
         self.lane.renew();
         self.watch.borrow_mut().end_renewal();

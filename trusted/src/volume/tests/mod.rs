@@ -112,6 +112,8 @@ pub(crate) enum Canary {
     BriefScan,
     /// A completion is taken for the request that has its index now, whatever its generation.
     AnyGeneration,
+    /// A completion is taken for what was asked of the daemon before, and not of this one yet.
+    BeforeHandover,
     /// A completion is taken for a request that was completed before.
     TwiceDone,
     /// A length that cannot be is taken for the length done.

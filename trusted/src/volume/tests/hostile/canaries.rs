@@ -12,6 +12,7 @@ fn caught(canary: Canary, first: u64) {
 
 canaries! {
     a_completion_of_an_earlier_use_of_an_index_is_caught => AnyGeneration from 40,
+    an_answer_to_what_only_the_daemon_before_was_asked_is_caught => BeforeHandover from 650,
     a_second_completion_that_counts_is_caught => TwiceDone from 59,
     a_length_that_cannot_be_and_is_believed_is_caught => AnyResult from 115,
     a_part_that_is_taken_for_the_whole_is_caught => ShortIsWhole from 54,
