@@ -3,11 +3,12 @@
 
 use std::{
     io::{BufRead as _, BufReader, Write as _},
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
 };
 
-use crate::common::{World, begin, children, end, name_of, signal};
+use crate::common::{World, begin, children, end, name_of, signal, until};
 
 /// A program that does to the volume what it is told.
 pub struct Server {
@@ -130,6 +131,34 @@ fn two_programs_take_turns_on_a_volume_and_each_reads_what_the_other_wrote() {
     two.expect("r 100", "7");
     two.end();
     end(&mut world.postern(["verify", "v"])).expect(0);
+}
+
+/// Whether process `pid` has a lock on `file` (flock(2)), as proc_locks(5) tells.
+fn has_lock(pid: u32, file: &Path) -> bool {
+    let inode = std::fs::metadata(file).unwrap().ino().to_string();
+    std::fs::read_to_string("/proc/locks").unwrap().lines().any(|line| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        matches!(words[..], [_, "FLOCK", _, _, holder, place, ..]
+            if holder == pid.to_string() && place.rsplit(':').next() == Some(&inode))
+    })
+}
+
+#[test]
+fn a_volume_comes_back_though_the_daemon_is_killed_amid_it() {
+    let Some((world, volume, program)) = surroundings() else { return };
+    // So few requests a second that reading what it takes to open the volume lasts.
+    let mut one = Server::on(&world, &volume, &program, &["--limit", "iops=20"]);
+    one.expect("w 3 7", "ok");
+    let mut two = Server::on(&world, &volume, &program, &[]);
+    two.expect("r 3", "7");
+    two.end();
+    let daemon = one.program_called("posternd");
+    assert!(!has_lock(daemon, &volume));
+    one.send("r 3");
+    until("it has the lease again", || has_lock(daemon, &volume).then_some(()));
+    signal("KILL", daemon);
+    assert_eq!(one.answer(), "7");
+    one.end();
 }
 
 #[test]

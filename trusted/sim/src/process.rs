@@ -508,7 +508,8 @@ impl Process {
             }
             drop(_active);
             self.mend();
-            self.sleep(&|| flag.woken.load(Ordering::Acquire), None, Signals::Held);
+            let longest = service::longest_sleep(self);
+            self.sleep(&|| flag.woken.load(Ordering::Acquire), longest, Signals::Held);
         }
     }
 

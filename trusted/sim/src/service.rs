@@ -67,6 +67,13 @@ pub fn is_mine_to_mend() -> bool {
     runs_here() || PARKING.load(Ordering::Acquire) == PARKED
 }
 
+/// How long the calling thread may sleep amid something else before it is to [`Process::mend`];
+/// `None`: that is another thread's to do. Nothing rings when the next daemon is there.
+#[must_use]
+pub fn longest_sleep(process: &Process) -> Option<u64> {
+    is_mine_to_mend().then(|| if process.waits_for_a_daemon() { TICK_LOST_NS } else { CENSUS_NS })
+}
+
 /// Stops the thread at a place where it holds nothing: exec is about to end it.
 pub fn park() {
     // One that is only beginning would be cut off by the process's end with a lock in hand.
