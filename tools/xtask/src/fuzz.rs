@@ -22,6 +22,8 @@ const HANG: u32 = 60;
 /// The target that is built with the whole daemon: minutes, which a short run does not spend.
 const OF_DAEMON: &str = "descriptors";
 
+const NO_CARGO_FUZZ: &str = "no cargo-fuzz (cargo install cargo-fuzz)";
+
 /// Options of `cargo xtask fuzz`.
 #[derive(Args, Debug)]
 pub struct Options {
@@ -48,7 +50,7 @@ pub fn all(tree: &Tree, options: &Options) -> Result<()> {
 /// # Errors
 /// If a target finds something.
 pub fn short(tree: &Tree) -> Result<()> {
-    step("fuzzing", || match missing() {
+    step("fuzzing", || match missing().and_then(install) {
         Some(missing) => {
             eprintln!("    SKIPPED: {missing}; the tests ran the same targets over their seeds");
             Ok(())
@@ -72,7 +74,19 @@ fn missing() -> Option<&'static str> {
     if !works(&["rustc", "--version"]) {
         return Some("no nightly toolchain (rustup toolchain install nightly)");
     }
-    (!works(&["cargo", "fuzz", "--version"])).then_some("no cargo-fuzz (cargo install cargo-fuzz)")
+    (!works(&["cargo", "fuzz", "--version"])).then_some(NO_CARGO_FUZZ)
+}
+
+/// Installs cargo-fuzz if it is that; answers what is missing all the same.
+fn install(missing_now: &'static str) -> Option<&'static str> {
+    if missing_now != NO_CARGO_FUZZ {
+        return Some(missing_now);
+    }
+    let done = run(Command::new("cargo").args(["install", "--quiet", "--locked", "cargo-fuzz"]));
+    if let Err(error) = done {
+        eprintln!("    {error:#}");
+    }
+    missing()
 }
 
 fn sources(tree: &Tree) -> PathBuf {

@@ -20,11 +20,19 @@ struct Package {
     present: fn() -> bool,
 }
 
-const PACKAGES: [Package; 9] = [
+const PACKAGES: [Package; 17] = [
     Package { name: "fio", purpose: "tests, demo, bench", present: || on_path("fio") },
     Package { name: "strace", purpose: "one test", present: || on_path("strace") },
     Package { name: "prometheus", purpose: "tests of metrics", present: || on_path("promtool") },
     Package { name: "bpftrace", purpose: "one test", present: || on_path("bpftrace") },
+    Package { name: "etcd-server", purpose: "tests of counters", present: || on_path("etcd") },
+    Package { name: "etcd-client", purpose: "one test", present: || on_path("etcdctl") },
+    Package { name: "btrfs-progs", purpose: "one test", present: || on_path("mkfs.btrfs") },
+    Package { name: "xfsprogs", purpose: "one test", present: || on_path("mkfs.xfs") },
+    Package { name: "stress-ng", purpose: "one test", present: || on_path("stress-ng") },
+    Package { name: "sysbench", purpose: "one test", present: || on_path("sysbench") },
+    Package { name: "ioping", purpose: "one test", present: || on_path("ioping") },
+    Package { name: "qemu-utils", purpose: "one test", present: || on_path("qemu-io") },
     Package { name: "chromium", purpose: "tests of the page", present: || on_path("chromium") },
     Package {
         name: "libaio-dev",
