@@ -11,8 +11,7 @@ use rustix::io::Errno;
 
 use super::{libaio::Libaio, uring::Uring};
 
-/// Most requests handed to the kernel by one call. Small, so that the first of a batch is under
-/// way early.
+/// Most requests that one call can hand to the kernel.
 pub const BATCH: usize = 32;
 
 /// Most completions taken from the kernel by one call.
