@@ -121,7 +121,7 @@ fn a_session_above_its_rate_is_slowed_down_and_loses_nothing() {
         let took = now_ns() - began;
         done.sort_by_key(|completion| completion.id);
         assert!(done.iter().zip(0..).all(|(c, n)| (c.id, c.result) == (n, 4096)), "{done:?}");
-        // 100 ms ahead, and one batch that is paid for afterwards.
+        // 100 ms ahead, and one batch of 32 that is paid for afterwards.
         assert!(took >= 120_000_000, "{limit:?}: {took} ns");
         let row = lane.stats().each_session[0].clone();
         assert_eq!((row.requests, row.bytes), (REQUESTS, REQUESTS * 4096));

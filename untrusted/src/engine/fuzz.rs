@@ -21,7 +21,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::io::Errno;
 
-use super::queue::{BATCH, Entry, Interface, Queue};
+use super::queue::{Entry, Interface, Queue};
 use super::{Act, BrokenRing, Doorbells, Engine, MAX_FILES, Pace, Place};
 use crate::files::{Catalog, Opening};
 use crate::limits::LaneShare;
@@ -294,7 +294,7 @@ pub fn descriptors(data: &[u8]) {
             })
             .collect();
         bench.publish(&reads, bench.engine.taken + reads.len() as u64);
-        assert_eq!(bench.engine.take(BATCH), Ok(!reads.is_empty()));
+        assert_eq!(bench.engine.take(), Ok(!reads.is_empty()));
 
         let taken = bench.engine.taken;
         let (count, published) = match number {
@@ -329,7 +329,7 @@ pub fn descriptors(data: &[u8]) {
                 }
             }
         }
-        assert_eq!(bench.engine.take(BATCH), expected, "{words:x?}");
+        assert_eq!(bench.engine.take(), expected, "{words:x?}");
         assert_eq!(bench.engine.taken, end);
         assert_eq!(bench.enclave.word(cursor::SQ_TAKEN).load(Ordering::Acquire), end);
         let staged: Vec<_> =

@@ -141,12 +141,6 @@ impl Work {
     }
 }
 
-/// Descriptors taken at once. From three in a call on the kernel holds requests back until it has
-/// prepared the last one (AIO_PLUG_THRESHOLD in fs/aio.c; io_uring has the same): meanwhile the device
-/// idles, and what it completes waits to be published.
-const AT_ONCE: usize = 2;
-const _: () = assert!(AT_ONCE <= BATCH);
-
 /// One lane's data path.
 pub struct Engine {
     // Dropped in this order: the queue first, which waits for the kernel.
@@ -303,7 +297,7 @@ impl Engine {
         }
         let mut taken = Ok(false);
         if !self.stopped && !self.queue.is_pending() {
-            taken = self.take(AT_ONCE);
+            taken = self.take();
             // Also what was taken before a broken descriptor.
             if self.queue.is_pending() {
                 self.submit();
@@ -395,8 +389,8 @@ impl Engine {
         self.region.word(index)
     }
 
-    /// Takes up to `most` descriptors, at most [`BATCH`], from the ring into the empty batch.
-    fn take(&mut self, most: usize) -> Result<bool, BrokenRing> {
+    /// Takes up to a batch of descriptors from the ring into the empty batch.
+    fn take(&mut self) -> Result<bool, BrokenRing> {
         // Partner: the enclave's Release store after it wrote the descriptors.
         let published = self.word(cursor::SQ_PUBLISHED).load(Ordering::Acquire);
         let waiting = published.wrapping_sub(self.taken);
@@ -410,7 +404,7 @@ impl Engine {
             return Ok(false);
         }
         let picked_ns = now_ns();
-        let (most, most_bytes) = match self.share.ask(waiting.min(most as u64), picked_ns) {
+        let (most, most_bytes) = match self.share.ask(waiting.min(BATCH as u64), picked_ns) {
             Leave::Take { requests, bytes } => (requests, bytes),
             held => {
                 self.held = Some(held);

@@ -11,7 +11,8 @@ use rustix::io::Errno;
 
 use super::{libaio::Libaio, uring::Uring};
 
-/// Most requests that one call can hand to the kernel.
+/// Most requests handed to the kernel by one call. Small, so that the first of a batch is under
+/// way early.
 pub const BATCH: usize = 32;
 
 /// Most completions taken from the kernel by one call.

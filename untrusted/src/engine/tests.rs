@@ -72,7 +72,7 @@ impl Bench {
 fn a_flush_the_kernel_has_no_operation_for_goes_to_a_thread_and_completes_once() {
     let mut bench = bench(8);
     bench.publish(0, bench.flush(5 << 32 | 3));
-    assert!(bench.engine.take(BATCH).unwrap());
+    assert!(bench.engine.take().unwrap());
     bench.engine.refused_by_kernel(Errno::INVAL);
     bench.engine.publish();
     assert_eq!((bench.published(), bench.engine.is_drained()), (0, false));
@@ -151,7 +151,7 @@ fn a_discard_that_was_not_agreed_on_is_refused_and_leaves_the_file_alone() {
 fn another_refusal_by_the_kernel_is_the_requests_result() {
     let mut bench = bench(8);
     bench.publish(0, bench.flush(0));
-    assert!(bench.engine.take(BATCH).unwrap());
+    assert!(bench.engine.take().unwrap());
     bench.engine.refused_by_kernel(Errno::NOMEM);
     bench.engine.publish();
     assert_eq!((bench.published(), bench.completion(0).result), (1, -12));
@@ -226,11 +226,11 @@ fn an_engine_at_its_sessions_depth_sleeps_over_the_rest_and_takes_it_when_someth
     for n in 0..3 {
         bench.publish(n, bench.flush(n));
     }
-    assert!(bench.engine.take(BATCH).unwrap());
+    assert!(bench.engine.take().unwrap());
     let taken = |bench: &Bench| bench.enclave.word(cursor::SQ_TAKEN).load(Ordering::Relaxed);
     assert_eq!(taken(&bench), 2);
     assert!(bench.engine.submit());
-    assert!(!bench.engine.take(BATCH).unwrap());
+    assert!(!bench.engine.take().unwrap());
     assert!(!bench.engine.has_submissions(), "or it would spin");
     while bench.published() < 3 {
         bench.turn();
